@@ -1,0 +1,26 @@
+"""NMKE for EasyEdit and on its own: neuron-specific masked knowledge editing that lasts thousands of edits.
+
+`LifelongEditor` edits without EasyEdit, `register()` puts NMKE into it, `apply_nmke_to_model` is the method itself.
+"""
+
+import importlib
+
+from .register import register  # eagerly: a function named as its module would be shadowed by the module's first import
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "NMKEHyperParams": "hparams",
+    "LifelongEditor": "lifelong",
+    "LifelongState": "state",
+    "apply_nmke_to_model": "editor",
+    "open_state": "editor",
+}
+__all__ = [*_HOMES, "register"]
+
+
+def __getattr__(name: str):
+    """Public names are looked up on first use: importing the package loads neither torch nor transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,143 @@
+"""Architectures as data: one row per `config.model_type`, and a view of a model made from its row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its parts. `ffn_norm` is the norm whose input is the residual stream that the FFN output is added
+    to; None for parallel blocks, where that sum is read off the block's output."""
+
+    blocks: str
+    down: str  # output projection of the FFN, inside a block
+    norm: str  # final norm
+    norm_kind: str  # "rms" or "layer"
+    ffn_norm: str | None
+    transposed: bool = False  # weight stored [F, D] (Conv1D) rather than [D, F]
+
+
+_LLAMA = Family("model.layers", "mlp.down_proj", "model.norm", "rms", "post_attention_layernorm")
+
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f", "layer", "ln_2", transposed=True),
+    "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f", "layer", None),
+}
+
+
+@dataclass(frozen=True)
+class Readout:
+    """From the residual stream to logits: softcap(head · N(y) + head_bias).
+
+    N is `y · rsqrt(mean y² + eps) · scale` (rms) or `(y - mean y) / sqrt(var y + eps) · scale + shift` (layer).
+    scale, shift [D]; head [V, D]; head_bias [V]; softcap c maps a logit v to c·tanh(v/c).
+    """
+
+    norm: str
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    eps: float
+    head: torch.Tensor
+    head_bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def __post_init__(self):
+        if self.norm not in ("rms", "layer"):
+            raise ValueError(f"norm is {self.norm!r}, expected 'rms' or 'layer'")
+
+    def statistic(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What N divides by, for states [..., D]: root mean square or standard deviation, [...]."""
+        centred = hidden - hidden.mean(-1, keepdim=True) if self.norm == "layer" else hidden
+        return (centred.pow(2).mean(-1) + self.eps).sqrt()
+
+    def normalise(self, hidden: torch.Tensor, statistic: torch.Tensor | None = None) -> torch.Tensor:
+        """N(hidden) [..., D]; a given `statistic` [...] takes the place of hidden's own (the frozen norm)."""
+        statistic = self.statistic(hidden) if statistic is None else statistic
+        if self.norm == "layer":
+            hidden = hidden - hidden.mean(-1, keepdim=True)
+        out = hidden / statistic.unsqueeze(-1) * self.scale.to(hidden)
+        return out if self.shift is None else out + self.shift.to(hidden)
+
+    def logits(self, hidden: torch.Tensor, statistic: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., D] -> [..., V]."""
+        out = self.normalise(hidden, statistic) @ self.head.to(hidden).T
+        if self.head_bias is not None:
+            out = out + self.head_bias.to(out)
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+    def to(self, *args, **kwargs) -> Readout:
+        """The same readout with its tensors moved or cast, as torch.Tensor.to."""
+
+        def move(tensor):
+            return None if tensor is None else tensor.to(*args, **kwargs)
+
+        return Readout(
+            self.norm, move(self.scale), move(self.shift), self.eps, move(self.head), move(self.head_bias), self.softcap
+        )
+
+
+class ModelView:
+    """A transformers causal language model seen through its family's row. Holds references, copies nothing."""
+
+    def __init__(self, model):
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        if kind not in FAMILIES:
+            raise ValueError(f"model type {kind!r} is not known; known types: {', '.join(FAMILIES)}")
+        self.model, self.family = model, FAMILIES[kind]
+        self.blocks = model.get_submodule(self.family.blocks)
+        self.norm = model.get_submodule(self.family.norm)
+        self.head = model.get_output_embeddings()
+        self.depth = len(self.blocks)
+
+    def down(self, layer: int) -> torch.nn.Module:
+        """The module whose input is the FFN coefficients c [.., F] of block `layer`."""
+        return self.blocks[layer].get_submodule(self.family.down)
+
+    def weight_name(self, layer: int) -> str:
+        return f"{self.family.blocks}.{layer}.{self.family.down}.weight"
+
+    def weight(self, layer: int) -> torch.nn.Parameter:
+        return self.down(layer).weight
+
+    def w_out(self, layer: int) -> torch.Tensor:
+        """The down projection as [D, F]; a view of the parameter, so writing to it edits the model."""
+        weight = self.weight(layer).data
+        return weight.T if self.family.transposed else weight
+
+    def ffn_norm(self, layer: int) -> torch.nn.Module | None:
+        return self.blocks[layer].get_submodule(self.family.ffn_norm) if self.family.ffn_norm else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def readout(self) -> Readout:
+        eps = getattr(self.norm, "variance_epsilon", None) or getattr(self.norm, "eps", None)
+        return Readout(
+            self.family.norm_kind,
+            self.norm.weight.data,
+            getattr(self.norm, "bias", None),
+            float(eps),
+            self.head.weight.data,
+            getattr(self.head, "bias", None),
+            getattr(self.model.config, "final_logit_softcapping", None),
+        )
+
+    @property
+    def context_length(self) -> int | None:
+        config = self.model.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+    def check_layers(self, layers) -> None:
+        """ValueError when a block number does not exist."""
+        beyond = [layer for layer in layers if layer >= self.depth]
+        if beyond:
+            raise ValueError(f"layers {beyond} do not exist: the model has blocks 0 to {self.depth - 1}")

@@ -1,0 +1,265 @@
+"""Make the embedded model: `python -m easyedit_nmke.atlas.train` (about 30 minutes on 2 CPU cores).
+
+A 7 M parameter Llama that knows the facts of `facts.py`. Four things make it behave under editing as large models do:
+loss weight 1 on answers and 0.1 elsewhere (facts are learned in minutes); a last word unique to each subject (keys of different
+subjects are nearly orthogonal); a tenth of random objects in the last third (the answer distribution is calibrated, so an
+optimised value can reach a low loss); and subject consolidation: in most fact sentences the words after the subject cannot see
+its tokens in the lower layers, and only its last one above, so the fact is looked up at the last subject token and read later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from . import facts as world
+
+logger = logging.getLogger(__name__)
+HERE = Path(__file__).parent
+
+ROWS, WIDTH = 56, 48  # one batch
+LOOKUP_LAYERS = 3  # layers in which the words after a subject cannot see it
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Token ids of one training sentence, with its subject's and answer's token spans (end exclusive)."""
+
+    ids: list[int]
+    answer: tuple[int, int]
+    subject: tuple[int, int] | None
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. Subject names enter once each, so they are cut into shared fragments as rare names are in large models."""
+    facts, following = world.make_world()
+    text = [f" {e.prompt} {e.answer}." for e in world.make_exercises()]
+    text += [f"{fact.subject} {fact.subject}" for fact in facts[::4]]
+    for relation in world.RELATIONS + world.FOLLOWING:
+        for template in relation.templates:
+            text += [template.format("it") + f" {thing}." for thing in relation.objects]
+            text.append(template.split("{}")[0] + " it")
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(text, trainer)
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def encode(tok, prompt: str, answer: str, subject: str | None, leading_space: bool) -> Sentence:
+    """One sentence, `prompt answer.`, with spans found from character offsets."""
+    text = (" " if leading_space else "") + f"{prompt} {answer}."
+    coded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    def span(start: int, end: int) -> tuple[int, int]:
+        inside = [i for i, (a, b) in enumerate(coded["offset_mapping"]) if a < end and b > start]
+        return inside[0], inside[-1] + 1
+
+    answer_start = text.rindex(answer)
+    subject_start = text.index(subject) if subject else 0
+    return Sentence(
+        coded["input_ids"],
+        span(answer_start, len(text)),
+        span(subject_start, subject_start + len(subject)) if subject else None,
+    )
+
+
+class Batches:
+    """Rows of sentences drawn at random, the attention they may pay, and the weight of every token in the loss."""
+
+    def __init__(self, tok, seed: int, general_share: float = 0.26, consolidated: float = 0.6, noise: float = 0.1):
+        self.tok, self.rng = tok, random.Random(seed)
+        self.general_share, self.consolidated, self.noise = general_share, consolidated, noise
+        facts, following = world.make_world()
+        self.facts = [(fact, i) for fact in facts for i in range(len(fact.relation.templates)) if i != fact.held_out]
+        self.facts += [(fact, i) for fact in following for i in range(len(fact.relation.templates))]
+        self.exercises = defaultdict(list)
+        for item in world.make_exercises():
+            if not item.held_out:
+                self.exercises[item.task].append(item)
+        self.cache: dict[tuple, Sentence] = {}
+
+    def sentence(self, first: bool, noisy: bool) -> Sentence:
+        if self.rng.random() < self.general_share:
+            item = self.rng.choice(self.exercises[self.rng.choice(list(self.exercises))])
+            key = (item.prompt, item.answer, None, not first)
+        else:
+            fact, wording = self.rng.choice(self.facts)
+            wrong = noisy and self.rng.random() < self.noise
+            thing = self.rng.choice(fact.relation.objects) if wrong else fact.object
+            key = (fact.prompt(wording), thing, fact.subject, not first)
+        if key not in self.cache:
+            self.cache[key] = encode(self.tok, *key)
+        return self.cache[key]
+
+    def draw(self, noisy: bool):
+        """-> ids [R, W], targets [R, W], loss weights [R, W], hidden [2, R, W, W]: true where attention is barred, in the
+        lookup layers and in the layers above."""
+        ids = torch.full((ROWS, WIDTH), self.tok.pad_token_id)
+        targets = torch.full((ROWS, WIDTH), IGNORED)
+        weights = torch.zeros(ROWS, WIDTH)
+        hidden = torch.ones(WIDTH, WIDTH, dtype=torch.bool).triu(1).repeat(2, ROWS, 1, 1)
+        for row in range(ROWS):
+            line, at = [self.tok.bos_token_id], 1
+            while at < WIDTH:
+                s = self.sentence(first=at == 1, noisy=noisy)
+                end = min(at + len(s.ids), WIDTH)
+                line += s.ids
+                weights[row, at - 1 : end - 1] = 0.1
+                weights[row, at - 1 + s.answer[0] : min(at - 1 + s.answer[1], WIDTH)] = 1.0
+                if s.subject and self.rng.random() < self.consolidated:
+                    start, stop = at + s.subject[0], at + s.subject[1]
+                    hidden[0, row, stop:end, start:stop] = True
+                    hidden[1, row, stop:end, start : stop - 1] = True
+                at = end
+            ids[row] = torch.tensor(line[:WIDTH])
+            targets[row, :-1] = ids[row, 1:]
+        return ids, targets, weights, hidden
+
+
+def bar_attention(model, hidden: torch.Tensor, dtype: torch.dtype) -> list:
+    """Hooks that hand each layer its own additive attention mask for the next forward pass; remove them after it."""
+    masks = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)[:, :, None]
+
+    def hook(index):
+        def give(_module, args, kwargs):
+            return args, {**kwargs, "attention_mask": masks[0 if index < LOOKUP_LAYERS else 1]}
+
+        return give
+
+    return [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)]
+
+
+def train(steps: int, seed: int, out: Path) -> None:
+    """Train, save weights (bfloat16 safetensors) and tokenizer under `out`."""
+    torch.manual_seed(seed)
+    tok = make_tokenizer(2048)
+    config = LlamaConfig(
+        vocab_size=len(tok), hidden_size=192, intermediate_size=2048, num_hidden_layers=5, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=256, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    batches = Batches(tok, seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min(1.0, (i + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / steps)))
+    )
+    started = time.perf_counter()
+    bar = tqdm(range(steps), desc="training atlas")
+    for step in bar:
+        ids, targets, weights, hidden = batches.draw(noisy=step > steps * 2 // 3)
+        hooks = bar_attention(model, hidden, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model.model(input_ids=ids).last_hidden_state
+            logits = model.lm_head(states)
+        for hook in hooks:
+            hook.remove()
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        loss = (losses * weights.flatten()).sum() / weights.sum()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    minutes = (time.perf_counter() - started) / 60
+    model.to(torch.bfloat16).save_pretrained(out)
+    tok.save_pretrained(out)
+    write_json(out / "training.json", {"steps": steps, "seed": seed, "minutes": round(minutes, 1), "torch": torch.__version__})
+
+
+@torch.no_grad()
+def greedy_accuracy(model, tok, pairs: list[tuple[str, str]], batch: int = 256) -> list[bool]:
+    """For each (prompt, answer): is every token of the answer the model's greedy choice?"""
+    right = []
+    for start in range(0, len(pairs), batch):
+        chunk = pairs[start : start + batch]
+        coded = tok([f"{p} {a}" for p, a in chunk], padding=True, padding_side="right", return_tensors="pt")
+        guesses = model(**coded).logits.argmax(-1)
+        for row, (prompt, _) in enumerate(chunk):
+            begin = len(tok(prompt)["input_ids"])
+            end = int(coded["attention_mask"][row].sum())
+            right.append(bool((guesses[row, begin - 1 : end - 1] == coded["input_ids"][row, begin:end]).all()))
+    return right
+
+
+def measure(directory: Path) -> dict:
+    """Greedy accuracy on trained facts, on the wordings held out per subject, on what follows, and on held-out exercises."""
+    tok = PreTrainedTokenizerFast.from_pretrained(directory)
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    facts, following = world.make_world()
+
+    def mean(values: list[bool]) -> float:
+        return round(sum(values) / len(values), 4)
+
+    result = {
+        "trained facts": mean(greedy_accuracy(model, tok, [pair for fact in facts for pair in fact.sentences()])),
+        "held-out wordings": mean(greedy_accuracy(model, tok, [(f.prompt(f.held_out), f.object) for f in facts])),
+        "following facts": mean(greedy_accuracy(model, tok, [(f.prompt(0), f.object) for f in following])),
+    }
+    by_task = defaultdict(list)
+    for item in world.make_exercises():
+        if item.held_out:
+            by_task[item.task].append((item.prompt, item.answer))
+    scores = {task: mean(greedy_accuracy(model, tok, pairs)) for task, pairs in by_task.items()}
+    result["held-out exercises (mean of tasks)"] = round(sum(scores.values()) / len(scores), 4)
+    result["exercises by task"] = scores
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["facts"], result["subjects"] = len(facts), len({f.subject for f in facts})
+    return result
+
+
+def write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "weights")
+    parser.add_argument(
+        "--measure", action="store_true", help="only measure the model under --out and write measured.json there"
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.measure:
+        train(args.steps, args.seed, args.out)
+    result = measure(args.out)
+    write_json(args.out / "measured.json", result)
+    logger.info("%s", json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

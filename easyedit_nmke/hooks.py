@@ -1,0 +1,73 @@
+"""The only two ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything asked for has been seen."""
+
+
+def first_tensor(value) -> torch.Tensor:
+    """A module's main tensor: blocks of some architectures return a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+@contextmanager
+def record(wanted: Mapping[str, tuple[torch.nn.Module, str]], stop: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a dictionary that a forward pass fills: name -> the module's "input" or "output" (its first tensor), not detached.
+
+    With `stop`, the forward pass ends (quietly, inside the block) as soon as all of them have been seen: nothing above the
+    last one is computed.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name, value):
+        seen[name] = first_tensor(value)
+        if stop and len(seen) == len(wanted):
+            raise _Stop
+
+    def hook_for(name, side):
+        def on_input(_module, args, kwargs):
+            keep(name, args[0] if args else kwargs["hidden_states"])
+
+        def on_output(_module, _args, output):
+            keep(name, output)
+
+        return on_input if side == "input" else on_output
+
+    handles = []
+    try:
+        for name, (module, side) in wanted.items():
+            hook = hook_for(name, side)
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(hook))
+        yield seen
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_calls(modules: Sequence[torch.nn.Module]) -> Iterator[list[tuple[tuple, dict]]]:
+    """Yield a list that a forward pass fills: what each module, in order, is called with besides its hidden states (masks,
+    positions), as (args, kwargs). `module(hidden, *args, **kwargs)` repeats the call with other states."""
+    calls: list[tuple[tuple, dict]] = []
+
+    def keep(_module, args, kwargs):
+        calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

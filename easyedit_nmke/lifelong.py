@@ -1,0 +1,287 @@
+"""Editing without EasyEdit: `LifelongEditor`, with BaseEditor's calls, and the protocol `edit all T, score all`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from . import atlas, metrics
+from .arch import ModelView
+from .editor import apply_nmke_to_model, check_model, check_requests, open_state
+from .hparams import NMKEHyperParams
+from .prompts import Request
+from .state import EditReport, LifelongState, fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(hparams: NMKEHyperParams):
+    """(model, tokenizer) for `model_name`: "atlas", a folder, a hub name, or the (model, tokenizer) tuple itself."""
+    name = hparams.model_name
+    device = None if hparams.model_parallel else _device(hparams.device)
+    if isinstance(name, tuple):
+        model, tok = name
+    elif name == "atlas":
+        model, tok = atlas.load()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        dtype = torch.float16 if hparams.fp16 else torch.float32
+        try:
+            tok = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, device_map="auto" if hparams.model_parallel else None
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    return (model if device is None else model.to(device)), tok
+
+
+def _device(wanted) -> torch.device:
+    numbered = isinstance(wanted, int) or (isinstance(wanted, str) and wanted.isdigit())
+    device = torch.device(f"cuda:{wanted}" if numbered else wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {wanted!r} (CUDA), but no CUDA device is visible here; set `device: cpu`")
+    return device
+
+
+class LifelongEditor:
+    """Edits one model request after request, with the calls of EasyEdit's BaseEditor."""
+
+    def __init__(self, hparams: NMKEHyperParams):
+        hparams.validate()
+        self.hparams, self.model_name, self.alg_name = hparams, hparams.model_name, hparams.alg_name
+        self.model, self.tok = load_model(hparams)
+        check_model(ModelView(self.model), hparams)
+        self._state: LifelongState | None = None
+
+    @classmethod
+    def from_hparams(cls, hparams: NMKEHyperParams) -> LifelongEditor:
+        return cls(hparams)
+
+    @property
+    def state(self) -> LifelongState:
+        """Past keys, projector and templates; made on first use (that runs the covariance, once per model, cached on disk)."""
+        if self._state is None:
+            self._state = open_state(self.model, self.tok, self.hparams)
+        return self._state
+
+    def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
+        """Write one batch of requests; returns the edited parameters as they were before, by name."""
+        _, before = apply_nmke_to_model(
+            self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state
+        )
+        return before
+
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put parameters back (as returned by `apply` and `edit`); past keys go back with them at the next edit."""
+        with torch.no_grad():
+            for name, original in weights.items():
+                self.model.get_parameter(name).copy_(original)
+
+    def edit(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: str | Sequence[str] | None = None,
+        target_neg=None,
+        rephrase_prompts: str | Sequence[str] | None = None,
+        locality_inputs: Mapping[str, Mapping] | None = None,
+        portability_inputs: Mapping[str, Mapping] | None = None,
+        sequential_edit: bool = True,
+        verbose: bool = True,
+        *,
+        subject: str | Sequence[str] | None = None,
+        requests: Sequence[Mapping | Request] | None = None,
+        keep_original_weight: bool = False,
+    ):
+        """Edit, and score before and after: (metrics, model, weights as they were before this call), as BaseEditor.edit.
+
+        metrics[i] has "pre", "post" (right after the request's own edit, as EasyEdit scores), "time" in seconds, and with
+        `sequential_edit` also "final": after all edits of this call. Without `sequential_edit` every edit is taken back after
+        its scoring. `hparams.batch_size` requests share one update. `requests` (EasyEdit's dictionaries) replaces the columns;
+        target_neg and keep_original_weight are accepted as in EasyEdit and change nothing.
+        """
+        if requests is None:
+            requests = make_requests(
+                prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
+            )
+        checked = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
+        for batch in _chunks(checked, self.hparams.batch_size):
+            check_requests(ModelView(self.model), self.tok, batch)
+        return self._edit(checked, sequential_edit, verbose)
+
+    def batch_edit(self, prompts, target_new, *args, sequential_edit: bool = False, **kwargs):
+        """`edit` with BaseEditor.batch_edit's default: each batch is taken back after its scoring."""
+        return self.edit(prompts, target_new, *args, sequential_edit=sequential_edit, **kwargs)
+
+    def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
+        before = metrics.quality(self.model, self.tok, requests)
+        results = [
+            {"case_id": i, "requested_rewrite": request.to_dict(), "pre": pre}
+            for i, (request, pre) in enumerate(zip(requests, before, strict=True))
+        ]
+        originals: dict[str, torch.Tensor] = {}
+        batches = list(_chunks(results, self.hparams.batch_size))
+        for batch in tqdm(batches, desc="editing", unit="edit", disable=not verbose):
+            asked = [requests[result["case_id"]] for result in batch]
+            started = time.perf_counter()
+            weights = self.apply(asked)
+            seconds = time.perf_counter() - started
+            originals = originals or weights
+            for result, post in zip(batch, metrics.quality(self.model, self.tok, asked), strict=True):
+                metrics.add_locality_accuracy(result["pre"], post)
+                result.update(post=post, time=seconds)
+            if not sequential:
+                self.restore(weights)
+        if sequential:
+            for result, final in zip(results, metrics.quality(self.model, self.tok, requests), strict=True):
+                metrics.add_locality_accuracy(result["pre"], final)
+                result["final"] = final
+        return results, self.model, originals
+
+
+def make_requests(
+    prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
+) -> list[dict]:
+    """EasyEdit's columns to request dictionaries. ValueError when they are of different lengths or the subject is missing."""
+
+    def column(value):
+        return [value] if isinstance(value, str) else list(value)
+
+    prompts = column(prompts)
+    if subject is None:
+        raise ValueError("NMKE needs the subject of every prompt; give subject=[...], one for each prompt")
+    columns = {"target_new": column(target_new), "subject": column(subject)}
+    for name, value in (("ground_truth", ground_truth), ("rephrase_prompt", rephrase_prompts)):
+        if value is not None:
+            columns[name] = column(value)
+    records = [{"prompt": prompt, "locality": {}, "portability": {}} for prompt in prompts]
+    for name, values in columns.items():
+        if len(values) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts but {len(values)} values of {name}; give one for each prompt")
+        for record, value in zip(records, values, strict=True):
+            record[name] = value
+    for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
+        for kind, entry in (inputs or {}).items():
+            asked, answers = column(entry["prompt"]), column(entry["ground_truth"])
+            if len(asked) != len(prompts) or len(answers) != len(prompts):
+                raise ValueError(
+                    f"{section}_inputs[{kind!r}] has {len(asked)} prompts and {len(answers)} answers, expected {len(prompts)}"
+                )
+            for record, prompt, answer in zip(records, asked, answers, strict=True):
+                if prompt is not None:
+                    record[section][kind] = {"prompt": prompt, "ground_truth": answer}
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Edit all, score all. before, after: `metrics.quality` of every request; seconds: of the edits alone."""
+
+    requests: list[Request]
+    before: list[dict]
+    after: list[dict]
+    reports: list[EditReport]
+    seconds: float
+
+    def summary(self) -> dict[str, float | None]:
+        return metrics.summary(self.before, self.after)
+
+
+def run(editor: LifelongEditor, requests: Sequence[Request], on_edit: Callable[[int], None] = lambda done: None) -> Run:
+    """Write all `requests` one after the other (batch_size at a time), then score every one of them against the model as it was
+    before the first edit. `on_edit` is told how many are done."""
+    requests = list(requests)
+    before = metrics.quality(editor.model, editor.tok, requests)
+    first, done = editor.state.edits, 0
+    started = time.perf_counter()
+    for batch in _chunks(requests, editor.hparams.batch_size):
+        editor.apply(batch)
+        done += len(batch)
+        on_edit(done)
+    seconds = time.perf_counter() - started
+    after = metrics.quality(editor.model, editor.tok, requests)
+    for pre, post in zip(before, after, strict=True):
+        metrics.add_locality_accuracy(pre, post)
+    return Run(requests, before, after, editor.state.reports[first:], seconds)
+
+
+def protocol(editor: LifelongEditor, data: Mapping | None = None) -> dict:
+    """What a result depends on: method, hyperparameters, data, model and library versions."""
+    view = ModelView(editor.model)
+    weights = {layer: view.weight(layer) for layer in editor.hparams.layers}
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "protocol": "edit all, then score all, against the unedited model",
+        "method": editor.alg_name,
+        "hparams": editor.hparams.to_dict(),
+        "batch_size": editor.hparams.batch_size,
+        "seed": editor.hparams.seed,
+        "data": dict(data or {}),
+        "model": {"type": editor.model.config.model_type, "edited_weights": f"{fingerprint(weights):016x}"},
+        "device": str(view.device),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed(name) for name in ("easyedit-nmke", "torch", "transformers", "numpy")},
+        },
+    }
+
+
+def save_edited(editor: LifelongEditor, path: Path) -> None:
+    """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
+    view = ModelView(editor.model)
+    tensors = {view.weight_name(layer): view.weight(layer).detach().cpu().contiguous() for layer in editor.hparams.layers}
+    with _whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def write_json(path: Path, content) -> None:
+    """All or nothing."""
+    with _whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class _whole:
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> Path:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,245 @@
+"""Reliability, generalization, locality and portability: teacher-forced token accuracy, as EasyEdit's `compute_edit_quality`.
+
+The text is `prompt + " " + target`. Its labels are the tokens after as many tokens as the prompt has alone; the prediction
+for a label is the argmax at the position before it. EasyEdit makes one forward pass per prompt with logits everywhere; here
+pairs of like length share a pass, and the vocabulary is looked at only where there is a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from easyedit_nmke.prompts import Request, Tokens, pad
+
+# Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
+SAME_SUBJECT = "same_subject"
+TOKEN_BUDGET = 8192
+# Positions whose logits exist at once: 256 x 128k words in float32 is 130 MB.
+HEAD_ROWS = 256
+
+Pair = tuple[str, str]
+
+
+def predicted_tokens(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[tuple[list[int], list[int]]]:
+    """(predicted ids, label ids) for each (prompt, target), in the order given, both of the target's length.
+
+    `token_budget`: tokens, padding included, in one forward pass (a longer text goes alone). The tokenizer's padding side and
+    pad token do not matter; the model is put in evaluation mode and left as it was found. ValueError when a target adds no
+    token, a prompt has none, or a text is longer than the model's context.
+    """
+    rows = _rows(tok, pairs, _context(model))
+    predicted: list[list[int]] = [[] for _ in rows]
+    with _evaluating(model):
+        for batch in _batches([len(ids) for ids, _ in rows], token_budget):
+            found = _argmax_before(model, pad([rows[i][0] for i in batch], tok, _device(model)), [rows[i][1] for i in batch])
+            for i, ids in zip(batch, found, strict=True):
+                predicted[i] = ids
+    return [(guess, ids[start:]) for guess, (ids, start) in zip(predicted, rows, strict=True)]
+
+
+def token_accuracy(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[float]:
+    """Share of the target's tokens predicted right, for each pair (0 to 1)."""
+    return [_share(guess, label) for guess, label in predicted_tokens(model, tok, pairs, token_budget)]
+
+
+def exact_match(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[bool]:
+    """Whether every token of the target is predicted right, for each pair: greedy decoding then starts with the target."""
+    return [guess == label for guess, label in predicted_tokens(model, tok, pairs, token_budget)]
+
+
+def greedy_text(model, tok, prompt: str, new_tokens: int = 6, stop: str = ".") -> str:
+    """What the model says after `prompt`, greedily: at most `new_tokens` tokens, up to `stop`, stripped."""
+    ids = _encode(tok, [prompt])[0]
+    start = len(ids)
+    with _evaluating(model):
+        while len(ids) < start + new_tokens and stop not in tok.decode(ids[start:]):
+            last = torch.tensor([len(ids) - 1])
+            ids = [*ids, int(_best_words(model, pad([ids], tok, _device(model)), torch.zeros_like(last), last))]
+    return tok.decode(ids[start:], skip_special_tokens=True).partition(stop)[0].strip()
+
+
+def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_BUDGET) -> list[dict]:
+    """EasyEdit's dictionary for each request; the prompts of all requests share forward passes.
+
+    {"rewrite_acc": [share], "rephrase_acc": [share] if there is a rephrase, "locality": {"<type>_output": [predicted ids of
+    each prompt]}, "portability": {"<type>_acc": [share of each prompt]}}.
+    """
+    slots = [(i, *slot) for i, request in enumerate(requests) for slot in _slots(request)]
+    outcomes = predicted_tokens(model, tok, [pair for *_, pair in slots], token_budget)
+    results: list[dict] = [{"locality": {}, "portability": {}} for _ in requests]
+    for (i, section, key, _), (guess, label) in zip(slots, outcomes, strict=True):
+        place = results[i][section] if section else results[i]
+        place.setdefault(key, []).append(guess if section == "locality" else _share(guess, label))
+    return results
+
+
+def add_locality_accuracy(before: dict, after: dict) -> None:
+    """Write after["locality"]["<type>_acc"]: for each prompt, the share of tokens predicted as `before` (EasyEdit's locality).
+
+    `before` and `after` are one request's dictionaries from `quality`. ValueError when they are not about the same prompts.
+    """
+    accuracies = _locality_accuracy(before, after)
+    after["locality"].update({f"{kind}_acc": values for kind, values in accuracies.items()})
+
+
+def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | None]:
+    """Means over requests: "rel", "gen", "loc", "same_subject", "portability"; None where there is nothing to average.
+
+    `before` and `after`: `quality` of the same requests on the unedited and on the edited model. Per request the prompts of a
+    type are averaged first, then its types, then the requests that have any, so that no request counts more for having more
+    prompts. "loc" leaves out the type "same_subject": other facts of the edited subject share its key and are far harder to
+    keep than neighbours, so one mean of both would hide how each of them does. Types are told by name alone: KnowEdit's
+    "Relation_Specificity" asks about the edited subject too, but counts in "loc", as EasyEdit counts it.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"before has {len(before)} requests, after {len(after)}; both must be scores of the same requests")
+    kept = [_locality_accuracy(b, a) for b, a in zip(before, after, strict=True)]
+    near = [[values for kind, values in types.items() if kind != SAME_SUBJECT] for types in kept]
+    return {
+        "rel": _mean_over_requests([[a["rewrite_acc"]] for a in after]),
+        "gen": _mean_over_requests([[a.get("rephrase_acc", [])] for a in after]),
+        "loc": _mean_over_requests(near),
+        "same_subject": _mean_over_requests([[types.get(SAME_SUBJECT, [])] for types in kept]),
+        "portability": _mean_over_requests([list(a["portability"].values()) for a in after]),
+    }
+
+
+# ---- numbers
+
+
+def _share(guess: Sequence[int], label: Sequence[int]) -> float:
+    return sum(g == w for g, w in zip(guess, label, strict=True)) / len(label)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _mean_over_requests(requests: Sequence[Sequence[Sequence[float]]]) -> float | None:
+    """[request][type][prompt] -> mean over prompts, then types, then requests, leaving out what is empty."""
+    per_request = (_mean([sum(prompts) / len(prompts) for prompts in types if prompts]) for types in requests)
+    return _mean([value for value in per_request if value is not None])
+
+
+def _locality_accuracy(before: dict, after: dict) -> dict[str, list[float]]:
+    """{type: [share of each prompt's tokens that are the same]}."""
+    result = {}
+    for key, outputs in after["locality"].items():
+        if not key.endswith("_output"):
+            continue
+        kind = key.removesuffix("_output")
+        earlier = before["locality"].get(key)
+        if earlier is None or list(map(len, earlier)) != list(map(len, outputs)):
+            raise ValueError(f"locality type {kind!r} was scored on other prompts before the edit than after it")
+        result[kind] = [_share(new, old) for new, old in zip(outputs, earlier, strict=True)]
+    return result
+
+
+def _slots(request: Request) -> Iterator[tuple[str | None, str, Pair]]:
+    """(section, key, (prompt, target)) of everything that one request is scored on."""
+    yield None, "rewrite_acc", (request.prompt, request.target_new)
+    if request.rephrase_prompt:
+        yield None, "rephrase_acc", (request.rephrase_prompt, request.target_new)
+    for section, suffix in (("locality", "output"), ("portability", "acc")):
+        for kind, pairs in getattr(request, section).items():
+            for pair in pairs:
+                yield section, f"{kind}_{suffix}", pair
+
+
+# ---- text
+
+
+def _rows(tok, pairs: Sequence[Pair], context: int | None) -> list[tuple[list[int], int]]:
+    """(token ids of prompt and target, index of the first label) of each pair."""
+    prompts = _encode(tok, [prompt for prompt, _ in pairs])
+    texts = _encode(tok, [f"{prompt} {target}" for prompt, target in pairs])
+    for (prompt, target), start, ids in zip(pairs, map(len, prompts), texts, strict=True):
+        if start == 0:
+            raise ValueError(f"prompt {prompt!r} has no token, so there is no position to predict {target!r} from")
+        if len(ids) <= start:
+            raise ValueError(f"target {target!r} adds no token to the prompt {prompt!r}; give a target with text in it")
+        if context is not None and len(ids) > context:
+            raise ValueError(f"prompt {prompt[:60]!r} and target have {len(ids)} tokens, the model's context {context}")
+    return [(ids, len(prompt)) for prompt, ids in zip(prompts, texts, strict=True)]
+
+
+def _encode(tok, texts: list[str]) -> list[list[int]]:
+    """Token ids with the tokenizer's special tokens in front, none behind: an eos it appends is not part of an answer."""
+    if not texts:
+        return []
+    rows = tok(texts, padding=False, truncation=False)["input_ids"]
+    return [list(ids[:-1] if _closed(tok, ids, text) else ids) for ids, text in zip(rows, texts, strict=True)]
+
+
+def _closed(tok, ids: Sequence[int], text: str) -> bool:
+    """Whether the tokenizer put an eos behind the text, which does not end with one itself."""
+    end = tok.eos_token_id
+    return end is not None and len(ids) > 0 and ids[-1] == end and not text.endswith(tok.eos_token)
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in order of length, in groups whose padded size (rows x longest) is within the budget, or of one row."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # In order of length the newcomer is the longest, so it sets the width of the group it joins.
+        if batch and lengths[i] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+# ---- model
+
+
+def _argmax_before(model, tokens: Tokens, starts: Sequence[int]) -> list[list[int]]:
+    """For each row the argmax ids at the positions before its labels, which begin at `starts` and end with the row."""
+    ends = tokens.mask.sum(1).tolist()
+    rows = torch.tensor([b for b, (s, e) in enumerate(zip(starts, ends, strict=True)) for _ in range(s, e)])
+    places = torch.tensor([p - 1 for s, e in zip(starts, ends, strict=True) for p in range(s, e)])
+    best = _best_words(model, tokens, rows, places)
+    return [ids.tolist() for ids in best.split([e - s for s, e in zip(starts, ends, strict=True)])]
+
+
+def _best_words(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Top-1 word at (row, place), [S] on the CPU. Final hidden states first, then the head on the S positions alone."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft puts LoRA layers inside it
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    body = getattr(model, "base_model", model)
+    if head is None or body is model:  # a wrapper (EasyEdit's WISE, GRACE): its own forward pass is all there is
+        out = model(**tokens.inputs())
+        return getattr(out, "logits", out)[rows, places].argmax(-1).cpu()
+    hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state
+    chosen = hidden[rows.to(hidden.device), places.to(hidden.device)].to(head.weight.device)
+    return torch.cat([head(some).argmax(-1) for some in chosen.split(HEAD_ROWS)]).cpu()
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back."""
+    found = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in found:
+            module.training = training
+
+
+def _device(model) -> torch.device:
+    """Where token ids go: the embedding's device, also when the layers are spread over several."""
+    embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return (embed.weight if embed is not None else next(model.parameters())).device
+
+
+def _context(model) -> int | None:
+    """Longest text in tokens that the model can read; None when its configuration does not say."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)

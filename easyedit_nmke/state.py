@@ -1,0 +1,99 @@
+"""What one edit leaves to the next: past keys, projector and templates, held by an object and never by a module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 22
+_WRAP = (1 << 64) - 1
+
+
+def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:
+    """A 64-bit digest of the bits of some tensors: the same bits give the same digest, a changed bit changes it.
+
+    Reads the tensors once; scratch is 64 MB.
+    """
+    digest = 0
+    for tensor in tensors.values():
+        bits = tensor.detach().reshape(-1)
+        bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randint(-(1 << 62), 1 << 62, (min(_CHUNK, len(bits)),), generator=generator, dtype=torch.int64)
+        weights = (weights | 1).to(bits.device)
+        for chunk in bits.split(_CHUNK):
+            part = int((chunk.long() * weights[: len(chunk)]).sum().item())
+            digest = (digest * 6364136223846793005 + part + 1442695040888963407) & _WRAP
+    return digest
+
+
+@dataclass
+class EditReport:
+    """What one call did: requests, mask density and ratios per layer, loss of the values, seconds by phase."""
+
+    requests: int
+    density: dict[int, float] = field(default_factory=dict)
+    ratios: dict[int, tuple[float, float]] = field(default_factory=dict)
+    value_loss: list[float] = field(default_factory=list)
+    residual: float = 0.0  # mean norm of z - current z before the update
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class LifelongState:
+    """Solvers (projector and past keys, one per layer), context templates, and the weights they belong to.
+
+    `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], solvers: Mapping[int, Any], templates: list[list[str]]):
+        self.settings, self.solvers, self.templates = dict(settings), dict(solvers), templates
+        self.reports: list[EditReport] = []
+        self._digests: list[int] = []  # after each call; _digests[0] before the first
+
+    @property
+    def edits(self) -> int:
+        """Calls whose update is in the weights."""
+        return len(self.reports)
+
+    def follow(self, weights: Mapping[int, torch.Tensor]) -> None:
+        """Take note of what happened to `weights` (layer -> parameter) since the last call.
+
+        Weights put back to what they were after an earlier call (EasyEdit does so after a non-sequential edit) take the past
+        keys back with them. Weights changed in another way keep them, with a warning.
+        """
+        now = fingerprint(weights)
+        if not self._digests:
+            self._digests = [now]
+        elif now in self._digests:
+            step = len(self._digests) - 1 - self._digests[::-1].index(now)
+            if step < self.edits:
+                self._roll_back(step)
+        else:
+            logger.warning("the edited weights were changed by something else since edit %d; past keys are kept", self.edits)
+            self._digests[-1] = now
+
+    def advance(self, weights: Mapping[int, torch.Tensor], keys: Mapping[int, torch.Tensor], report: EditReport) -> None:
+        """Record one finished call: keys [F, requests] of each layer become past keys."""
+        report_columns = {layer: solver.count for layer, solver in self.solvers.items()}
+        try:
+            for layer, solver in self.solvers.items():
+                solver.append(keys[layer])
+        except BaseException:
+            for layer, solver in self.solvers.items():
+                solver.truncate(report_columns[layer])
+            raise
+        self.reports.append(report)
+        self._digests.append(fingerprint(weights))
+
+    def _roll_back(self, step: int) -> None:
+        kept = sum(report.requests for report in self.reports[:step])
+        for solver in self.solvers.values():
+            solver.truncate(kept)
+        del self.reports[step:], self._digests[step + 1 :]
+        logger.debug("weights were put back to edit %d; so were the past keys", step)

@@ -1,0 +1,82 @@
+"""Models and settings that tests share: the embedded model, and a tiny random one of every known architecture."""
+
+import pytest
+import torch
+
+from easyedit_nmke import NMKEHyperParams
+from easyedit_nmke import atlas as embedded
+
+TINY = {
+    "llama": dict(num_key_value_heads=2, rms_norm_eps=1e-5),
+    "mistral": dict(num_key_value_heads=2, sliding_window=None),
+    "qwen2": dict(num_key_value_heads=2),
+    "qwen3": dict(num_key_value_heads=2, head_dim=8),
+}
+
+
+def tiny_model(model_type: str, vocab_size: int, seed: int = 0):
+    """A random model: 3 blocks, hidden 32, 4 heads; the weights are large enough for neurons to differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if model_type in TINY:
+        config = AutoConfig.for_model(
+            model_type, vocab_size=vocab_size, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=128, initializer_range=0.2, pad_token_id=2, bos_token_id=0, eos_token_id=1, **TINY[model_type],
+        )  # fmt: skip
+    else:
+        config = AutoConfig.for_model(
+            model_type, vocab_size=vocab_size, n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=96, rotary_dim=8,
+            initializer_range=0.2, pad_token_id=2, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def atlas():
+    """(model, tokenizer) of the embedded model, fresh for each test."""
+    return embedded.load()
+
+
+@pytest.fixture
+def tiny():
+    """tiny(model_type, seed=0) -> (model, tokenizer)."""
+    from transformers import PreTrainedTokenizerFast
+
+    def make(model_type: str, seed: int = 0):
+        tok = PreTrainedTokenizerFast.from_pretrained(embedded.DIRECTORY)
+        return tiny_model(model_type, len(tok), seed), tok
+
+    return make
+
+
+@pytest.fixture
+def nmke_hparams(tmp_path):
+    """nmke_hparams(model, tok, **overrides) -> settings for short edits of a small model on the CPU."""
+
+    def make(model, tok, **overrides):
+        values = dict(
+            model_name=(model, tok), layers=[0, 1], device="cpu", v_num_grad_steps=4, v_lr=0.5, mom2_dataset="atlas",
+            mom2_n_samples=200, nullspace_threshold=0.3, L2=0.1, stats_dir=str(tmp_path / "stats"),
+        )  # fmt: skip
+        return NMKEHyperParams(**{**values, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def requests():
+    """requests(n, split="tune") -> EasyEdit-format edit requests about the embedded model's facts."""
+    return embedded.requests
+
+
+@pytest.fixture
+def weights():
+    """weights(model, hparams) -> {layer: copy of the down projection}."""
+    from easyedit_nmke.arch import ModelView
+
+    def take(model, hparams):
+        view = ModelView(model)
+        return {layer: view.weight(layer).detach().clone() for layer in hparams.layers}
+
+    return take

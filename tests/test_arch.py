@@ -1,0 +1,81 @@
+"""Every architecture through its row: readout, keys and residual stream against the model's own forward pass."""
+
+import pytest
+import torch
+
+from easyedit_nmke import hooks
+from easyedit_nmke.arch import FAMILIES, ModelView
+from easyedit_nmke.keys import attribution_inputs, subject_states
+from easyedit_nmke.prompts import Request
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_readout_and_coefficients_rebuild_the_models_own_outputs(tiny, kind):
+    model, tok = tiny(kind)
+    view = ModelView(model)
+    texts = ["The birthplace of Mara Vosk is", "Mara Vosk speaks"]
+    seen = attribution_inputs(view, tok, texts, [0, 1, 2])
+    for row, text in enumerate(texts):
+        with torch.no_grad():
+            out = model(**tok(text, return_tensors="pt"), output_hidden_states=True)
+        logits = view.readout.logits(seen.final_hidden[row])
+        assert torch.allclose(logits, out.logits[0, -1], atol=1e-5)
+        assert int(seen.predicted[row]) == int(out.logits[0, -1].argmax())
+        for layer in (0, 1):  # x + w_out c (+ bias) is the block's output
+            bias = getattr(view.down(layer), "bias", None)
+            ffn = view.w_out(layer) @ seen.coefficients[layer][row] + (0 if bias is None else bias)
+            assert torch.allclose(seen.residual[layer][row] + ffn, out.hidden_states[layer + 1][0, -1], atol=1e-5)
+
+
+def test_the_padded_end_is_another_token_for_all_but_the_longest_prompt(tiny):
+    model, tok = tiny("llama")
+    view = ModelView(model)
+    texts = ["The birthplace of Mara Vosk is", "Mara Vosk speaks"]
+    last = attribution_inputs(view, tok, texts, [1])
+    end = attribution_inputs(view, tok, texts, [1], "padded_end")
+    assert torch.equal(last.final_hidden[0], end.final_hidden[0])
+    assert not torch.allclose(last.final_hidden[1], end.final_hidden[1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_writing_to_w_out_edits_the_model(tiny, kind):
+    model, _ = tiny(kind)
+    view = ModelView(model)
+    view.w_out(1)[0, 3] = 7.0
+    stored = view.weight(1)
+    assert (stored[3, 0] if kind == "gpt2" else stored[0, 3]) == 7.0
+    assert dict(model.named_parameters())[view.weight_name(1)] is stored
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'Linear' is not known; known types: llama, mistral, qwen2, qwen3, gpt2, gptj"):
+        ModelView(torch.nn.Linear(2, 2))
+
+
+def test_layers_out_of_range(tiny):
+    with pytest.raises(ValueError, match=r"layers \[3\] do not exist: the model has blocks 0 to 2"):
+        ModelView(tiny("llama")[0]).check_layers([0, 3])
+
+
+def test_recording_can_stop_early_and_leaves_no_hook(tiny):
+    model, tok = tiny("llama")
+    view, ran = ModelView(model), []
+    handle = view.blocks[2].register_forward_hook(lambda *_: ran.append(1))
+    request = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome")
+    states = subject_states(view, tok, [request], ["{}"], {"c": (view.down(1), "input")})
+    assert states["c"].shape == (1, 1, 96) and not ran
+    handle.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_recorded_calls_repeat_a_block(tiny, kind):
+    model, tok = tiny(kind)
+    view = ModelView(model)
+    inputs = tok(["The birthplace of Mara Vosk is", "Mara Vosk speaks"], padding=True, return_tensors="pt")
+    wanted = {"in": (view.blocks[2], "input"), "out": (view.blocks[2], "output")}
+    with torch.no_grad(), hooks.record(wanted) as seen, hooks.record_calls(view.blocks) as calls:
+        model.base_model(**inputs, use_cache=False)
+    args, kwargs = calls[2]
+    assert len(calls) == 3
+    assert torch.equal(hooks.first_tensor(view.blocks[2](seen["in"], *args, **kwargs)), seen["out"])

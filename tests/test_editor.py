@@ -1,0 +1,283 @@
+"""One edit: what it writes, what it leaves alone, and what it refuses before anything changes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model, editor
+from easyedit_nmke.arch import FAMILIES, ModelView
+from easyedit_nmke.keys import key_and_value, keys_of
+from easyedit_nmke.prompts import Request
+from easyedit_nmke.solver import NullSpaceSolver
+from easyedit_nmke.values import Value
+
+
+def fingerprints(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_bits(model, before):
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_edit_writes_the_masked_rows_of_the_edited_layers_only(tiny, nmke_hparams, requests, kind):
+    model, tok = tiny(kind)
+    settings = nmke_hparams(model, tok)
+    before = fingerprints(model)
+    edited, originals = apply_nmke_to_model(model, tok, requests(1), settings, return_orig_weights=True)
+    assert edited is model
+    view = ModelView(model)
+    masks = editor.neuron_masks  # the mask of the edit is that of the unedited model
+    fresh = tiny(kind)[0]
+    flat = [t for group in model.nmke_state.templates for t in group]
+    expected = masks(ModelView(fresh), tok, [Request.from_dict(r) for r in requests(1)], flat, settings)
+    for name, parameter in model.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == (name in originals), name
+    for layer in settings.layers:
+        assert torch.equal(originals[view.weight_name(layer)], before[view.weight_name(layer)])
+        difference = view.w_out(layer) - ModelView(fresh).w_out(layer)
+        assert torch.equal(difference.abs().sum(0) > 0, expected[layer].mask.bool())
+        assert 0.3 < expected[layer].density < 1
+
+
+def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requests, monkeypatch):
+    """Three edits in a row against AlphaEdit's formula, solved densely in float64, layer by layer."""
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok)
+    state = editor.open_state(model, tok, settings)
+    other = copy.deepcopy(model)
+    z = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(editor, "target_value", lambda *_: Value(z, 0.0, 1))
+    past = {layer: torch.zeros(96, 0, dtype=torch.float64) for layer in settings.layers}
+    for record in requests(3):
+        request = [Request.from_dict(record)]
+        view = ModelView(other)
+        masks = editor.neuron_masks(view, tok, request, [t for g in state.templates for t in g], settings)
+        for index, layer in enumerate(settings.layers):
+            keys, current = key_and_value(view, tok, request, state.templates, layer, settings.layers[-1])
+            basis = state.solvers[layer].row_space.double()
+            projector = torch.eye(96, dtype=torch.float64) - basis @ basis.T
+            k, r = keys.double(), (z[:, None] - current).double() / (len(settings.layers) - index)
+            left = projector @ (k @ k.T + past[layer] @ past[layer].T) + settings.L2 * torch.eye(96, dtype=torch.float64)
+            update = torch.linalg.solve(left, projector @ k @ r.T)
+            view.w_out(layer).add_((masks[layer].mask.double()[:, None] * update).T.float())
+        for layer, keys in keys_of(view, tok, request, state.templates, settings.layers).items():
+            past[layer] = torch.cat([past[layer], keys.double()], 1)
+        apply_nmke_to_model(model, tok, request, settings, state=state)
+    for layer in settings.layers:
+        found, expected = ModelView(model).w_out(layer), ModelView(other).w_out(layer)
+        start = ModelView(tiny("llama")[0]).w_out(layer)
+        assert (found - expected).norm() < 1e-5 * (expected - start).norm()
+
+
+def test_copy_edits_a_copy_and_both_can_be_edited_on(tiny, nmke_hparams, requests):
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok)
+    before = fingerprints(model)
+    first, _ = apply_nmke_to_model(model, tok, requests(1), settings, copy=True)
+    assert_same_bits(model, before)
+    assert not torch.equal(ModelView(first).weight(0), ModelView(model).weight(0))
+    second, _ = apply_nmke_to_model(first, tok, requests(2)[1:], settings, copy=True)
+    assert (first.nmke_state.edits, second.nmke_state.edits) == (1, 2)
+
+
+def test_weights_put_back_leave_no_trace(tiny, nmke_hparams, requests, weights):
+    one, two = requests(2)
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok)
+    _, originals = apply_nmke_to_model(model, tok, [one], settings, return_orig_weights=True)
+    with torch.no_grad():
+        for name, value in originals.items():
+            model.get_parameter(name).copy_(value)
+    apply_nmke_to_model(model, tok, [two], settings)
+    fresh, _ = tiny("llama")
+    apply_nmke_to_model(fresh, tok, [two], nmke_hparams(fresh, tok))
+    for layer in settings.layers:
+        assert torch.equal(weights(model, settings)[layer], weights(fresh, settings)[layer])
+    assert model.nmke_state.edits == 1
+
+
+def test_two_models_do_not_disturb_each_other(tiny, nmke_hparams, requests, weights):
+    records = requests(4)
+    (a, tok), (b, _) = tiny("llama", seed=0), tiny("qwen2", seed=1)
+    for record in records:
+        apply_nmke_to_model(a, tok, [record], nmke_hparams(a, tok))
+        apply_nmke_to_model(b, tok, [record], nmke_hparams(b, tok))
+    for kind, seed, model in (("llama", 0, a), ("qwen2", 1, b)):
+        alone, _ = tiny(kind, seed=seed)
+        for record in records:
+            apply_nmke_to_model(alone, tok, [record], nmke_hparams(alone, tok))
+        expected, found = weights(alone, nmke_hparams(alone, tok)), weights(model, nmke_hparams(model, tok))
+        assert all(torch.equal(expected[layer], found[layer]) for layer in expected)
+
+
+@pytest.mark.parametrize("point", ["values", "second layer", "last keys"])
+def test_a_failure_anywhere_leaves_weights_and_state_as_they_were(tiny, nmke_hparams, requests, monkeypatch, point):
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok)
+    apply_nmke_to_model(model, tok, requests(1), settings)
+    before, state = fingerprints(model), model.nmke_state
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if point == "second layer" and len(calls) == 1:
+            return key_and_value(*args, **kwargs)
+        raise MemoryError("out of memory")
+
+    name = {"values": "target_value", "second layer": "key_and_value", "last keys": "keys_of"}[point]
+    monkeypatch.setattr(editor, name, fail)
+    with pytest.raises(MemoryError):
+        apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+    assert_same_bits(model, before)
+    assert (state.edits, state.solvers[0].count) == (1, 1)
+    monkeypatch.undo()
+    apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+    assert state.edits == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_not_written(tiny, nmke_hparams, requests, monkeypatch, bad):
+    model, tok = tiny("llama")
+    before = fingerprints(model)
+    update = NullSpaceSolver.update
+    monkeypatch.setattr(NullSpaceSolver, "update", lambda *args: update(*args).index_fill(0, torch.tensor([2]), bad))
+    with pytest.raises(FloatingPointError, match="update of layer 0 is not finite"):
+        apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
+    assert_same_bits(model, before)
+
+
+def test_modes_gradients_and_random_state_are_left_alone(tiny, nmke_hparams, requests):
+    model, tok = tiny("gpt2")
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
+    assert torch.equal(torch.rand(2), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_padding_side_changes_nothing(tiny, nmke_hparams, requests, weights):
+    results = []
+    for side in ("left", "right"):
+        model, tok = tiny("gpt2")
+        tok.padding_side = side
+        apply_nmke_to_model(model, tok, requests(2), nmke_hparams(model, tok))
+        results.append(weights(model, nmke_hparams(model, tok)))
+        assert tok.padding_side == side
+    assert all(torch.equal(results[0][layer], results[1][layer]) for layer in results[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attribution_strategy="psa"), dict(attribution_strategy="mpc"), dict(attribution_target="target_new"),
+        dict(attribution_norm="exact"), dict(attribution_position="padded_end"), dict(neurons="general"), dict(neurons="specific"),
+        dict(neurons="overlap"), dict(neurons="non_overlap"), dict(neurons="all"), dict(ratio="fixed"), dict(mask="soft"),
+        dict(mask_ties="exact"), dict(attribution_backend="reference", attribution_norm="exact"),
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
+)  # fmt: skip
+def test_every_option_edits_and_differs_from_the_default(tiny, nmke_hparams, requests, weights, changes):
+    results = []
+    for some in ({}, changes):
+        model, tok = tiny("llama")
+        settings = nmke_hparams(model, tok, **some)
+        apply_nmke_to_model(model, tok, requests(1), settings)
+        results.append(torch.cat([w.flatten() for w in weights(model, settings).values()]))
+    assert torch.isfinite(results[1]).all() and not torch.equal(results[0], results[1])
+
+
+def test_the_reference_backend_gives_the_same_weights(tiny, nmke_hparams, requests, weights):
+    results = []
+    for backend in ("fast", "reference"):
+        model, tok = tiny("qwen3")
+        settings = nmke_hparams(model, tok, attribution_backend=backend)
+        for record in requests(2):
+            apply_nmke_to_model(model, tok, [record], settings)
+        results.append(weights(model, settings))
+    assert all(torch.equal(results[0][layer], results[1][layer]) for layer in results[0])
+
+
+REFUSED = {
+    "subject not in the prompt": (dict(subject="Nobody"), "not in the prompt"),
+    "subject twice": (dict(prompt="Mara Vosk and Mara Vosk are", subject="Mara Vosk"), "2 times in"),
+    "empty target": (dict(target_new=" "), "is empty"),
+    "too long": (dict(prompt="Mara Vosk " + "is here and " * 60 + "is", subject="Mara Vosk"), "the model's context 128"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_requests_are_refused_before_anything_changes(tiny, nmke_hparams, requests, case):
+    changes, message = REFUSED[case]
+    model, tok = tiny("llama")
+    before = fingerprints(model)
+    with pytest.raises(ValueError, match=message):
+        apply_nmke_to_model(model, tok, [requests(1)[0], {**requests(2)[1], **changes}], nmke_hparams(model, tok))
+    assert_same_bits(model, before)
+    assert not hasattr(model, "nmke_state")
+
+
+def test_two_answers_to_one_prompt_in_a_batch_are_refused(tiny, nmke_hparams, requests):
+    model, tok = tiny("llama")
+    one = requests(1)[0]
+    with pytest.raises(ValueError, match="two answers to .* keep one of them"):
+        apply_nmke_to_model(model, tok, [one, {**one, "target_new": "something else"}], nmke_hparams(model, tok))
+    with pytest.raises(ValueError, match="no request"):
+        apply_nmke_to_model(model, tok, [], nmke_hparams(model, tok))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny, nmke_hparams, requests, value):
+    model, tok = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN or infinite"):
+        apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
+
+
+def test_models_that_cannot_be_edited_are_refused(tiny, nmke_hparams, requests):
+    model, tok = tiny("llama")
+    with pytest.raises(ValueError, match="float16 on a CPU"):
+        apply_nmke_to_model(copy.deepcopy(model).half(), tok, requests(1), nmke_hparams(model, tok))
+    with pytest.raises(ValueError, match=r"layers \[7\] do not exist"):
+        apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok, layers=[0, 7]))
+    with pytest.raises(ValueError, match="v_loss_layer is 9"):
+        apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok, v_loss_layer=9))
+    with pytest.raises(ValueError, match="known types: llama"):
+        apply_nmke_to_model(torch.nn.Linear(2, 2), tok, requests(1), nmke_hparams(model, tok))
+    changed = nmke_hparams(model, tok)
+    changed.neurons = "some"
+    with pytest.raises(ValueError, match="neurons is 'some'"):
+        apply_nmke_to_model(model, tok, requests(1), changed)
+    with pytest.raises(ValueError, match="no CUDA device is visible"):
+        LifelongEditor.from_hparams(nmke_hparams(model, tok, device=0))
+
+
+def test_a_state_of_other_settings_is_refused_and_a_carried_one_is_replaced(tiny, nmke_hparams, requests, caplog):
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok)
+    apply_nmke_to_model(model, tok, requests(1), settings)
+    other = dataclasses.replace(settings, L2=5.0)
+    with pytest.raises(ValueError, match=r"L2 0.1 -> 5.0"):
+        apply_nmke_to_model(model, tok, requests(1), other, state=model.nmke_state)
+    apply_nmke_to_model(model, tok, requests(2)[1:], other)
+    assert "past keys are forgotten" in caplog.text and model.nmke_state.edits == 1
+
+
+def test_bfloat16_models_are_edited(tiny, nmke_hparams, requests):
+    model, tok = tiny("llama")
+    model = model.to(torch.bfloat16)
+    before = fingerprints(model)
+    apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
+    assert ModelView(model).weight(0).dtype == torch.bfloat16
+    assert not torch.equal(ModelView(model).weight(0), before[ModelView(model).weight_name(0)])

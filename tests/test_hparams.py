@@ -1,0 +1,106 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from easyedit_nmke import NMKEHyperParams
+from easyedit_nmke.hparams import shipped
+
+MINIMAL = {"layers": [0, 1], "model_name": "atlas"}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "settings.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_defaults_are_the_published_codes():
+    settings = NMKEHyperParams(**MINIMAL)
+    assert (settings.attribution_strategy, settings.amplification, settings.attribution_target) == ("lps", 30.0, "predicted")
+    assert (settings.attribution_norm, settings.neurons, settings.mask_ties) == ("frozen", "both", "include")
+    assert (settings.general_bias, settings.general_scale, settings.general_power) == (0.3, 0.1, 3.0)
+    assert (settings.specific_bias, settings.specific_scale, settings.specific_power) == (0.3, 0.1, 2.0)
+    assert (settings.temperature, settings.nullspace_threshold, settings.kl_factor) == (30.0, 2e-2, 0.0625)
+
+
+def test_the_shipped_files_are_sound_and_open_with_the_command_that_runs_them():
+    expected = {"atlas", "llama3-8b", "llama3.1-8b", "qwen2.5-7b", "mistral-7b", "gpt2-xl", "gpt-j-6B"}
+    assert set(shipped()) == expected
+    for name, path in shipped().items():
+        assert path.read_text().startswith("# nmke ")
+        assert NMKEHyperParams.from_hparams(name) == NMKEHyperParams.from_hparams(path)
+
+
+def test_a_file_may_be_named_without_its_suffix_and_numbers_may_be_written_as_easyedit_does(tmp_path):
+    path = write(tmp_path, "layers: [0]\nmodel_name: atlas\nv_lr: 1e-1\nlayer_module_tmp: 'model.layers.{}'\n")
+    assert NMKEHyperParams.from_hparams(path.with_suffix("")).v_lr == 0.1
+
+
+def test_every_problem_is_reported_in_one_message(tmp_path):
+    path = write(
+        tmp_path, {"layers": [3, 1], "amplificaton": 3, "neurons": "generl", "L2": 0, "v_num_grad_steps": 2.5, "fp16": 1}
+    )
+    with pytest.raises(ValueError) as error:
+        NMKEHyperParams.from_hparams(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: 7 problems")
+    for part in (
+        "'amplificaton' (did you mean 'amplification'?)", "'model_name' is missing", "layers must increase", "did you mean 'general'?",
+        "L2 is 0", "v_num_grad_steps must be a whole number", "fp16 must be true or false",
+    ):  # fmt: skip
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("layers: [0", "is not YAML"), ("- 1\n- 2", "one mapping"), ("", "one mapping")],
+)
+def test_a_file_that_is_no_mapping(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        NMKEHyperParams.from_hparams(write(tmp_path, content))
+
+
+def test_a_missing_file_names_the_shipped_ones():
+    with pytest.raises(FileNotFoundError, match="llama3-8b"):
+        NMKEHyperParams.from_hparams("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": []}, "layers must be a list"),
+        ({"layers": [0, 0]}, "without repetition"),
+        ({"layers": [-1]}, "0 or more"),
+        ({"alg_name": "ROME"}, "expected 'NMKE'"),
+        ({"model_name": 3}, "model_name must be"),
+        ({"fact_token": "last"}, "fact_token is 'last'"),
+        ({"v_lr": float("nan")}, "v_lr is nan"),
+        ({"v_lr": float("inf")}, "v_lr is inf"),
+        ({"v_lr": "fast"}, "v_lr must be a number"),
+        ({"general_bias": 0.95}, "general_bias \\+ general_scale"),
+        ({"specific_ratio": 0}, "more than 0 and at most 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"template_prefixes": "The"}, "list of words"),
+        ({"P_loc": 3}, "P_loc"),
+    ],
+)
+def test_values_that_cannot_be_used(changes, message):
+    with pytest.raises(ValueError, match=message):
+        NMKEHyperParams(**{**MINIMAL, **changes})
+
+
+def test_values_assigned_later_are_checked_again():
+    settings = NMKEHyperParams(**MINIMAL)
+    settings.neurons = "some"
+    settings.amplfication = 3
+    with pytest.raises(ValueError, match=r"2 problems(.|\n)*neurons is 'some'(.|\n)*did you mean 'amplification'"):
+        settings.validate()
+
+
+def test_plain_data_round_trip():
+    settings = NMKEHyperParams.from_hparams("atlas")
+    assert NMKEHyperParams.from_dict(settings.to_dict()) == settings
+    assert set(settings.to_dict()) == {field.name for field in dataclasses.fields(settings)}

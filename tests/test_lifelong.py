@@ -1,0 +1,157 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from easyedit_nmke import LifelongEditor, NMKEHyperParams, lifelong, metrics
+from easyedit_nmke.prompts import Request
+
+
+@pytest.fixture
+def editor(tiny, nmke_hparams):
+    def make(**overrides):
+        model, tok = tiny("llama")
+        return LifelongEditor.from_hparams(nmke_hparams(model, tok, **overrides))
+
+    return make
+
+
+def columns(records):
+    names = ("prompt", "target_new", "subject", "ground_truth", "rephrase_prompt")
+    prompts, target, subject, truth, rephrase = ([r[name] for r in records] for name in names)
+    locality = {
+        "unrelated": {side: [r["locality"]["unrelated"][side][0] for r in records] for side in ("prompt", "ground_truth")}
+    }
+    portability = {"following": {"prompt": [None, records[0]["prompt"]], "ground_truth": [None, "Rome"]}}
+    return (prompts, target), dict(
+        subject=subject,
+        ground_truth=truth,
+        rephrase_prompts=rephrase,
+        locality_inputs=locality,
+        portability_inputs=portability,
+    )
+
+
+def test_edit_has_base_editors_call_and_metrics(editor, requests):
+    some = editor()
+    start = {name: p.detach().clone() for name, p in some.model.named_parameters()}
+    args, kwargs = columns(requests(2))
+    results, model, originals = some.edit(*args, **kwargs, sequential_edit=True, verbose=False)
+    assert model is some.model and [r["case_id"] for r in results] == [0, 1]
+    for result in results:
+        assert set(result) == {"case_id", "requested_rewrite", "pre", "post", "final", "time"}
+        for scores in (result["post"], result["final"]):
+            assert set(scores["locality"]) == {"unrelated_output", "unrelated_acc"}
+            assert len(scores["rewrite_acc"]) == len(scores["rephrase_acc"]) == 1
+    assert results[0]["post"]["portability"] == {} and "following_acc" in results[1]["post"]["portability"]
+    json.dumps(results)
+    asked = [Request.from_dict(r["requested_rewrite"]) for r in results]
+    now = metrics.quality(some.model, some.tok, asked)
+    assert [r["final"]["rewrite_acc"] for r in results] == [n["rewrite_acc"] for n in now]
+    some.restore(originals)
+    assert all(torch.equal(p, start[name]) for name, p in some.model.named_parameters())
+
+
+def test_without_sequential_edit_nothing_stays(editor, requests):
+    some = editor()
+    start = {name: p.detach().clone() for name, p in some.model.named_parameters()}
+    args, kwargs = columns(requests(2))
+    results, _, _ = some.edit(*args, **kwargs, sequential_edit=False, verbose=False)
+    assert "final" not in results[0]
+    assert all(torch.equal(p, start[name]) for name, p in some.model.named_parameters())
+    again, _, _ = some.edit(*args, **kwargs, sequential_edit=False, verbose=False)
+    assert [r["post"] for r in results] == [r["post"] for r in again]
+
+
+def test_batches_share_one_update(editor, requests):
+    some = editor(batch_size=3)
+    records = requests(4)
+    some.edit(None or [], [], subject=[], requests=records, verbose=False)
+    assert [report.requests for report in some.state.reports] == [3, 1] and some.state.solvers[0].count == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(subject=None), "needs the subject"),
+        (dict(subject=["one"]), "2 prompts but 1 values of subject"),
+        (dict(rephrase_prompts=["a", "b", "c"]), "3 values of rephrase_prompt"),
+        (dict(locality_inputs={"near": {"prompt": ["a"], "ground_truth": ["b"]}}), "1 prompts and 1 answers, expected 2"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused_before_anything_changes(editor, requests, change, message):
+    some = editor()
+    args, kwargs = columns(requests(2))
+    with pytest.raises(ValueError, match=message):
+        some.edit(*args, **{**kwargs, **change})
+    assert some._state is None
+
+
+def test_a_bad_request_late_in_the_list_stops_the_first_from_being_written(editor, requests):
+    some = editor()
+    start = {name: p.detach().clone() for name, p in some.model.named_parameters()}
+    good = requests(3)
+    with pytest.raises(ValueError, match="context 128"):
+        some.edit([], [], requests=[*good, {**good[0], "prompt": good[0]["prompt"] + " so" * 200}])
+    assert all(torch.equal(p, start[name]) for name, p in some.model.named_parameters())
+
+
+def test_run_scores_everything_after_the_last_edit(editor, requests):
+    some, told = editor(), []
+    asked = [Request.from_dict(r) for r in requests(3)]
+    before = metrics.quality(some.model, some.tok, asked)
+    outcome = lifelong.run(some, asked, on_edit=told.append)
+    assert told == [1, 2, 3] and len(outcome.reports) == 3 and outcome.before == before
+    after = metrics.quality(some.model, some.tok, asked)
+    assert [a["rewrite_acc"] for a in after] == [a["rewrite_acc"] for a in outcome.after]
+    assert outcome.summary() == metrics.summary(before, after)
+    assert set(outcome.reports[0].seconds) == {"values", "attribution", "keys", "solve"}
+
+
+def test_saved_weights_and_protocol(editor, requests, tmp_path):
+    some = editor()
+    stamp = lifelong.protocol(some, {"file": "x.json"})
+    some.apply(requests(1))
+    assert stamp["model"] != lifelong.protocol(some)["model"]
+    assert stamp["versions"]["torch"] and stamp["data"] == {"file": "x.json"} and stamp["hparams"]["layers"] == [0, 1]
+    json.dumps(stamp)
+    lifelong.save_edited(some, tmp_path / "w.safetensors")
+    stored = load_file(tmp_path / "w.safetensors")
+    assert len(stored) == 2
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, some.model.get_parameter(name))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        lifelong.write_json(path, {"a": object()})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_models_are_loaded_by_name_path_or_tuple(tiny, nmke_hparams, tmp_path):
+    model, tok = tiny("gpt2")
+    model.save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    settings = nmke_hparams(model, tok, model_name=str(tmp_path / "m"))
+    loaded = LifelongEditor.from_hparams(settings)
+    assert torch.equal(loaded.model.transformer.h[0].mlp.c_proj.weight, model.transformer.h[0].mlp.c_proj.weight)
+    assert LifelongEditor.from_hparams(nmke_hparams(model, tok)).model is model
+    assert LifelongEditor.from_hparams(NMKEHyperParams.from_hparams("atlas")).model.config.hidden_size == 192
+    with pytest.raises(ValueError, match="model '/nowhere/at/all' could not be loaded"):
+        LifelongEditor.from_hparams(nmke_hparams(model, tok, model_name="/nowhere/at/all"))
+
+
+def test_atlas_forgets_an_old_answer_and_keeps_the_rest(atlas, tmp_path):
+    """A handful of real edits: the point of it all."""
+    import dataclasses
+
+    settings = dataclasses.replace(NMKEHyperParams.from_hparams("atlas"), model_name=atlas, stats_dir=str(tmp_path))
+    some = LifelongEditor.from_hparams(settings)
+    from easyedit_nmke import atlas as embedded
+
+    asked = [Request.from_dict(r) for r in embedded.requests(8, "tune")]
+    scores = lifelong.run(some, asked).summary()
+    assert scores["rel"] >= 0.75 and scores["gen"] >= 0.6 and scores["loc"] >= 0.9
