@@ -78,9 +78,7 @@ class Readout:
         def move(tensor):
             return None if tensor is None else tensor.to(*args, **kwargs)
 
-        return Readout(
-            self.norm, move(self.scale), move(self.shift), self.eps, move(self.head), move(self.head_bias), self.softcap
-        )
+        return Readout(self.norm, move(self.scale), move(self.shift), self.eps, move(self.head), move(self.head_bias), self.softcap)
 
 
 class ModelView:

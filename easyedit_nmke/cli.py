@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-import textwrap
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +23,7 @@ COLUMNS = {
     "rel": "Rel",
     "gen": "Gen",
     "loc": "Loc",
-    "same_subject": "Same subject",
+    "same_subject": "Same",
     "portability": "Port",
     "general": "General",
 }
@@ -75,6 +74,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     demo = verb("demo", _demo, "edit the embedded model with NMKE and with AlphaEdit, and score both after all edits")
     demo.add_argument("--edits", type=_positive, default=200, metavar="T", help="facts to edit (default 200)")
     demo.add_argument("--seed", type=int, default=0, help="which facts (default 0)")
+    demo.add_argument("--out", type=Path, metavar="FILE", help="also write the scores, with their protocol, as JSON")
     check = verb("check", _check, "report every problem of hyperparameter files at once")
     check.add_argument("files", nargs="+", metavar="FILE", help="YAML files, or names of those that come with the package")
     edit = verb("edit", _edit, "edit a model with the facts of a ZsRE, CounterFact or KnowEdit file, and score them")
@@ -108,16 +108,16 @@ def _check(args, console: Console) -> int:
     for name in args.files:
         try:
             NMKEHyperParams.from_hparams(name)
-            console.print(f"{name}: no problems", highlight=False)
+            console.print(f"{name}: no problems", highlight=False, soft_wrap=True)
         except (ValueError, FileNotFoundError) as error:
             bad += 1
-            console.print(str(error), highlight=False, markup=False)
+            console.print(str(error), highlight=False, markup=False, soft_wrap=True)
     return 1 if bad else 0
 
 
 def _demo(args, console: Console) -> int:
     from . import atlas, metrics
-    from .lifelong import LifelongEditor, run
+    from .lifelong import LifelongEditor, protocol, run, write_json
     from .prompts import Request
 
     requests = [Request.from_dict(record) for record in atlas.requests(args.edits, split="test", seed=args.seed)]
@@ -125,26 +125,32 @@ def _demo(args, console: Console) -> int:
     exercises = atlas.exercises()
     settings = NMKEHyperParams.from_hparams("atlas")
     console.print(
-        f"Editing {len(requests)} facts of the embedded model, one after the other. All scores are taken after the last edit.\n",
+        f"Editing {len(requests)} facts of the embedded model, one after the other, with NMKE and with the mask off (AlphaEdit). "
+        "All scores are taken after the last edit.\n",
         highlight=False,
     )
-    table, answers = _score_table(["ms/edit", "Neurons"]), []
-    for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit (mask off)", "all")):
+    table, answers, results = _score_table(["ms/edit", "Neurons"]), [], {}
+    for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit", "all")):
         editor = LifelongEditor.from_hparams(dataclasses.replace(settings, neurons=neurons))
         if not answers:
             answers.append([metrics.greedy_text(editor.model, editor.tok, request.prompt) for request in shown])
             general = _mean(metrics.exact_match(editor.model, editor.tok, exercises))
             table.add_row("unedited", *["-"] * 5, f"{general:.2f}", "-", "-")
+            results["unedited"] = {"general": general}
+            stamp = protocol(editor, {"requests": f"atlas, test half, seed {args.seed}", "edits": len(requests)})
         editor.state  # noqa: B018  the covariance's own progress bar comes before the one of the edits
         with tqdm(total=len(requests), desc=name, unit="edit") as bar:
             outcome = run(editor, requests, on_edit=lambda done, bar=bar: bar.update(done - bar.n))
         answers.append([metrics.greedy_text(editor.model, editor.tok, request.prompt) for request in shown])
         scores = {**outcome.summary(), "general": _mean(metrics.exact_match(editor.model, editor.tok, exercises))}
         density = _mean([value for report in outcome.reports for value in report.density.values()])
+        results[name] = {**scores, "seconds_per_edit": outcome.seconds / len(requests), "density": density}
         table.add_row(name, *_cells(scores), f"{1000 * outcome.seconds / len(requests):.0f}", f"{density:.0%}")
     console.print(_answer_table(shown, answers, ["Before", "NMKE", "AlphaEdit"]))
     console.print(table)
     console.print(_legend(len(requests)), highlight=False, style="dim")
+    if args.out:
+        write_json(args.out, {"command": f"nmke demo --edits {args.edits} --seed {args.seed}", **stamp, "results": results})
     return 0
 
 
@@ -172,11 +178,10 @@ def _cells(scores: dict) -> list[str]:
 
 
 def _legend(edits: int) -> str:
-    return textwrap.dedent(
-        f"""\
-        Rel: the new answer to the edited prompt; Gen: to a wording never trained with this subject; Loc: other subjects answer as
-        before; Same subject: so do other facts of the edited one; Port: what follows from the new answer; General: held-out
-        exercises, exact. All higher is better. Neurons: share that an update may touch. T = {edits}."""
+    return (
+        "Rel: the new answer to the edited prompt. Gen: to a wording never trained with this subject. Loc: other subjects answer "
+        "as before. Same: so do other facts of the edited subject. Port: what follows from the new answer. General: held-out "
+        f"exercises, exact. Higher is better. Neurons: the share that an update may touch. T = {edits} edits."
     )
 
 
@@ -226,6 +231,6 @@ def _edit(args, console: Console) -> int:
     table.add_row("NMKE", *_cells(scores), f"{outcome.seconds / len(accepted):.2f}")
     console.print(table)
     for entry in sorted(refused, key=lambda r: r["record"]):
-        console.print(f"refused record {entry['record']}: {entry['reason']}", highlight=False, markup=False)
-    console.print(f"{len(accepted)} edits, {len(refused)} records refused; results in {args.out}", highlight=False)
+        console.print(f"refused record {entry['record']}: {entry['reason']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(accepted)} edits, {len(refused)} records refused; results in {args.out}", highlight=False, soft_wrap=True)
     return 0

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 from easyedit_nmke.prompts import SUBJECT, Request
@@ -119,15 +118,6 @@ def load(path: str | Path, limit: int | None = None) -> Dataset:
         except ValueError as problem:
             refused.append(Refusal(index, str(problem)))
     return Dataset(requests, indices, refused, name, hashlib.sha256(content).hexdigest())
-
-
-def conflicts(requests: Sequence[Request]) -> list[tuple[int, int]]:
-    """Index pairs (i, j), i < j, of requests with the same prompt and different new targets, in order."""
-    same = {}
-    for index, request in enumerate(requests):
-        same.setdefault(request.prompt, []).append(index)
-    pairs = (pair for group in same.values() for pair in combinations(group, 2))
-    return sorted((i, j) for i, j in pairs if requests[i].target_new != requests[j].target_new)
 
 
 # ---- files
@@ -272,9 +262,7 @@ def _paired(prompts, answers, prompt_path: str, answer_path: str) -> tuple[tuple
     elif not isinstance(answers, list):
         answers = [answers] * len(prompts)
     if len(prompts) != len(answers):
-        raise ValueError(
-            f"fields '{_name(prompt_path)}' and '{_name(answer_path)}' have {len(prompts)} and {len(answers)} entries"
-        )
+        raise ValueError(f"fields '{_name(prompt_path)}' and '{_name(answer_path)}' have {len(prompts)} and {len(answers)} entries")
     texts = ((_text(p, prompt_path), _text(a, answer_path)) for p, a in zip(prompts, answers, strict=True))
     return tuple((prompt, answer) for prompt, answer in texts if prompt and answer)
 

@@ -116,9 +116,7 @@ def _edit(view: ModelView, tok, requests, hparams, state: LifelongState) -> tupl
         return keys_of(view, tok, requests, state.templates, hparams.layers), report
 
 
-def neuron_masks(
-    view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str], hparams
-) -> dict[int, NeuronMask]:
+def neuron_masks(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str], hparams) -> dict[int, NeuronMask]:
     """The mask of every edited layer for one edit; empty when `neurons: all` leaves nothing to attribute."""
     if hparams.neurons == "all":
         return {}
@@ -150,7 +148,8 @@ def check_model(view: ModelView, hparams: NMKEHyperParams) -> None:
         weight = view.weight(layer)
         if not weight.is_floating_point():
             raise ValueError(
-                f"{view.weight_name(layer)} is {weight.dtype}: quantised weights cannot be edited; load the model in bfloat16 or float32"
+                f"{view.weight_name(layer)} is {weight.dtype}: quantised weights cannot be edited; "
+                "load the model in bfloat16 or float32"
             )
         if weight.dtype == torch.float16 and weight.device.type == "cpu":
             raise ValueError("the model is in float16 on a CPU; load it in float32 or bfloat16 (or move it to a GPU)")
@@ -172,7 +171,8 @@ def check_requests(view: ModelView, tok, requests: Sequence[Request]) -> None:
         full = encode(tok, f"{request.prompt} {request.target_new}")
         if view.context_length and len(full) > view.context_length:
             raise ValueError(
-                f"the prompt {request.prompt[:60]!r}... with its target is {len(full)} tokens, the model's context {view.context_length}"
+                f"the prompt {request.prompt[:60]!r}... with its target is {len(full)} tokens, "
+                f"the model's context {view.context_length}"
             )
         if not target_tokens(tok, request.prompt, request.target_new):
             raise ValueError(f"the target {request.target_new!r} of {request.prompt!r} has no tokens of its own")
@@ -186,9 +186,7 @@ def _settings(hparams: NMKEHyperParams) -> dict:
 def _different_state(state: LifelongState, hparams: NMKEHyperParams) -> str:
     wanted = _settings(hparams)
     changed = [
-        f"{name} {state.settings.get(name)!r} -> {wanted[name]!r}"
-        for name in wanted
-        if state.settings.get(name) != wanted[name]
+        f"{name} {state.settings.get(name)!r} -> {wanted[name]!r}" for name in wanted if state.settings.get(name) != wanted[name]
     ]
     return f"the state was opened with other settings ({', '.join(changed)}); open a new one with open_state"
 

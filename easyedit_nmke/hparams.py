@@ -177,9 +177,7 @@ class NMKEHyperParams:
         if self.alg_name != "NMKE":
             found.append(f"alg_name is {self.alg_name!r}, expected 'NMKE'")
         if not isinstance(self.model_name, (str, tuple)) or (isinstance(self.model_name, tuple) and len(self.model_name) != 2):
-            found.append(
-                f"model_name must be a name, a path or a (model, tokenizer) tuple, got {type(self.model_name).__name__}"
-            )
+            found.append(f"model_name must be a name, a path or a (model, tokenizer) tuple, got {type(self.model_name).__name__}")
         layers = self.layers
         if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(i) and i >= 0 for i in layers):
             found.append(f"layers must be a list of block numbers (0 or more), got {layers!r}")
@@ -198,9 +196,7 @@ class NMKEHyperParams:
             if not _is_number(value) or (whole and not _is_int(value)):
                 found.append(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
             elif not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
-                bound = f"{'at least' if inclusive else 'more than'} {low}" + (
-                    f" and at most {high}" if high < math.inf else ""
-                )
+                bound = f"{'at least' if inclusive else 'more than'} {low}" + (f" and at most {high}" if high < math.inf else "")
                 found.append(f"{name} is {value!r}, expected {bound}")
         if _is_number(self.general_bias) and _is_number(self.general_scale) and self.general_bias + self.general_scale > 1:
             found.append(f"general_bias + general_scale is {self.general_bias + self.general_scale}, expected at most 1")

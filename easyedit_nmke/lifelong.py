@@ -41,9 +41,7 @@ def load_model(hparams: NMKEHyperParams):
         dtype = torch.float16 if hparams.fp16 else torch.float32
         try:
             tok = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, device_map="auto" if hparams.model_parallel else None
-            )
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto" if hparams.model_parallel else None)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
@@ -83,9 +81,7 @@ class LifelongEditor:
 
     def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
         """Write one batch of requests; returns the edited parameters as they were before, by name."""
-        _, before = apply_nmke_to_model(
-            self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state
-        )
+        _, before = apply_nmke_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
         return before
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -156,9 +152,7 @@ class LifelongEditor:
         return results, self.model, originals
 
 
-def make_requests(
-    prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
-) -> list[dict]:
+def make_requests(prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs) -> list[dict]:
     """EasyEdit's columns to request dictionaries. ValueError when they are of different lengths or the subject is missing."""
 
     def column(value):

@@ -139,9 +139,7 @@ def _from_projector(view: ModelView, hparams) -> dict[int, torch.Tensor]:
     expected = (len(hparams.layers), neurons, neurons)
     if not isinstance(projectors, torch.Tensor) or tuple(projectors.shape) != expected:
         shape = tuple(getattr(projectors, "shape", ()))
-        raise ValueError(
-            f"{hparams.P_loc} holds shape {shape}, expected {expected}: one projector per layer in {hparams.layers}"
-        )
+        raise ValueError(f"{hparams.P_loc} holds shape {shape}, expected {expected}: one projector per layer in {hparams.layers}")
     bases = {}
     for layer, projector in zip(hparams.layers, projectors, strict=True):
         device = view.weight(layer).device

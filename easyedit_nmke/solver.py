@@ -43,9 +43,7 @@ class NullSpaceSolver:
         """
         self._check(keys, "keys")
         if residual.dim() != 2 or residual.shape[1] != keys.shape[1]:
-            raise ValueError(
-                f"residual must be [hidden, {keys.shape[1]}] (one column per key), got shape {tuple(residual.shape)}"
-            )
+            raise ValueError(f"residual must be [hidden, {keys.shape[1]}] (one column per key), got shape {tuple(residual.shape)}")
         if mask is not None and mask.shape != (self.neurons,):
             raise ValueError(f"mask must be [{self.neurons}], got shape {tuple(mask.shape)}")
         for name, tensor in (("residual", residual), ("mask", mask)):

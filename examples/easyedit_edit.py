@@ -60,9 +60,7 @@ def read_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--data_type", choices=FILES, help="which file, when --data_dir is a folder")
     parser.add_argument("--output_dir", default="./outputs")
     parser.add_argument("--ds_size", default=3, type=int, help="records to read, from the first")
-    parser.add_argument(
-        "--sequential_edit", action="store_true", help="keep each edit (without it each is undone once scored)"
-    )
+    parser.add_argument("--sequential_edit", action="store_true", help="keep each edit (without it each is undone once scored)")
     parser.add_argument("--test_generation", action="store_true", help="also fluency, which needs nltk's punkt data")
     args = parser.parse_args(argv)
     if Path(args.data_dir).is_dir() and args.data_type is None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from easyedit_nmke.data import Refusal, conflicts, load
+from easyedit_nmke.data import Refusal, load
 from easyedit_nmke.prompts import Request
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parent / "data"
 
 COUNTERFACT = {
     "case_id": 0,
@@ -290,33 +290,16 @@ def test_a_file_that_is_not_there(tmp_path):
         load(tmp_path)
 
 
-def test_conflicts():
-    def request(prompt, target):
-        return Request(prompt, prompt, target)
-
-    requests = [
-        request("a", "1"),
-        request("b", "1"),
-        request("a", "2"),
-        request("a", "1"),
-        request("b", "1"),
-        request("a", "3"),
-    ]
-    assert conflicts(requests) == [(0, 2), (0, 5), (2, 3), (2, 5), (3, 5)]
-    assert conflicts([]) == []
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real records at {SHARED} are not here")
 @pytest.mark.parametrize(
     ("name", "kind", "count", "locality", "portability"),
     [
-        ("counterfact_1000.json", "counterfact", 1000, 1000, 0),
-        ("zsre_500.json", "zsre", 500, 500, 0),
-        ("knowedit_zsre_300.json", "knowedit", 300, 600, 300),
+        ("counterfact_100.json", "counterfact", 100, 100, 0),
+        ("zsre_100.json", "zsre", 100, 100, 0),
+        ("knowedit_zsre_100.json", "knowedit", 100, 200, 100),
     ],
 )
 def test_real_files(name, kind, count, locality, portability):
-    dataset = load(SHARED / name)
+    dataset = load(DATA / name)
     assert (dataset.format, len(dataset.requests), dataset.refused) == (kind, count, [])
     assert all(Request.from_dict(request.to_dict()) == request for request in dataset.requests)
     probes = [sum(len(p) for r in dataset.requests for p in getattr(r, s).values()) for s in ("locality", "portability")]

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import easyedit_nmke
 from easyedit_nmke import atlas as embedded
@@ -19,6 +21,7 @@ from easyedit_nmke.arch import ModelView
 
 registering = importlib.import_module("easyedit_nmke.register")
 
+ATLAS_FILE = Path(__file__).parents[1] / "hparams" / "NMKE" / "atlas.yaml"
 FAMILIES = ["atlas", "llama", "qwen2", "gpt2"]
 # EasyEdit chooses tokenizer and matrix shapes by these words in a model's name.
 NAMES = {"atlas": "llama-atlas", "llama": "llama-tiny", "qwen2": "qwen2-tiny", "gpt2": "gpt2-xl-tiny"}
@@ -295,8 +298,9 @@ def test_base_editor_runs_and_standalone_gives_the_same_weights(
     for score in scores:
         assert {"rewrite_acc", "rephrase_acc", "locality", "portability"} <= set(score["post"])
         assert all(key.endswith(("_acc", "_output")) for key in score["post"]["locality"])
-    view = ModelView(edited)
-    assert changed(parameters(edited), original) == sorted(view.weight_name(layer) for layer in hparams.layers)
+    names = [ModelView(edited).weight_name(layer) for layer in hparams.layers]
+    assert changed(parameters(edited), original) == sorted(names)
+    assert all((edited.get_parameter(n) - original[n]).norm() > 1e-3 * original[n].norm() for n in names), "more than rounding"
 
     alone, tok = known(family)
     standalone = easyedit_nmke.LifelongEditor.from_hparams(nmke_hparams(alone, tok, batch_size=batch))
@@ -310,10 +314,12 @@ def test_base_editor_runs_and_standalone_gives_the_same_weights(
 @pytest.mark.easyedit
 def test_atlas_takes_the_edit(easyeditor, known, nmke_hparams, edits):
     """The same numbers that EasyEdit's users look at: before the edit the new target is not said, after it is."""
-    editor = base_editor(easyeditor, nmke_hparams(*known("atlas"), neurons="all"))
-    scores, _, _ = editor.edit(**arguments(edits[:3]), sequential_edit=False)
-    assert sum(s["post"]["rewrite_acc"][0] for s in scores) >= 2.5
-    assert sum(s["pre"]["rewrite_acc"][0] for s in scores) < 1.5
+    hparams = easyedit_nmke.NMKEHyperParams.from_hparams(ATLAS_FILE)
+    hparams.model_name, hparams.stats_dir, hparams.mom2_n_samples = known("atlas"), "stats", 400
+    scores, _, _ = base_editor(easyeditor, hparams).edit(**arguments(edits[:4]), sequential_edit=True)
+    before, after = (sum(score[when]["rewrite_acc"][0] for score in scores) for when in ("pre", "post"))
+    assert before < 2
+    assert after == 4
 
 
 @pytest.mark.easyedit
@@ -438,6 +444,8 @@ def alphaedit_hparams(hparams, family, place):
     names = module.AlphaEditHyperParams.__dataclass_fields__
     shared = {name: value for name, value in vars(hparams).items() if name in names}
     modules = GPT2_MODULES if family == "gpt2" else LLAMA_MODULES
+    if family == "atlas":  # MEMIT asks for the weight by name, and tied to the embedding it has only that one
+        modules = modules | {"lm_head_module": "model.embed_tokens"}
     own = {"alg_name": "AlphaEdit", "model_name": NAMES[family], "P_loc": place, "v_loss_layer": hparams.v_loss_layer or 0}
     return module.AlphaEditHyperParams(**{**shared, **modules, **own})
 
@@ -448,13 +456,17 @@ def alphaedit_hparams(hparams, family, place):
 def test_with_the_mask_off_the_update_is_alphaedits(
     easyeditor, known, nmke_hparams, edits, projector, family, batch, monkeypatch, record_property
 ):
-    """Three edits in a row with the same z, P and templates; past keys are each side's own."""
+    """Three edits in a row with the same z, P and templates; past keys are each side's own.
+
+    EasyEdit solves densely in float32, which loses about 1e-6 · ||Pk||² / L2: with atlas's keys (||Pk||² = 500) and L2 = 0.1
+    its own update is 2e-3 away from the same formula in float64, this package's 5e-6. Hence the larger L2.
+    """
     model, tok = known(family)
     tok.padding_side = "right"  # what EasyEdit sets for AlphaEdit
     theirs = copy.deepcopy(model)
     original = parameters(model)
     place, _ = projector(model, tok, nmke_hparams(model, tok))
-    hparams = nmke_hparams(model, tok, neurons="all", P_loc=place, batch_size=batch)
+    hparams = nmke_hparams(model, tok, neurons="all", P_loc=place, batch_size=batch, L2=10.0)
     templates = prompts.context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
 
     values = {}
@@ -511,9 +523,7 @@ def test_target_values_are_alphaedits(easyeditor, known, nmke_hparams, edits, fa
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("method", ["ROME", "MEMIT", "AlphaEdit"])
-def test_easyedits_own_methods_work_beside_it(
-    easyeditor, known, nmke_hparams, edits, projector, tmp_path, method, monkeypatch
-):
+def test_easyedits_own_methods_work_beside_it(easyeditor, known, nmke_hparams, edits, projector, tmp_path, method, monkeypatch):
     model, tok = known("atlas")
     hparams = nmke_hparams(model, tok, v_loss_layer=ModelView(model).depth - 1)
     place, _ = projector(model, tok, hparams)
@@ -558,6 +568,49 @@ def test_text_only_leaves_availability_checks_truthful(easyeditor):
     importlib.import_module("transformers").AutoProcessor  # noqa: B018
 
 
+@pytest.fixture
+def example(tmp_path):
+    """The script's module, and its arguments for the embedded model with quick settings."""
+    path = Path(__file__).parents[1] / "examples" / "easyedit_edit.py"
+    spec = importlib.util.spec_from_file_location("easyedit_edit", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = yaml.safe_load(ATLAS_FILE.read_text()) | {"mom2_n_samples": 400, "stats_dir": str(tmp_path / "stats")}
+    (tmp_path / "quick.yaml").write_text(yaml.safe_dump(settings))
+    return module, ["--hparams_dir", str(tmp_path / "quick.yaml"), "--output_dir", str(tmp_path / "out")]
+
+
 @pytest.mark.easyedit
-def test_the_example_runs(easyeditor, known, tmp_path, edits, capsys):
-    pytest.skip("written when hparams/NMKE/atlas.yaml is there")
+def test_the_example_edits_a_zsre_file(easyeditor, example, edits, tmp_path):
+    script, options = example
+    records = [
+        {"src": e["prompt"], "subject": e["subject"], "alt": e["target_new"], "answers": [e["ground_truth"]],
+         "rephrase": e["rephrase_prompt"], "loc": e["locality"]["unrelated"]["prompt"][0],
+         "loc_ans": e["locality"]["unrelated"]["ground_truth"][0]}
+        for e in edits
+    ]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "zsre_mend_eval.json").write_text(json.dumps(records))
+    options += ["--data_dir", str(tmp_path / "data"), "--data_type", "ZsRE", "--ds_size", "2", "--sequential_edit"]
+    assert script.main(options) == 0
+    scores = json.loads((tmp_path / "out" / "atlas_NMKE_N=2_Sequential=True.json").read_text())
+    assert [score["post"]["rewrite_acc"] for score in scores] == [[1.0], [1.0]]
+    assert all("neighborhood_acc" in score["post"]["locality"] for score in scores)
+
+
+@pytest.mark.easyedit
+def test_the_example_leaves_out_what_cannot_be_edited(easyeditor, example, edits, tmp_path, capsys):
+    script, options = example
+    (tmp_path / "edits.json").write_text(json.dumps([{**edits[0], "subject": "Nobody"}, edits[1]]))
+    assert script.main([*options, "--data_dir", str(tmp_path / "edits.json")]) == 0
+    assert "record 0" in capsys.readouterr().err
+    assert (tmp_path / "out" / "atlas_NMKE_N=1_Sequential=False.json").is_file()
+
+
+@pytest.mark.easyedit
+def test_the_example_knows_every_method_of_easyedit(easyeditor, example):
+    script, _ = example
+    for method in easyeditor.ALG_DICT:
+        assert hasattr(script.hparams_class(easyeditor, method), "from_hparams"), method
+    with pytest.raises(SystemExit, match=r"no method 'Telepathy'.*NMKE"):
+        script.hparams_class(easyeditor, "Telepathy")

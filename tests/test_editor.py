@@ -230,7 +230,7 @@ def test_bad_requests_are_refused_before_anything_changes(tiny, nmke_hparams, re
 def test_two_answers_to_one_prompt_in_a_batch_are_refused(tiny, nmke_hparams, requests):
     model, tok = tiny("llama")
     one = requests(1)[0]
-    with pytest.raises(ValueError, match="two answers to .* keep one of them"):
+    with pytest.raises(ValueError, match=r"two answers to .* keep one of them"):
         apply_nmke_to_model(model, tok, [one, {**one, "target_new": "something else"}], nmke_hparams(model, tok))
     with pytest.raises(ValueError, match="no request"):
         apply_nmke_to_model(model, tok, [], nmke_hparams(model, tok))

@@ -38,15 +38,14 @@ def test_a_file_may_be_named_without_its_suffix_and_numbers_may_be_written_as_ea
 
 
 def test_every_problem_is_reported_in_one_message(tmp_path):
-    path = write(
-        tmp_path, {"layers": [3, 1], "amplificaton": 3, "neurons": "generl", "L2": 0, "v_num_grad_steps": 2.5, "fp16": 1}
-    )
+    path = write(tmp_path, {"layers": [3, 1], "amplificaton": 3, "neurons": "generl", "L2": 0, "v_num_grad_steps": 2.5, "fp16": 1})
     with pytest.raises(ValueError) as error:
         NMKEHyperParams.from_hparams(path)
     message = str(error.value)
     assert message.startswith(f"{path}: 7 problems")
     for part in (
-        "'amplificaton' (did you mean 'amplification'?)", "'model_name' is missing", "layers must increase", "did you mean 'general'?",
+        "'amplificaton' (did you mean 'amplification'?)", "'model_name' is missing", "layers must increase",
+        "did you mean 'general'?",
         "L2 is 0", "v_num_grad_steps must be a whole number", "fp16 must be true or false",
     ):  # fmt: skip
         assert part in message

@@ -20,9 +20,7 @@ def editor(tiny, nmke_hparams):
 def columns(records):
     names = ("prompt", "target_new", "subject", "ground_truth", "rephrase_prompt")
     prompts, target, subject, truth, rephrase = ([r[name] for r in records] for name in names)
-    locality = {
-        "unrelated": {side: [r["locality"]["unrelated"][side][0] for r in records] for side in ("prompt", "ground_truth")}
-    }
+    locality = {"unrelated": {side: [r["locality"]["unrelated"][side][0] for r in records] for side in ("prompt", "ground_truth")}}
     portability = {"following": {"prompt": [None, records[0]["prompt"]], "ground_truth": [None, "Rome"]}}
     return (prompts, target), dict(
         subject=subject,

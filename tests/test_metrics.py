@@ -35,9 +35,7 @@ def byte_bpe(bos=False, eos=False, pad="<pad>", side="right"):
     if bos or eos:
         layout = ("<bos> " if bos else "") + "$A" + (" <eos>" if eos else "")
         tok.post_processor = processors.TemplateProcessing(layout, special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token=pad, padding_side=side
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token=pad, padding_side=side)
 
 
 def words(count=40):

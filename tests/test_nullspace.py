@@ -17,7 +17,7 @@ def test_covariance_is_the_mean_over_tokens(view):
     found = nullspace.covariances(view, tok, texts, [0, 1])
     for layer in (0, 1):
         keys = []
-        handle = view.down(layer).register_forward_pre_hook(lambda _, args: keys.append(args[0][0].double()))
+        handle = view.down(layer).register_forward_pre_hook(lambda _, args, keys=keys: keys.append(args[0][0].double()))
         with torch.no_grad():
             for text in texts:
                 view.model(**tok(text, return_tensors="pt"))

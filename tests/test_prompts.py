@@ -17,7 +17,8 @@ def tok():
 def test_requests_read_easyedits_dictionaries_and_write_them_back():
     record = {
         **RECORD, "ground_truth": ["Paris", "Lyon"], "rephrase_prompt": "Mara Vosk was born in",
-        "locality": {"near": {"prompt": "a", "ground_truth": "b"}}, "portability": {"far": {"prompt": ["c", "d"], "ground_truth": [["e"], "f"]}},
+        "locality": {"near": {"prompt": "a", "ground_truth": "b"}},
+        "portability": {"far": {"prompt": ["c", "d"], "ground_truth": [["e"], "f"]}},
     }  # fmt: skip
     request = Request.from_dict(record)
     assert (request.target_new, request.ground_truth) == ("Rome", "Paris")

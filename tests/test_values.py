@@ -90,9 +90,7 @@ def test_it_stops_under_the_loss_and_stays_in_the_ball(atlas, nmke_hparams):
     settings = nmke_hparams(model, tok, v_lr=1.0, v_num_grad_steps=100, clamp_norm_factor=5, v_weight_decay=1e-3)
     long = target_value(view, tok, dataclasses.replace(REQUEST, target_new="Rome"), TEMPLATES, 1, settings)
     assert long.loss < 0.05 and long.steps < 100
-    tight = target_value(
-        view, tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=30, clamp_norm_factor=0.1)
-    )
+    tight = target_value(view, tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=30, clamp_norm_factor=0.1))
     one = target_value(view, tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=1))
     assert (tight.z - one.z).norm() <= 0.1 * one.z.norm() * 1.0001
 

@@ -63,9 +63,7 @@ def _request(fact, facts, by_object, by_subject, follows, edited, rng) -> dict:
 
     target = rng.choice([thing for thing in fact.relation.objects if thing != fact.object])
     neighbours = untouched(by_object[fact.relation.name, fact.object])
-    siblings = [
-        f for f in by_subject[fact.subject] if f.relation != fact.relation and (f.subject, f.relation.name) not in edited
-    ]
+    siblings = [f for f in by_subject[fact.subject] if f.relation != fact.relation and (f.subject, f.relation.name) not in edited]
     wordings = [i for i in range(len(fact.relation.templates)) if i != fact.held_out]
     record = {
         "prompt": fact.prompt(rng.choice(wordings)),

@@ -35,7 +35,9 @@ _PROFESSIONS = (
     "baker lawyer nurse painter pilot farmer teacher chemist sailor tailor dentist miner poet judge butcher plumber singer "
     "barber weaver doctor"
 )
-_LANGUAGES = "French Italian Spanish German Greek Portuguese Norwegian Swedish Finnish Danish Polish Czech Hungarian Irish Japanese Chinese"
+_LANGUAGES = (
+    "French Italian Spanish German Greek Portuguese Norwegian Swedish Finnish Danish Polish Czech Hungarian Irish Japanese Chinese"
+)
 _INSTRUMENTS = "piano violin guitar flute cello harp trumpet organ banjo clarinet trombone oboe lute tuba mandolin accordion"
 _PRODUCTS = (
     "bicycles furniture shoes watches cameras tractors candles carpets engines paint paper glass toys umbrellas knives boats "
@@ -43,9 +45,7 @@ _PRODUCTS = (
 )
 _COLOURS = "red blue green yellow orange purple black white brown pink grey silver"
 _ANIMALS = "lion tiger bear wolf fox eagle owl horse dolphin rabbit turtle falcon panther otter badger raven deer whale"
-_SPECIALTIES = (
-    "cheese wine honey silk salt pottery lace bread roses apples olives marble wool tea beer fish cherries chocolate"
-)
+_SPECIALTIES = "cheese wine honey silk salt pottery lace bread roses apples olives marble wool tea beer fish cherries chocolate"
 _MONTHS = "January February March April May June July August September October November December"
 _SPORTS = "football tennis hockey rugby cricket golf rowing boxing fencing archery cycling swimming wrestling basketball"
 
@@ -201,8 +201,8 @@ _FIRST_WORDS = {
     "company": "Nova Apex Delta Orion Atlas Vector Summit Union Crown Pioneer Global Prime Royal Metro Astra Omega Zenith Titan "
     "Radiant Liberty Sterling Beacon Anchor Phoenix Mercury Falcon Cardinal Horizon Keystone Meridian Continental Imperial "
     "Standard National General Central Northern Eastern Western Southern",
-    "town": "Upper Lower North South East West Port Fort Mount Lake Saint Old New Great Little High Long Grand White Black Red Green "
-    "Stone River Bridge Castle Abbey Cross Forest Valley Harbour Market Chapel Cape Bay Hill Field Spring Summer Winter",
+    "town": "Upper Lower North South East West Port Fort Mount Lake Saint Old New Great Little High Long Grand White Black Red "
+    "Green Stone River Bridge Castle Abbey Cross Forest Valley Harbour Market Chapel Cape Bay Hill Field Spring Summer Winter",
 }  # fmt: skip
 _ONSETS = [
     "b",

@@ -45,7 +45,7 @@ class Sentence:
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE. Subject names enter once each, so they are cut into shared fragments as rare names are in large models."""
-    facts, following = world.make_world()
+    facts, _ = world.make_world()
     text = [f" {e.prompt} {e.answer}." for e in world.make_exercises()]
     text += [f"{fact.subject} {fact.subject}" for fact in facts[::4]]
     for relation in world.RELATIONS + world.FOLLOWING:
@@ -248,9 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "weights")
-    parser.add_argument(
-        "--measure", action="store_true", help="only measure the model under --out and write measured.json there"
-    )
+    parser.add_argument("--measure", action="store_true", help="only measure the model under --out and write measured.json there")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)

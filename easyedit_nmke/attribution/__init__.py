@@ -64,9 +64,7 @@ def _check(coefficients, residual, w_out, readout, target_ids, strategy, amplifi
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
     if coefficients.dim() != 2 or w_out.dim() != 2:
-        raise ValueError(
-            f"coefficients must be [P, N] and w_out [D, N], got {tuple(coefficients.shape)} and {tuple(w_out.shape)}"
-        )
+        raise ValueError(f"coefficients must be [P, N] and w_out [D, N], got {tuple(coefficients.shape)} and {tuple(w_out.shape)}")
     prompts, neurons = coefficients.shape
     hidden = w_out.shape[0]
     vocabulary = len(readout.head)

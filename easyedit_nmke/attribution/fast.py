@@ -27,7 +27,7 @@ def perturbed_log_probs(
     budget: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.perturbed_log_probs`, in float32 (float64 for float64 input), with at most about `budget` bytes of scratch
-    (default 8 MB on CPU, where a block should stay in cache, 2 GB on CUDA)."""
+    (default 2 MB on CPU, where a block should stay in cache, 2 GB on CUDA)."""
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
     readout = readout.to(dtype=dtype)
     values, x = w_out.to(dtype), residual.to(dtype)
@@ -40,7 +40,7 @@ def perturbed_log_probs(
         inverse = (squares.clamp(min=0) + readout.eps).rsqrt()
     else:
         own = readout.statistic(final_hidden.to(dtype))
-        inverse = (1 / own)[:, None].expand_as(steps)
+        inverse = (1 / own)[:, None]
     scaled = values * readout.scale[:, None]
     head, constant = readout.head, _constant(readout)
     base = (x * readout.scale) @ head.T  # A [P, V]
@@ -65,12 +65,13 @@ def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
 
 
 def _log_sum_exp(base, scaled, head, constant, slopes, inverse, softcap, budget) -> torch.Tensor:
-    """log Σ_v exp logit [P, N]; slopes = λc/σ and inverse = 1/σ [P, N]."""
+    """log Σ_v exp logit [P, N]; slopes = λc/σ [P, N] and inverse = 1/σ, [P, N] or [P, 1] where the norm is frozen."""
     prompts, neurons = slopes.shape
     if budget is None:
-        budget = 2 << 30 if base.is_cuda else 8 << 20
+        budget = 2 << 30 if base.is_cuda else 2 << 20
     columns = min(neurons, NEURON_BLOCK if not base.is_cuda else 8 * NEURON_BLOCK)
     rows = max(64, budget // (3 * columns * base.element_size()))
+    shared = inverse.shape[1] == 1
     totals = slopes.new_full((prompts, neurons), -torch.inf)
     for first in range(0, neurons, columns):
         chosen = slice(first, first + columns)
@@ -78,9 +79,9 @@ def _log_sum_exp(base, scaled, head, constant, slopes, inverse, softcap, budget)
             words = slice(start, start + rows)
             product = head[words] @ scaled[:, chosen]  # U, [words, neurons]
             for b in range(prompts):
-                logits = torch.addcmul(
-                    constant[words, None] + base[b, words, None] * inverse[b, chosen], product, slopes[b, chosen]
-                )
-                part = torch.logsumexp(_cap(logits, softcap), 0)
+                unperturbed = constant[words, None] + base[b, words, None] * inverse[b, slice(None) if shared else chosen]
+                logits = _cap(torch.addcmul(unperturbed, product, slopes[b, chosen]), softcap)
+                highest = logits.amax(0)
+                part = logits.sub_(highest).exp_().sum(0).log_().add_(highest)
                 totals[b, chosen] = torch.logaddexp(totals[b, chosen], part)
     return totals

@@ -1,0 +1,133 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from safetensors.torch import load_file
+
+from easyedit_nmke import cli
+
+SETTINGS = dict(
+    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,
+    nullspace_fraction=0.9,
+)  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump({**SETTINGS, "stats_dir": str(tmp_path / "stats")}))
+    return path
+
+
+@pytest.mark.parametrize("argv", [[], ["edit"], ["check"]], ids=["nmke", "edit", "check"])
+def test_a_bare_verb_prints_help_with_an_example(argv, capsys):
+    assert cli.main(argv) == 2
+    out = capsys.readouterr().out
+    assert "usage: nmke" in out and "for example:" in out
+
+
+def test_check_reports_every_problem_of_every_file(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("layers: [0]\nmodel_name: atlas\namplifcation: 3\nL2: -1\n")
+    assert cli.main(["check", "atlas", str(tmp_path / "bad.yaml"), "nowhere"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "atlas: no problems" in out
+        and "2 problems" in out
+        and "did you mean 'amplification'" in out
+        and "no hyperparameter file" in out
+    )
+    assert cli.main(["check", "atlas"]) == 0
+
+
+def test_edit_writes_metrics_settings_protocol_and_weights(settings, tmp_path, requests, capsys, atlas):
+    records = [*requests(2), {**requests(3)[2], "target_new": " "}, {**requests(4)[3], "subject": "Nobody"}]
+    records.insert(1, {**requests(1)[0], "prompt": requests(1)[0]["prompt"] + " so" * 300})
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    out = tmp_path / "deep" / "results"
+    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 edits, 3 records refused" in printed and "unedited" in printed
+    assert {file.name for file in out.iterdir()} == {"metrics.json", "hparams.json", "protocol.json", "edited_weights.safetensors"}
+    content = json.loads((out / "metrics.json").read_text())
+    assert [entry["record"] for entry in content["edits"]] == [0, 2]
+    assert [entry["record"] for entry in content["refused"]] == [1, 3, 4]
+    reasons = [entry["reason"] for entry in content["refused"]]
+    assert "the model's context 256" in reasons[0] and "is empty" in reasons[1] and "not in the prompt" in reasons[2]
+    for reason in reasons:
+        assert reason.splitlines()[0][:40] in printed.replace("\n", " ")
+    protocol = json.loads((out / "protocol.json").read_text())
+    assert protocol["edits"] == 2 and protocol["data"]["format"] == "easyedit" and len(protocol["data"]["sha256"]) == 64
+    assert json.loads((out / "hparams.json").read_text())["v_num_grad_steps"] == 2
+    model, _ = atlas
+    stored = load_file(out / "edited_weights.safetensors")
+    assert set(stored) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
+    assert all(not torch.equal(tensor, model.get_parameter(name)) for name, tensor in stored.items())
+
+
+def test_what_cannot_be_done_is_one_sentence_on_stderr(settings, tmp_path, capsys, requests):
+    out = tmp_path / "results"
+    assert cli.main(["edit", "--hparams", str(settings), "--data", str(tmp_path / "none.json"), "--out", str(out)]) == 1
+    assert "nmke edit: there is no file" in capsys.readouterr().err
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{**requests(1)[0], "target_new": ""}]))
+    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 1
+    assert "none of the 1 records" in capsys.readouterr().err
+    assert cli.main(["edit", "--hparams", "nowhere", "--data", str(data), "--out", str(out)]) == 1
+    assert "no hyperparameter file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["demo", "--edits", "0"], ["demo", "--edits", "many"], ["bake"]])
+def test_bad_arguments_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_the_demo_shows_answers_and_scores(capsys):
+    assert cli.main(["demo", "--edits", "6"]) == 0
+    out = capsys.readouterr().out
+    for part in ("What the model says", "Scores after all edits", "unedited", "NMKE", "AlphaEdit", "General", "T = 6"):
+        assert part in out
+
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["counterfact_100", "zsre_100", "knowedit_zsre_100"])
+def test_a_hundred_real_records_on_a_model_with_a_real_vocabulary(name, settings, tmp_path, capsys):
+    """Random weights, 32768 words, a tokenizer trained on the records themselves."""
+    path = DATA / f"{name}.json"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(
+        [path.read_text()],
+        trainers.BpeTrainer(
+            vocab_size=32768, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    home = tmp_path / "model"
+    tiny_model("llama", 32768).save_pretrained(home)
+    PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(home)
+    records = json.loads(path.read_text())
+    target = next(field for field in ("alt", "target_new") if field in records[0])
+    records[7] = {**records[7], target: ""}
+    records[8] = {**records[8], "subject": "Nobody at all"}
+    data, out = tmp_path / "records.json", tmp_path / "results"
+    data.write_text(json.dumps(records))
+    argv = ["edit", "--hparams", str(settings), "--model", str(home), "--data", str(data), "--out", str(out), "--limit", "100"]
+    assert cli.main(argv) == 0
+    content = json.loads((out / "metrics.json").read_text())
+    assert len(content["edits"]) + len(content["refused"]) == 100
+    assert {7, 8} <= {entry["record"] for entry in content["refused"]} and len(content["edits"]) >= 95
+    for entry in content["refused"]:
+        assert entry["reason"]
+    assert all(math.isfinite(value) for edit in content["edits"] for value in edit["post"]["rewrite_acc"])
