@@ -200,17 +200,17 @@ def _edit(args, console: Console) -> int:
     dataset = data.load(args.data, args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
     editor = lifelong.LifelongEditor.from_hparams(settings)
+    view = ModelView(editor.model)
     accepted, refused = [], [{"record": refusal.index, "reason": refusal.reason} for refusal in dataset.refused]
     for index, request in zip(dataset.indices, dataset.requests, strict=True):
         try:
-            check_requests(ModelView(editor.model), editor.tok, [request])
+            check_requests(view, editor.tok, [request], editor.state.flat_templates)
             accepted.append((index, request))
         except ValueError as error:
             refused.append({"record": index, "reason": str(error)})
     if not accepted:
         raise ValueError(f"none of the {len(refused)} records of {args.data} can be edited; the first: {refused[0]['reason']}")
     stamp = lifelong.protocol(editor, {"file": args.data.name, "sha256": dataset.sha256, "format": dataset.format})
-    editor.state  # noqa: B018  as in the demo
     with tqdm(total=len(accepted), desc="editing", unit="edit") as bar:
         outcome = lifelong.run(editor, [r for _, r in accepted], on_edit=lambda done: bar.update(done - bar.n))
     scores = outcome.summary()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,10 @@ from .hparams import NMKEHyperParams
 from .keys import attribution_inputs, key_and_value, keys_of
 from .masks import NeuronMask, neuron_mask
 from .nullspace import row_spaces
-from .prompts import Request, context_templates, encode, position_before, target_tokens
+from .prompts import Request, context_templates, encode, target_tokens
 from .solver import NullSpaceSolver
 from .state import EditReport, LifelongState
-from .values import KL_PROMPT, target_value
+from .values import target_value
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +65,7 @@ def apply_nmke_to_model(
             state = _carried_state(view, tok, hparams)
         elif state.settings != _settings(hparams):
             raise ValueError(_different_state(state, hparams))
+        check_requests(view, tok, requests, state.flat_templates)
         weights = {layer: view.weight(layer) for layer in hparams.layers}
         state.follow(weights)
         keys, report = _edit(view, tok, requests, hparams, state)
@@ -89,7 +89,7 @@ def open_state(model, tok, hparams: NMKEHyperParams, progress: bool = True) -> L
 def _edit(view: ModelView, tok, requests, hparams, state: LifelongState) -> tuple[dict[int, torch.Tensor], EditReport]:
     """Compute and write the update layer by layer; returns the keys of the edited model and what was done."""
     report, z_layer = EditReport(len(requests)), hparams.layers[-1]
-    flat = list(itertools.chain.from_iterable(state.templates))
+    flat = state.flat_templates
     with _phase(report, "values"):
         values = [target_value(view, tok, request, flat, z_layer, hparams) for request in requests]
         report.value_loss = [value.loss for value in values]
@@ -157,8 +157,8 @@ def check_model(view: ModelView, hparams: NMKEHyperParams) -> None:
             raise ValueError(f"{view.weight_name(layer)} holds NaN or infinite values; load a sound copy of the model")
 
 
-def check_requests(view: ModelView, tok, requests: Sequence[Request]) -> None:
-    """ValueError for a batch that cannot be edited: empty, contradictory, or longer than the model's context."""
+def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
+    """ValueError for a batch that cannot be edited: empty, contradictory, or longer in some template than the model's context."""
     if not requests:
         raise ValueError("there is no request to edit")
     targets: dict[str, str] = {}
@@ -168,15 +168,14 @@ def check_requests(view: ModelView, tok, requests: Sequence[Request]) -> None:
             raise ValueError(
                 f"one batch asks for two answers to {request.prompt!r}: {other!r} and {request.target_new!r}; keep one of them"
             )
-        full = encode(tok, f"{request.prompt} {request.target_new}")
-        if view.context_length and len(full) > view.context_length:
+        longest = max(len(encode(tok, f"{request.fill(template)[0]} {request.target_new}")) for template in templates)
+        if view.context_length and longest > view.context_length:
             raise ValueError(
-                f"the prompt {request.prompt[:60]!r}... with its target is {len(full)} tokens, "
+                f"the prompt {request.prompt[:60]!r}... with its target and context is {longest} tokens, "
                 f"the model's context {view.context_length}"
             )
         if not target_tokens(tok, request.prompt, request.target_new):
             raise ValueError(f"the target {request.target_new!r} of {request.prompt!r} has no tokens of its own")
-        position_before(tok, KL_PROMPT.format(request.subject), len(request.subject))
 
 
 def _settings(hparams: NMKEHyperParams) -> dict:

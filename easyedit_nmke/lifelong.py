@@ -119,7 +119,7 @@ class LifelongEditor:
             )
         checked = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
         for batch in _chunks(checked, self.hparams.batch_size):
-            check_requests(ModelView(self.model), self.tok, batch)
+            check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates)
         return self._edit(checked, sequential_edit, verbose)
 
     def batch_edit(self, prompts, target_new, *args, sequential_edit: bool = False, **kwargs):

@@ -61,6 +61,11 @@ class LifelongState:
         """Calls whose update is in the weights."""
         return len(self.reports)
 
+    @property
+    def flat_templates(self) -> list[str]:
+        """All context templates, the bare prompt first."""
+        return [template for group in self.templates for template in group]
+
     def follow(self, weights: Mapping[int, torch.Tensor]) -> None:
         """Take note of what happened to `weights` (layer -> parameter) since the last call.
 

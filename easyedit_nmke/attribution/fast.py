@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 NEURON_BLOCK = 512
+VOCABULARY_BLOCK = 8192
 
 
 def perturbed_log_probs(
@@ -29,8 +30,7 @@ def perturbed_log_probs(
     """As `reference.perturbed_log_probs`, in float32 (float64 for float64 input), with at most about `budget` bytes of scratch
     (default 2 MB on CPU, where a block should stay in cache, 2 GB on CUDA)."""
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
-    readout = readout.to(dtype=dtype)
-    values, x = w_out.to(dtype), residual.to(dtype)
+    values, x, scale = w_out.to(dtype), residual.to(dtype), readout.scale.to(dtype)
     if readout.norm == "layer":
         values, x = values - values.mean(0), x - x.mean(1, keepdim=True)
     steps = amplification * coefficients.to(dtype)  # λc [P, N]
@@ -41,23 +41,27 @@ def perturbed_log_probs(
     else:
         own = readout.statistic(final_hidden.to(dtype))
         inverse = (1 / own)[:, None]
-    scaled = values * readout.scale[:, None]
-    head, constant = readout.head, _constant(readout)
-    base = (x * readout.scale) @ head.T  # A [P, V]
+    scaled, head, constant = values * scale[:, None], readout.head, _constant(readout, dtype)
+    base = _words(x * scale, head)  # A [P, V]
     totals = _log_sum_exp(base, scaled, head, constant, steps * inverse, inverse, readout.softcap, budget)
     rows = torch.arange(len(x), device=x.device)
-    target = (base[rows, target_ids][:, None] + steps * (head[target_ids] @ scaled)) * inverse
+    target = (base[rows, target_ids][:, None] + steps * (head[target_ids].to(dtype) @ scaled)) * inverse
     after = _cap(target + constant[target_ids][:, None], readout.softcap) - totals
     unperturbed = _cap(base / own[:, None] + constant, readout.softcap)
     return after, torch.log_softmax(unperturbed, 1)[rows, target_ids]
 
 
-def _constant(readout) -> torch.Tensor:
+def _words(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """states [P, D] · headᵀ in the states' dtype, [P, V]; a half-precision head is widened block by block, never as a whole."""
+    return torch.cat([states @ block.to(states.dtype).T for block in head.split(VOCABULARY_BLOCK)], 1)
+
+
+def _constant(readout, dtype: torch.dtype) -> torch.Tensor:
     """The part of the logits that no state changes: head·shift + bias, [V]."""
-    constant = readout.head.new_zeros(len(readout.head))
+    constant = readout.head.new_zeros(len(readout.head), dtype=dtype)
     if readout.shift is not None:
-        constant = constant + readout.head @ readout.shift
-    return constant if readout.head_bias is None else constant + readout.head_bias
+        constant = constant + _words(readout.shift.to(dtype)[None], readout.head)[0]
+    return constant if readout.head_bias is None else constant + readout.head_bias.to(dtype)
 
 
 def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -77,7 +81,7 @@ def _log_sum_exp(base, scaled, head, constant, slopes, inverse, softcap, budget)
         chosen = slice(first, first + columns)
         for start in range(0, len(head), rows):
             words = slice(start, start + rows)
-            product = head[words] @ scaled[:, chosen]  # U, [words, neurons]
+            product = head[words].to(scaled.dtype) @ scaled[:, chosen]  # U, [words, neurons]
             for b in range(prompts):
                 unperturbed = constant[words, None] + base[b, words, None] * inverse[b, slice(None) if shared else chosen]
                 logits = _cap(torch.addcmul(unperturbed, product, slopes[b, chosen]), softcap)
