@@ -179,7 +179,7 @@ def check_requests(view: ModelView, tok, requests: Sequence[Request], templates:
 
 
 def _settings(hparams: NMKEHyperParams) -> dict:
-    return {name: getattr(hparams, name) for name in _STATE_SETTINGS}
+    return {name: deepcopy(getattr(hparams, name)) for name in _STATE_SETTINGS}
 
 
 def _different_state(state: LifelongState, hparams: NMKEHyperParams) -> str:

@@ -54,6 +54,13 @@ RANGES = {
 }
 
 
+class ModelPair(tuple):
+    """A (model, tokenizer) tuple that EasyEdit's scorers can ask for the text of its name, as they do of a path."""
+
+    def lower(self) -> str:
+        return self[0].config.model_type
+
+
 @dataclass
 class NMKEHyperParams:
     """All settings of one edit. Names are EasyEdit's (hparams/AlphaEdit) where EasyEdit has them.
@@ -131,6 +138,12 @@ class NMKEHyperParams:
 
     def __post_init__(self):
         self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """EasyEdit's users assign attributes after loading; a (model, tokenizer) tuple is wrapped whenever it comes."""
+        if name == "model_name" and type(value) is tuple and len(value) == 2:
+            value = ModelPair(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> NMKEHyperParams:
