@@ -344,11 +344,11 @@ CLASSES = {
 
 
 def read(path_or_name: str | Path) -> HyperParams:
-    """Read a YAML file of any method, which its alg_name tells; or one that comes with the package, by "<method>/<name>" (or
-    "<name>", for NMKE). Raises what `HyperParams.from_hparams` does."""
+    """Read a YAML file of any method, which its alg_name tells (NMKE when it tells none); or one that comes with the package, by
+    "<method>/<name>" (or "<name>", for NMKE). Raises what `HyperParams.from_hparams` does."""
     path = _find(path_or_name, NMKEHyperParams.alg_name)
     content = _load(path)
-    method = content.get("alg_name")
+    method = content.get("alg_name", NMKEHyperParams.alg_name)
     if method not in CLASSES:
         raise ValueError(
             f"{path}: alg_name is {method!r}{_did_you_mean(str(method), CLASSES)}; known methods: {', '.join(CLASSES)}"
