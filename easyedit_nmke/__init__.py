@@ -11,10 +11,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "NMKEHyperParams": "hparams",
+    "AlphaEditHyperParams": "hparams",
+    "MEMITHyperParams": "hparams",
+    "ROMEHyperParams": "hparams",
+    "FTHyperParams": "hparams",
     "LifelongEditor": "lifelong",
     "LifelongState": "state",
     "apply_nmke_to_model": "editor",
-    "open_state": "editor",
+    "apply_to_model": "baselines",
+    "open_state": "baselines",
 }
 __all__ = [*_HOMES, "register"]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from .hparams import NMKEHyperParams
+from .hparams import NMKEHyperParams, read
 
 EXAMPLES = {
     "demo": "nmke demo --edits 50",
@@ -107,7 +107,7 @@ def _check(args, console: Console) -> int:
     bad = 0
     for name in args.files:
         try:
-            NMKEHyperParams.from_hparams(name)
+            read(name)
             console.print(f"{name}: no problems", highlight=False, soft_wrap=True)
         except (ValueError, FileNotFoundError) as error:
             bad += 1
@@ -193,10 +193,10 @@ def _mean(values) -> float:
 def _edit(args, console: Console) -> int:
     from . import data, lifelong, metrics
     from .arch import ModelView
-    from .editor import check_requests
+    from .edit import check_requests
 
     overrides = {name: value for name, value in (("model_name", args.model), ("device", args.device)) if value is not None}
-    settings = dataclasses.replace(NMKEHyperParams.from_hparams(args.hparams), **overrides)
+    settings = dataclasses.replace(read(args.hparams), **overrides)
     dataset = data.load(args.data, args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
     editor = lifelong.LifelongEditor.from_hparams(settings)
@@ -228,7 +228,7 @@ def _edit(args, console: Console) -> int:
     )
     table = _score_table(["s/edit"])
     table.add_row("unedited", *_cells(metrics.summary(outcome.before, outcome.before)), "-")
-    table.add_row("NMKE", *_cells(scores), f"{outcome.seconds / len(accepted):.2f}")
+    table.add_row(settings.alg_name, *_cells(scores), f"{outcome.seconds / len(accepted):.2f}")
     console.print(table)
     for entry in sorted(refused, key=lambda r: r["record"]):
         console.print(f"refused record {entry['record']}: {entry['reason']}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""Hyperparameters: one flat YAML file, one dataclass, every check. Imports no torch."""
+"""Hyperparameters: one flat YAML file, one dataclass per method, every check. Imports no torch.
+
+`read` picks the class by the file's alg_name. What methods share is inherited, fields and checks alike.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CHOICES = {
     "fact_token": ("subject_last",),
@@ -24,9 +30,10 @@ CHOICES = {
     "ratio": ("dynamic", "fixed"),
     "mask": ("binary", "soft"),
     "mask_ties": ("include", "exact"),
+    "objective_optimization": ("prompt_last", "target_new"),
 }
 
-# field -> (lowest, highest, is the lowest allowed). Anything not listed is free.
+# field -> (lowest, highest, is the lowest allowed). Anything not listed is free. A method's own fields only are looked at.
 RANGES = {
     "v_num_grad_steps": (1, math.inf, True),
     "v_lr": (0, math.inf, False),
@@ -51,7 +58,13 @@ RANGES = {
     "specific_scale": (0, 1, True),
     "specific_power": (0, math.inf, False),
     "template_length": (2, math.inf, True),
+    "mom2_update_weight": (0, math.inf, False),
+    "num_steps": (1, math.inf, True),
+    "lr": (0, math.inf, False),
+    "weight_decay": (0, math.inf, True),
+    "norm_constraint": (0, math.inf, False),
 }
+OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
 
 
 class ModelPair(tuple):
@@ -62,22 +75,132 @@ class ModelPair(tuple):
 
 
 @dataclass
-class NMKEHyperParams:
-    """All settings of one edit. Names are EasyEdit's (hparams/AlphaEdit) where EasyEdit has them.
+class HyperParams:
+    """What every method is told: which blocks of which model, where, and how many requests share one update.
 
-    Defaults are the published NMKE code's; `layers` and `model_name` have none. The section 'Hyperparameters' of the README
-    says which symbol of the paper each one is. Fields under "accepted for EasyEdit's files" change nothing here.
+    Names are EasyEdit's where EasyEdit has them; `layers` and `model_name` have no default. Fields under "accepted for
+    EasyEdit's files" change nothing here: the architecture table leaves nothing for them to decide.
     """
+
+    STATE: ClassVar[tuple[str, ...]] = ("alg_name", "layers")  # what a `LifelongState` of the method depends on
 
     layers: list[int]
     model_name: Any  # a path, a hub name, "atlas", or a (model, tokenizer) tuple
-    alg_name: str = "NMKE"
+    alg_name: str = ""
     device: Any = 0  # a CUDA index, or any torch device name
     model_parallel: bool = False
     fp16: bool = False
     batch_size: int = 1  # requests written by one update
     max_length: int = 40
     seed: int = 0  # of the context templates
+
+    # Accepted for EasyEdit's files
+    rewrite_module_tmp: str | None = None
+    layer_module_tmp: str | None = None
+    mlp_module_tmp: str | None = None
+    attn_module_tmp: str | None = None
+    ln_f_module: str | None = None
+    lm_head_module: str | None = None
+
+    def __post_init__(self):
+        self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """EasyEdit's users assign attributes after loading; a (model, tokenizer) tuple is wrapped whenever it comes."""
+        if name == "model_name" and type(value) is tuple and len(value) == 2:
+            value = ModelPair(value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> Self:
+        """Read a YAML file (the suffix may be left out, as in EasyEdit), or one that comes with the package, by its name.
+
+        Raises FileNotFoundError when there is none, ValueError with every problem of the file in one message.
+        """
+        path = _find(hparams_name_or_path, cls.alg_name)
+        return cls.from_dict(_load(path), source=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
+        """Build from a mapping; unknown and missing names and bad values are reported together."""
+        content = {name: _number(name, value) for name, value in content.items()}
+        names = {f.name for f in dataclasses.fields(cls)}
+        problems = [f"unknown name {name!r}{_did_you_mean(name, names)}" for name in content if name not in names]
+        problems += [f"{name!r} is missing" for name in ("layers", "model_name") if name not in content]
+        known = {name: value for name, value in content.items() if name in names}
+        draft = {"layers": [0], "model_name": "atlas", **known}
+        bare = cls.__new__(cls)
+        for f in dataclasses.fields(cls):
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            setattr(bare, f.name, draft.get(f.name, default))
+        problems += bare.problems()
+        if problems:
+            raise ValueError(_report(source, problems))
+        return cls(**known)
+
+    def problems(self) -> list[str]:
+        """Every reason why these values cannot be used, in words; empty when there is none."""
+        found = []
+        if self.alg_name != type(self).alg_name:
+            found.append(f"alg_name is {self.alg_name!r}, expected {type(self).alg_name!r}")
+        if not isinstance(self.model_name, (str, tuple)) or (isinstance(self.model_name, tuple) and len(self.model_name) != 2):
+            found.append(f"model_name must be a name, a path or a (model, tokenizer) tuple, got {type(self.model_name).__name__}")
+        layers = self.layers
+        if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(i) and i >= 0 for i in layers):
+            found.append(f"layers must be a list of block numbers (0 or more), got {layers!r}")
+        elif list(layers) != sorted(set(layers)):
+            found.append(f"layers must increase without repetition, got {layers!r}")
+        own = {f.name for f in dataclasses.fields(self)}
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name, None)
+            if name in own and value not in allowed:
+                hint = _did_you_mean(str(value), allowed)
+                found.append(f"{name} is {value!r}{hint}; expected one of {', '.join(map(repr, allowed))}")
+        found += [problem for name in RANGES if name in own for problem in self._out_of_range(name)]
+        for name in ("model_parallel", "fp16"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not _is_int(self.seed):
+            found.append(f"seed must be a whole number, got {self.seed!r}")
+        return found
+
+    def _out_of_range(self, name: str) -> list[str]:
+        value, (low, high, inclusive) = getattr(self, name), RANGES[name]
+        if name in OPTIONAL and (value is None or value is OPTIONAL[name]):
+            return []
+        whole = (isinstance(getattr(type(self), name, None), int) and name not in OPTIONAL) or name == "v_loss_layer"
+        if not _is_number(value) or (whole and not _is_int(value)):
+            return [f"{name} must be a {'whole ' if whole else ''}number, got {value!r}"]
+        if not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
+            bound = f"{'at least' if inclusive else 'more than'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            return [f"{name} is {value!r}, expected {bound}"]
+        return []
+
+    def validate(self) -> None:
+        """Raise one ValueError that lists every problem. Called again when an edit starts: attributes may have been assigned."""
+        found = self.problems()
+        unknown = set(vars(self)) - {f.name for f in dataclasses.fields(self)} - _EASYEDIT_EVALUATION
+        names = {f.name for f in dataclasses.fields(self)}
+        found += [f"unknown attribute {name!r}{_did_you_mean(name, names)}" for name in sorted(unknown)]
+        if found:
+            raise ValueError(_report("hyperparameters", found))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain data; a (model, tokenizer) tuple is named by its model's name."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.model_name, tuple):
+            content["model_name"] = getattr(getattr(self.model_name[0], "config", None), "_name_or_path", "") or "(model, tok)"
+        content["device"] = self.device if isinstance(self.device, (int, str)) or self.device is None else str(self.device)
+        return content
+
+
+@dataclass
+class KeyValueHyperParams(HyperParams):
+    """For the methods that write a target value z for a key k: NMKE, AlphaEdit, MEMIT, ROME. Defaults are EasyEdit's."""
+
+    STATE: ClassVar[tuple[str, ...]] = (
+        *HyperParams.STATE, "mom2_dataset", "mom2_n_samples", "seed", "template_prefixes",
+    )  # fmt: skip
 
     # Target values z (Adam on δ at the last edited layer)
     fact_token: str = "subject_last"
@@ -88,15 +211,100 @@ class NMKEHyperParams:
     clamp_norm_factor: float = 0.75
     kl_factor: float = 0.0625
 
-    # Null space of the covariance of keys
+    # Covariance of keys
     mom2_dataset: str = "wikipedia"
     mom2_n_samples: int = 100000
-    mom2_dtype: str = "float32"
+    mom2_dtype: str = "float32"  # accepted for EasyEdit's files
+    mom2_adjustment: bool = True  # ROME's; accepted for EasyEdit's files of the others
+    stats_dir: str | None = None  # None: the user's cache directory
+
+    # Context templates
+    template_prefixes: list[str] = field(default_factory=lambda: ["The", "Therefore", "Because", "I", "You"])
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not isinstance(self.mom2_adjustment, bool):
+            found.append(f"mom2_adjustment must be true or false, got {self.mom2_adjustment!r}")
+        prefixes = self.template_prefixes
+        if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, str) and p for p in prefixes):
+            found.append(f"template_prefixes must be a list of words, got {prefixes!r}")
+        return found
+
+
+@dataclass
+class MEMITHyperParams(KeyValueHyperParams):
+    """Least squares against the covariance of old keys, spread over `layers`; no memory of past edits."""
+
+    STATE: ClassVar[tuple[str, ...]] = (*KeyValueHyperParams.STATE, "template_length", "mom2_update_weight")
+    neurons: ClassVar[str] = "all"  # no mask
+
+    alg_name: str = "MEMIT"
+    mom2_update_weight: float = 15000.0  # λ of λ·E[c cᵀ] + K Kᵀ
+    template_length: int = 10  # tokens, prefix included
+    layer_selection: str = "all"  # accepted for EasyEdit's files
+
+
+@dataclass
+class ROMEHyperParams(KeyValueHyperParams):
+    """A rank-one update of each of `layers` (EasyEdit's files name one), each with a value of its own."""
+
+    STATE: ClassVar[tuple[str, ...]] = (*KeyValueHyperParams.STATE, "context_template_length_params", "mom2_adjustment")
+
+    alg_name: str = "ROME"
+    # [tokens, texts] pairs; the texts are shared out over template_prefixes
+    context_template_length_params: list[list[int]] = field(default_factory=lambda: [[5, 10], [10, 10]])
+
+    def problems(self) -> list[str]:
+        found, pairs = super().problems(), self.context_template_length_params
+        fewest = max(len(self.template_prefixes), 1) if isinstance(self.template_prefixes, (list, tuple)) else 1
+
+        def sound(pair) -> bool:
+            return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_int, pair)) and pair[0] > 1
+
+        if not isinstance(pairs, (list, tuple)) or not all(map(sound, pairs)):
+            found.append(f"context_template_length_params must be a list of [tokens (2 or more), texts] pairs, got {pairs!r}")
+        elif any(texts < fewest for _, texts in pairs):
+            found.append(f"context_template_length_params is {pairs!r}, expected at least one text for each of {fewest} prefixes")
+        return found
+
+
+@dataclass
+class AlphaEditHyperParams(KeyValueHyperParams):
+    """MEMIT's spread of the residual, with updates kept in the null space of old knowledge and past keys remembered."""
+
+    STATE: ClassVar[tuple[str, ...]] = (
+        *KeyValueHyperParams.STATE, "template_length", "L2", "nullspace_threshold", "nullspace_fraction", "P_loc",
+    )  # fmt: skip
+    neurons: ClassVar[str] = "all"  # no mask
+
+    alg_name: str = "AlphaEdit"
+
+    # Null space of the covariance of keys
     nullspace_threshold: float = 2e-2
     nullspace_fraction: float | None = None  # instead of the threshold: the share of directions that updates may use
     L2: float = 1.0
     P_loc: str | None = None
-    stats_dir: str | None = None  # None: the user's cache directory
+    template_length: int = 10  # tokens, prefix included
+
+    # Accepted for EasyEdit's files
+    layer_selection: str = "all"
+    mom2_update_weight: float = 15000.0
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.P_loc is not None and not isinstance(self.P_loc, str):
+            found.append(f"P_loc must be a path or null, got {self.P_loc!r}")
+        return found
+
+
+@dataclass
+class NMKEHyperParams(AlphaEditHyperParams):
+    """AlphaEdit, and a mask from attribution. Defaults are the published NMKE code's.
+
+    The section 'Hyperparameters' of the README says which symbol of the paper each one is.
+    """
+
+    alg_name: str = "NMKE"
 
     # Attribution (Eqs. 2, 3)
     attribution_strategy: str = "lps"
@@ -121,137 +329,75 @@ class NMKEHyperParams:
     mask: str = "binary"
     mask_ties: str = "include"
 
-    # Context templates
-    template_prefixes: list[str] = field(default_factory=lambda: ["The", "Therefore", "Because", "I", "You"])
-    template_length: int = 10  # tokens, prefix included
-
-    # Accepted for EasyEdit's files: the architecture table and the method leave nothing for them to decide
-    layer_selection: str = "all"
-    mom2_adjustment: bool = True
-    mom2_update_weight: float = 15000
-    rewrite_module_tmp: str | None = None
-    layer_module_tmp: str | None = None
-    mlp_module_tmp: str | None = None
-    attn_module_tmp: str | None = None
-    ln_f_module: str | None = None
-    lm_head_module: str | None = None
-
-    def __post_init__(self):
-        self.validate()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """EasyEdit's users assign attributes after loading; a (model, tokenizer) tuple is wrapped whenever it comes."""
-        if name == "model_name" and type(value) is tuple and len(value) == 2:
-            value = ModelPair(value)
-        super().__setattr__(name, value)
-
-    @classmethod
-    def from_hparams(cls, hparams_name_or_path: str | Path) -> NMKEHyperParams:
-        """Read a YAML file (the suffix may be left out, as in EasyEdit), or one that comes with the package, by its name.
-
-        Raises FileNotFoundError when there is none, ValueError with every problem of the file in one message.
-        """
-        path = Path(hparams_name_or_path)
-        if path.suffix not in (".yaml", ".yml"):
-            path = path.with_name(path.name + ".yaml")
-        if not path.is_file() and path.parent == Path("."):
-            path = shipped().get(path.stem, path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no hyperparameter file {path}; those that come with the package: {', '.join(shipped())}")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{path} must hold one mapping of names to values, got {type(content).__name__}")
-        return cls.from_dict(content, source=str(path))
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> NMKEHyperParams:
-        """Build from a mapping; unknown and missing names and bad values are reported together."""
-        content = {name: _number(name, value) for name, value in content.items()}
-        names = {f.name for f in dataclasses.fields(cls)}
-        problems = [f"unknown name {name!r}{_did_you_mean(name, names)}" for name in content if name not in names]
-        problems += [f"{name!r} is missing" for name in ("layers", "model_name") if name not in content]
-        known = {name: value for name, value in content.items() if name in names}
-        draft = {"layers": [0], "model_name": "atlas", **known}
-        bare = cls.__new__(cls)
-        for f in dataclasses.fields(cls):
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            setattr(bare, f.name, draft.get(f.name, default))
-        problems += bare.problems()
-        if problems:
-            raise ValueError(_report(source, problems))
-        return cls(**known)
-
     def problems(self) -> list[str]:
-        """Every reason why these values cannot be used, in words; empty when there is none."""
-        found = []
-        if self.alg_name != "NMKE":
-            found.append(f"alg_name is {self.alg_name!r}, expected 'NMKE'")
-        if not isinstance(self.model_name, (str, tuple)) or (isinstance(self.model_name, tuple) and len(self.model_name) != 2):
-            found.append(f"model_name must be a name, a path or a (model, tokenizer) tuple, got {type(self.model_name).__name__}")
-        layers = self.layers
-        if not isinstance(layers, (list, tuple)) or not layers or not all(_is_int(i) and i >= 0 for i in layers):
-            found.append(f"layers must be a list of block numbers (0 or more), got {layers!r}")
-        elif list(layers) != sorted(set(layers)):
-            found.append(f"layers must increase without repetition, got {layers!r}")
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                hint = _did_you_mean(str(value), allowed)
-                found.append(f"{name} is {value!r}{hint}; expected one of {', '.join(map(repr, allowed))}")
-        for name, (low, high, inclusive) in RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in ("v_loss_layer", "nullspace_fraction"):
-                continue
-            whole = isinstance(getattr(type(self), name, None), int) or name == "v_loss_layer"
-            if not _is_number(value) or (whole and not _is_int(value)):
-                found.append(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
-            elif not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
-                bound = f"{'at least' if inclusive else 'more than'} {low}" + (f" and at most {high}" if high < math.inf else "")
-                found.append(f"{name} is {value!r}, expected {bound}")
-        if _is_number(self.general_bias) and _is_number(self.general_scale) and self.general_bias + self.general_scale > 1:
-            found.append(f"general_bias + general_scale is {self.general_bias + self.general_scale}, expected at most 1")
-        if _is_number(self.specific_bias) and _is_number(self.specific_scale) and self.specific_bias + self.specific_scale > 1:
-            found.append(f"specific_bias + specific_scale is {self.specific_bias + self.specific_scale}, expected at most 1")
-        for name in ("model_parallel", "fp16"):
-            if not isinstance(getattr(self, name), bool):
-                found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if not _is_int(self.seed):
-            found.append(f"seed must be a whole number, got {self.seed!r}")
-        prefixes = self.template_prefixes
-        if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, str) and p for p in prefixes):
-            found.append(f"template_prefixes must be a list of words, got {prefixes!r}")
-        if self.P_loc is not None and not isinstance(self.P_loc, str):
-            found.append(f"P_loc must be a path or null, got {self.P_loc!r}")
+        found = super().problems()
+        for kind in ("general", "specific"):
+            bias, scale = getattr(self, f"{kind}_bias"), getattr(self, f"{kind}_scale")
+            if _is_number(bias) and _is_number(scale) and bias + scale > 1:
+                found.append(f"{kind}_bias + {kind}_scale is {bias + scale}, expected at most 1")
         return found
 
-    def validate(self) -> None:
-        """Raise one ValueError that lists every problem. Called again when an edit starts: attributes may have been assigned."""
-        found = self.problems()
-        unknown = set(vars(self)) - {f.name for f in dataclasses.fields(self)} - _EASYEDIT_EVALUATION
-        names = {f.name for f in dataclasses.fields(self)}
-        found += [f"unknown attribute {name!r}{_did_you_mean(name, names)}" for name in sorted(unknown)]
-        if found:
-            raise ValueError(_report("hyperparameters", found))
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain data; a (model, tokenizer) tuple is named by its model's name."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if isinstance(self.model_name, tuple):
-            content["model_name"] = getattr(getattr(self.model_name[0], "config", None), "_name_or_path", "") or "(model, tok)"
-        content["device"] = self.device if isinstance(self.device, (int, str)) or self.device is None else str(self.device)
-        return content
+@dataclass
+class FTHyperParams(HyperParams):
+    """Adam on the FFN's output projection of `layers`; with `norm_constraint` no weight moves by more than that (FT-L)."""
+
+    alg_name: str = "FT"
+    num_steps: int = 25
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    norm_constraint: float | bool = False  # false: none
+    objective_optimization: str = "prompt_last"  # every target token from the prompt's last; "target_new": one after the other
+    kl_factor: float = 0.0  # accepted for EasyEdit's files
 
 
-def shipped() -> dict[str, Path]:
-    """The YAML files that come with the package, by name: hparams/NMKE of a checkout, or its installed copy."""
-    for directory in (Path(__file__).parents[1] / "hparams/NMKE", Path(sys.prefix) / "share/easyedit_nmke/hparams/NMKE"):
-        files = sorted(directory.glob("*.yaml"))
+CLASSES = {
+    kind.alg_name: kind for kind in (NMKEHyperParams, AlphaEditHyperParams, MEMITHyperParams, ROMEHyperParams, FTHyperParams)
+}
+
+
+def read(path_or_name: str | Path) -> HyperParams:
+    """Read a YAML file of any method, which its alg_name tells (NMKE when it tells none); or one that comes with the package, by
+    "<method>/<name>" (or "<name>", for NMKE). Raises what `HyperParams.from_hparams` does."""
+    path = _find(path_or_name, NMKEHyperParams.alg_name)
+    content = _load(path)
+    method = content.get("alg_name", NMKEHyperParams.alg_name)
+    if method not in CLASSES:
+        raise ValueError(
+            f"{path}: alg_name is {method!r}{_did_you_mean(str(method), CLASSES)}; known methods: {', '.join(CLASSES)}"
+        )
+    return CLASSES[method].from_dict(content, source=str(path))
+
+
+def shipped(method: str = "NMKE") -> dict[str, Path]:
+    """The YAML files of a method that come with the package, by name: hparams/ of a checkout, or its installed copy."""
+    for directory in (Path(__file__).parents[1] / "hparams", Path(sys.prefix) / "share/easyedit_nmke/hparams"):
+        files = sorted((directory / method).glob("*.yaml"))
         if files:
             return {file.stem: file for file in files}
     return {}
+
+
+def _find(path_or_name: str | Path, method: str) -> Path:
+    path = Path(path_or_name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = path.with_name(path.name + ".yaml")
+    if not path.is_file() and str(path.parent) in (".", *CLASSES):
+        method = method if path.parent == Path(".") else str(path.parent)
+        path = shipped(method).get(path.stem, path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no hyperparameter file {path}; those that come with the package: {', '.join(shipped(method))}")
+    return path
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold one mapping of names to values, got {type(content).__name__}")
+    return content
 
 
 # Attributes that EasyEdit's evaluation reads from any hyperparameter object and its users assign.

@@ -19,15 +19,16 @@ from tqdm import tqdm
 
 from . import atlas, metrics
 from .arch import ModelView
-from .editor import apply_nmke_to_model, check_model, check_requests, open_state
-from .hparams import NMKEHyperParams
+from .baselines import apply_to_model, open_state
+from .edit import check_model, check_requests, edited_parameters
+from .hparams import HyperParams
 from .prompts import Request
 from .state import EditReport, LifelongState, fingerprint
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(hparams: NMKEHyperParams):
+def load_model(hparams: HyperParams):
     """(model, tokenizer) for `model_name`: "atlas", a folder, a hub name, or the (model, tokenizer) tuple itself."""
     name = hparams.model_name
     device = None if hparams.model_parallel else _device(hparams.device)
@@ -59,9 +60,10 @@ def _device(wanted) -> torch.device:
 
 
 class LifelongEditor:
-    """Edits one model request after request, with the calls of EasyEdit's BaseEditor."""
+    """Edits one model request after request, with the calls of EasyEdit's BaseEditor; by NMKE, AlphaEdit, MEMIT, ROME or FT,
+    whichever the hyperparameters are of."""
 
-    def __init__(self, hparams: NMKEHyperParams):
+    def __init__(self, hparams: HyperParams):
         hparams.validate()
         self.hparams, self.model_name, self.alg_name = hparams, hparams.model_name, hparams.alg_name
         self.model, self.tok = load_model(hparams)
@@ -69,19 +71,20 @@ class LifelongEditor:
         self._state: LifelongState | None = None
 
     @classmethod
-    def from_hparams(cls, hparams: NMKEHyperParams) -> LifelongEditor:
+    def from_hparams(cls, hparams: HyperParams) -> LifelongEditor:
         return cls(hparams)
 
     @property
     def state(self) -> LifelongState:
-        """Past keys, projector and templates; made on first use (that runs the covariance, once per model, cached on disk)."""
+        """What the method keeps from edit to edit (statistics, past keys, templates); made on first use, which for most runs the
+        covariance of keys (once per model, cached on disk)."""
         if self._state is None:
             self._state = open_state(self.model, self.tok, self.hparams)
         return self._state
 
     def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
         """Write one batch of requests; returns the edited parameters as they were before, by name."""
-        _, before = apply_nmke_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
+        _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
         return before
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -219,7 +222,7 @@ def run(editor: LifelongEditor, requests: Sequence[Request], on_edit: Callable[[
 def protocol(editor: LifelongEditor, data: Mapping | None = None) -> dict:
     """What a result depends on: method, hyperparameters, data, model and library versions."""
     view = ModelView(editor.model)
-    weights = {layer: view.weight(layer) for layer in editor.hparams.layers}
+    weights = edited_parameters(view, editor.hparams)
 
     def installed(name: str) -> str | None:
         try:
@@ -246,7 +249,7 @@ def protocol(editor: LifelongEditor, data: Mapping | None = None) -> dict:
 def save_edited(editor: LifelongEditor, path: Path) -> None:
     """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
     view = ModelView(editor.model)
-    tensors = {view.weight_name(layer): view.weight(layer).detach().cpu().contiguous() for layer in editor.hparams.layers}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in edited_parameters(view, editor.hparams).items()}
     with _whole(path) as temporary:
         save_file(tensors, temporary)
 

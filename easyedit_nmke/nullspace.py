@@ -1,4 +1,4 @@
-"""The null space of old knowledge: covariance of keys over a text, its row space, and a cache on disk.
+"""Old knowledge: the covariance of keys over a text (MEMIT, ROME), its row space (AlphaEdit, NMKE), and a cache on disk.
 
 Memory: one [F, F] float32 covariance per layer on the layer's device (14336 neurons: 822 MB each).
 """
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,18 +37,27 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
     """
     if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
         return _from_projector(view, hparams)
-    cached = _cache_file(view, hparams)
-    if cached.is_file():
-        stored = load_file(cached)
-        return {layer: stored[str(layer)].to(view.weight(layer).device) for layer in hparams.layers}
+    threshold, fraction = hparams.nullspace_threshold, hparams.nullspace_fraction
+
+    def compute():
+        file = _cache_file("moment", view, hparams)
+        known = _load(file, view, hparams.layers) if file.is_file() else _covariances(view, tok, hparams, progress)
+        return {layer: row_space(moment, threshold, fraction) for layer, moment in known.items()}
+
+    return _cached(_cache_file("row_space", view, hparams, threshold, fraction), view, hparams.layers, compute)
+
+
+def moments(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, torch.Tensor]:
+    """layer -> E[c cᵀ] [F, F] float32 over `mom2_dataset`, of the model as it is now (cached on disk: F·F·4 bytes a layer)."""
+    file = _cache_file("moment", view, hparams)
+    return _cached(file, view, hparams.layers, lambda: _covariances(view, tok, hparams, progress))
+
+
+def _covariances(view: ModelView, tok, hparams, progress: bool) -> dict[int, torch.Tensor]:
     texts = corpus(hparams.mom2_dataset, hparams.mom2_n_samples)
     if progress:
         texts = tqdm(texts, desc="covariance of keys", unit=" texts", leave=False)
-    moments = covariances(view, tok, texts, hparams.layers)
-    threshold, fraction = hparams.nullspace_threshold, hparams.nullspace_fraction
-    bases = {layer: row_space(moment, threshold, fraction) for layer, moment in moments.items()}
-    _save(cached, {str(layer): basis.cpu().contiguous() for layer, basis in bases.items()})
-    return bases
+    return covariances(view, tok, texts, hparams.layers)
 
 
 def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = None) -> torch.Tensor:
@@ -155,8 +164,8 @@ def cache_directory(hparams) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyedit_nmke"
 
 
-def _cache_file(view: ModelView, hparams) -> Path:
-    """Named by everything that the row spaces depend on: weights up to the last layer, text, samples, threshold, layers."""
+def _cache_file(kind: str, view: ModelView, hparams, *limits: float | None) -> Path:
+    """Named by everything that the statistics depend on: weights up to the last layer, text, samples, layers, and `limits`."""
     top = view.blocks[hparams.layers[-1]]
     below = {"embedding": view.model.get_input_embeddings().weight}
     for block in itertools.takewhile(lambda b: b is not top, view.blocks):
@@ -164,10 +173,25 @@ def _cache_file(view: ModelView, hparams) -> Path:
     below.update(dict(top.named_parameters()))
     source = Path(hparams.mom2_dataset)
     text = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else hparams.mom2_dataset
-    limits = [hparams.mom2_n_samples, hparams.nullspace_threshold, hparams.nullspace_fraction, LONGEST_TEXT]
-    parts = [fingerprint(below), text, list(hparams.layers), *limits]
+    parts = [fingerprint(below), text, list(hparams.layers), hparams.mom2_n_samples, *limits, LONGEST_TEXT]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    return cache_directory(hparams) / f"row_space_{name}.safetensors"
+    return cache_directory(hparams) / f"{kind}_{name}.safetensors"
+
+
+def _cached(
+    file: Path, view: ModelView, layers: Sequence[int], compute: Callable[[], dict[int, torch.Tensor]]
+) -> dict[int, torch.Tensor]:
+    """layer -> tensor on the layer's device, from `file` when it exists, else computed and kept there."""
+    if file.is_file():
+        return _load(file, view, layers)
+    tensors = compute()
+    _save(file, {str(layer): tensor.cpu().contiguous() for layer, tensor in tensors.items()})
+    return tensors
+
+
+def _load(file: Path, view: ModelView, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    stored = load_file(file)
+    return {layer: stored[str(layer)].to(view.weight(layer).device) for layer in layers}
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -182,4 +206,4 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("the row spaces were not cached in %s: %s", path.parent, error)
+        logger.warning("the statistics of keys were not cached in %s: %s", path.parent, error)

@@ -142,8 +142,10 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 
 @torch.no_grad()
-def context_templates(model, tok, prefixes: Sequence[str], length: int, seed: int, top_k: int = 5) -> list[list[str]]:
-    """[["{}"], ["<generated text>. {}", ...]]: the groups under which keys are averaged, as MEMIT does.
+def context_templates(
+    model, tok, prefixes: Sequence[str], length: int, seed: int, top_k: int = 5, copies: int = 1
+) -> list[list[str]]:
+    """[["{}"], ["<generated text>. {}", ...]]: the groups under which keys are averaged, as MEMIT does; `copies` of each prefix.
 
     Texts are sampled from the model (top-k) with a seeded generator of their own: the same seed and model give the same
     templates, and the caller's random state is left alone.
@@ -151,7 +153,7 @@ def context_templates(model, tok, prefixes: Sequence[str], length: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device
     texts = []
-    for prefix in prefixes:
+    for prefix in [prefix for prefix in prefixes for _ in range(copies)]:
         ids = encode(tok, prefix)
         while len(ids) < length:
             logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float().cpu()

@@ -46,7 +46,7 @@ class EditReport:
 
 
 class LifelongState:
-    """Solvers (projector and past keys, one per layer), context templates, and the weights they belong to.
+    """Solvers (statistics of old knowledge and past keys, one per layer), context templates, and the weights they belong to.
 
     `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own.
     """
@@ -66,8 +66,8 @@ class LifelongState:
         """All context templates, the bare prompt first."""
         return [template for group in self.templates for template in group]
 
-    def follow(self, weights: Mapping[int, torch.Tensor]) -> None:
-        """Take note of what happened to `weights` (layer -> parameter) since the last call.
+    def follow(self, weights: Mapping[Any, torch.Tensor]) -> None:
+        """Take note of what happened to `weights` (the edited parameters, always in one order) since the last call.
 
         Weights put back to what they were after an earlier call (EasyEdit does so after a non-sequential edit) take the past
         keys back with them. Weights changed in another way keep them, with a warning.
@@ -83,15 +83,15 @@ class LifelongState:
             logger.warning("the edited weights were changed by something else since edit %d; past keys are kept", self.edits)
             self._digests[-1] = now
 
-    def advance(self, weights: Mapping[int, torch.Tensor], keys: Mapping[int, torch.Tensor], report: EditReport) -> None:
-        """Record one finished call: keys [F, requests] of each layer become past keys."""
-        report_columns = {layer: solver.count for layer, solver in self.solvers.items()}
+    def advance(self, weights: Mapping[Any, torch.Tensor], keys: Mapping[int, torch.Tensor], report: EditReport) -> None:
+        """Record one finished call: keys [F, requests] of each layer become past keys (none, for methods without a memory)."""
+        columns = {layer: self.solvers[layer].count for layer in keys}
         try:
-            for layer, solver in self.solvers.items():
-                solver.append(keys[layer])
+            for layer in keys:
+                self.solvers[layer].append(keys[layer])
         except BaseException:
-            for layer, solver in self.solvers.items():
-                solver.truncate(report_columns[layer])
+            for layer, count in columns.items():
+                self.solvers[layer].truncate(count)
             raise
         self.reports.append(report)
         self._digests.append(fingerprint(weights))

@@ -1,4 +1,4 @@
-"""Target values: what the last edited block should output at the subject so that the model says the new target."""
+"""Target values: what a block, or its FFN, should output at the subject so that the model says the new target."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ class _Batch:
     labels: torch.Tensor
 
 
-def target_value(view: ModelView, tok, request: Request, templates: Sequence[str], z_layer: int, hparams) -> Value:
-    """z = z0 + δ for block `z_layer` at the subject's last token, by Adam on δ [D].
+def target_value(
+    view: ModelView, tok, request: Request, templates: Sequence[str], z_layer: int, hparams, part: str = "block"
+) -> Value:
+    """z = z0 + δ for block `z_layer` at the subject's last token, by Adam on δ [D]; z0 is what its `part` puts out, the whole
+    "block" (MEMIT and its kin) or the "ffn" (ROME). δ has the same effect on either.
 
     Loss: mean NLL of the target under all templates + kl_factor · KL at the subject of "{subject} is a" against the unedited
     model + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||; stops under 0.05. The blocks up to
@@ -49,7 +52,7 @@ def target_value(view: ModelView, tok, request: Request, templates: Sequence[str
     batch = _prepare(view, tok, request, templates)
     above = _Above(view, batch.tokens, z_layer)
     loss_layer = max(view.depth - 1 if hparams.v_loss_layer is None else hparams.v_loss_layer, z_layer)
-    z0 = above.below[0, batch.lookups[0]].float()
+    z0 = (above.below if part == "block" else above.ffn)[0, batch.lookups[0]].float()
     delta = torch.zeros_like(z0, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=hparams.v_lr)
     longest = hparams.clamp_norm_factor * z0.norm()
@@ -80,15 +83,16 @@ def target_value(view: ModelView, tok, request: Request, templates: Sequence[str
 class _Above:
     """The blocks above `z_layer`, run again and again on one batch with another value at the subject.
 
-    A first forward pass keeps block `z_layer`'s output and what each later block is called with besides its hidden states
-    (masks, positions); these do not depend on the value.
+    A first forward pass keeps block `z_layer`'s output, its FFN's, and what each later block is called with besides its hidden
+    states (masks, positions); these do not depend on the value.
     """
 
     def __init__(self, view: ModelView, tokens: Tokens, z_layer: int):
         self.blocks = list(view.blocks)[z_layer + 1 :]
-        with torch.no_grad(), record({"z": (view.blocks[z_layer], "output")}) as seen, record_calls(self.blocks) as self.calls:
+        wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.down(z_layer), "output")}
+        with torch.no_grad(), record(wanted) as seen, record_calls(self.blocks) as self.calls:
             view.model.base_model(**tokens.inputs(), use_cache=False)
-        self.below = seen["z"]
+        self.below, self.ffn = seen["z"], seen["ffn"]
 
     def __call__(self, lookups: torch.Tensor, delta: torch.Tensor) -> list[torch.Tensor]:
         """Outputs of block z_layer (with δ [D] added at `lookups` [B]) and of every block above it."""

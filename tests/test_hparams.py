@@ -1,10 +1,12 @@
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import yaml
 
 from easyedit_nmke import NMKEHyperParams
-from easyedit_nmke.hparams import shipped
+from easyedit_nmke.hparams import CLASSES, RANGES, read, shipped
 
 MINIMAL = {"layers": [0, 1], "model_name": "atlas"}
 
@@ -116,3 +118,61 @@ def test_a_model_and_its_tokenizer_have_a_name_that_easyedits_scorers_can_read()
     settings.model_name = "atlas"
     settings.model_name = pair
     assert "t5" not in settings.model_name.lower()
+
+
+BASELINES = ["AlphaEdit", "MEMIT", "ROME", "FT"]
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_shipped_files_of_the_other_methods(method):
+    expected = {"atlas", "gpt2-xl", "qwen2.5-7b"} | ({"llama3-8b"} if method != "MEMIT" else set())  # EasyEdit has no such file
+    assert set(shipped(method)) == expected
+    for name, path in shipped(method).items():
+        assert path.read_text().startswith(f"# nmke edit --hparams {method}/{name} ")
+        settings = CLASSES[method].from_hparams(name)
+        assert settings == read(path) == read(f"{method}/{name}") and type(settings) is CLASSES[method]
+        assert type(settings).from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_easyedits_own_files_load_as_they_are(method):
+    home = os.environ.get("EASYEDIT_HOME")
+    files = sorted(Path(home, "hparams", method).glob("*.yaml")) if home else []
+    if not files:
+        pytest.skip("EASYEDIT_HOME is not set to a checkout with hparams/")
+    for file in files:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if content.get("objective_optimization") == "promptz_last":  # EasyEdit cannot run this file either
+            with pytest.raises(ValueError, match=r"1 problem\n.*did you mean 'prompt_last'"):
+                read(file)
+            continue
+        settings = read(file)
+        for name, value in content.items():
+            assert getattr(settings, name) == (float(value) if name in RANGES else value), (file, name)
+
+
+def test_a_file_of_no_known_method(tmp_path):
+    assert type(read(write(tmp_path, MINIMAL))) is NMKEHyperParams
+    with pytest.raises(ValueError, match=r"alg_name is 'MEMITT' \(did you mean 'MEMIT'\?\); known methods: NMKE, AlphaEdit"):
+        read(write(tmp_path, {**MINIMAL, "alg_name": "MEMITT"}))
+    with pytest.raises(FileNotFoundError, match="come with the package: atlas, gpt2-xl"):
+        read("MEMIT/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("MEMIT", {"mom2_update_weight": 0}, "mom2_update_weight is 0, expected more than 0"),
+        ("MEMIT", {"neurons": "both"}, "unexpected keyword|unknown"),
+        ("ROME", {"context_template_length_params": [5, 10]}, "list of \\[tokens"),
+        ("ROME", {"context_template_length_params": [[5, 3]]}, "at least one text for each of 5 prefixes"),
+        ("ROME", {"mom2_adjustment": "yes"}, "mom2_adjustment must be true or false"),
+        ("FT", {"norm_constraint": True}, "norm_constraint must be a number"),
+        ("FT", {"norm_constraint": 0}, "norm_constraint is 0, expected more than 0"),
+        ("FT", {"num_steps": 2.5}, "num_steps must be a whole number"),
+        ("FT", {"objective_optimization": "prompt"}, "expected one of 'prompt_last', 'target_new'"),
+    ],
+)
+def test_values_that_the_other_methods_cannot_use(method, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        CLASSES[method](**{**MINIMAL, **changes})

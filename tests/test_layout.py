@@ -13,10 +13,11 @@ ROOT = Path(easyedit_nmke.__file__).parent
 RANK = {
     "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "state": 0, "atlas": 0,
     "hooks": 1, "data": 1, "metrics": 1, "attribution": 1,
-    "values": 2, "keys": 2, "nullspace": 2,
+    "values": 2, "keys": 2, "nullspace": 2, "edit": 2,
     "editor": 3,
-    "register": 4, "lifelong": 4,
-    "cli": 5, "__init__": 6,
+    "register": 4, "baselines": 4,
+    "lifelong": 5,
+    "cli": 6, "__init__": 7,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -1,0 +1,187 @@
+"""What every editing method promises: bad input is refused before anything changes, and a failure leaves the same bits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy as shallow_copy
+from copy import deepcopy
+
+import torch
+
+from .arch import ModelView
+from .hparams import HyperParams
+from .prompts import Request, encode, target_tokens
+from .state import EditReport, LifelongState
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "nmke_state"  # where a model carries its state between calls that pass none (EasyEdit passes none)
+
+Opens = Callable[[torch.nn.Module, object, HyperParams], LifelongState]
+Writes = Callable[[ModelView, object, Sequence[Request], HyperParams, LifelongState], tuple[dict[int, torch.Tensor], EditReport]]
+
+
+def apply_method(
+    opens: Opens,
+    writes: Writes,
+    model,
+    tok,
+    requests: Sequence[Mapping | Request],
+    hparams: HyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    state: LifelongState | None = None,
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """Write `requests` into the model by one call of `writes`, in EasyEdit's calling convention.
+
+    opens: makes the method's state, for a model that carries none. writes: computes and writes the update; returns the keys to
+    remember (layer -> [F, requests]; none, for methods without a memory) and what it did. copy: edit a deep copy.
+    return_orig_weights: also return the edited parameters as they were before this call, by name. state: by default the one
+    that the model carries from its last edit with the same settings, or a new one.
+
+    Raises ValueError, before anything changes, for requests, hyperparameters or models that cannot be edited. When anything
+    fails on the way, weights and state are as before the call, bit for bit.
+    """
+    hparams = shallow_copy(hparams)
+    hparams.validate()
+    view = ModelView(model)
+    requests = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
+    check_model(view, hparams)
+    check_requests(view, tok, requests)
+    if copy:
+        model = deepcopy(model)
+        view = ModelView(model)
+    weights = edited_parameters(view, hparams)
+    with evaluating(model), _unchanged_on_error(weights) as originals:
+        if state is None:
+            state = _carried_state(model, tok, hparams, opens)
+        elif state.settings != settings_of(hparams):
+            raise ValueError(_different_state(state, hparams))
+        check_requests(view, tok, requests, state.flat_templates)
+        state.follow(weights)
+        keys, report = writes(view, tok, requests, hparams, state)
+        state.advance(weights, keys, report)
+    setattr(model, _ATTRIBUTE, state)
+    return model, originals if return_orig_weights else {}
+
+
+def require(hparams, kind: type[HyperParams]) -> None:
+    """ValueError when a method is given another method's hyperparameters."""
+    if not isinstance(hparams, kind):
+        got = type(hparams).__name__
+        raise ValueError(f"hparams is {got}, expected {kind.__name__}; `LifelongEditor` and `apply_to_model` take any method's")
+
+
+def edited_parameters(view: ModelView, hparams: HyperParams) -> dict[str, torch.nn.Parameter]:
+    """The parameters that an edit writes, by name: the output projection of every edited layer. FT also trains its bias, where
+    the architecture has one (GPT-2, GPT-J), as EasyEdit's does."""
+    if hparams.alg_name != "FT":
+        return {view.weight_name(layer): view.weight(layer) for layer in hparams.layers}
+    prefixes = {layer: view.weight_name(layer).removesuffix("weight") for layer in hparams.layers}
+    return {prefixes[layer] + name: p for layer in hparams.layers for name, p in view.down(layer).named_parameters()}
+
+
+def write(weight: torch.Tensor, update: torch.Tensor, layer: int) -> None:
+    """weight += update in place, both [D, F], unless the sum is not finite."""
+    changed = weight + update.to(weight)
+    if not torch.isfinite(changed).all():
+        raise FloatingPointError(f"the update of layer {layer} is not finite; the model is left as it was")
+    weight.copy_(changed)
+
+
+def check_model(view: ModelView, hparams: HyperParams) -> None:
+    """ValueError for a model that cannot be edited with these hyperparameters."""
+    view.check_layers(hparams.layers)
+    loss_layer = getattr(hparams, "v_loss_layer", None)
+    if loss_layer is not None and loss_layer >= view.depth:
+        raise ValueError(f"v_loss_layer is {loss_layer}, but the model's last block is {view.depth - 1}")
+    for layer in hparams.layers:
+        weight = view.weight(layer)
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"{view.weight_name(layer)} is {weight.dtype}: quantised weights cannot be edited; "
+                "load the model in bfloat16 or float32"
+            )
+        if weight.dtype == torch.float16 and weight.device.type == "cpu":
+            raise ValueError("the model is in float16 on a CPU; load it in float32 or bfloat16 (or move it to a GPU)")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{view.weight_name(layer)} holds NaN or infinite values; load a sound copy of the model")
+
+
+def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
+    """ValueError for a batch that cannot be edited: empty, contradictory, or longer in some template than the model's context."""
+    if not requests:
+        raise ValueError("there is no request to edit")
+    targets: dict[str, str] = {}
+    for request in requests:
+        other = targets.setdefault(request.prompt, request.target_new)
+        if other != request.target_new:
+            raise ValueError(
+                f"one batch asks for two answers to {request.prompt!r}: {other!r} and {request.target_new!r}; keep one of them"
+            )
+        longest = max(len(encode(tok, f"{request.fill(template)[0]} {request.target_new}")) for template in templates)
+        if view.context_length and longest > view.context_length:
+            raise ValueError(
+                f"the prompt {request.prompt[:60]!r}... with its target and context is {longest} tokens, "
+                f"the model's context {view.context_length}"
+            )
+        if not target_tokens(tok, request.prompt, request.target_new):
+            raise ValueError(f"the target {request.target_new!r} of {request.prompt!r} has no tokens of its own")
+
+
+def settings_of(hparams: HyperParams) -> dict:
+    """The hyperparameters that a state depends on."""
+    return {name: deepcopy(getattr(hparams, name)) for name in hparams.STATE}
+
+
+def _different_state(state: LifelongState, hparams: HyperParams) -> str:
+    wanted = settings_of(hparams)
+    changed = [
+        f"{name} {state.settings.get(name)!r} -> {wanted[name]!r}" for name in wanted if state.settings.get(name) != wanted[name]
+    ]
+    return f"the state was opened with other settings ({', '.join(changed)}); open a new one with open_state"
+
+
+def _carried_state(model, tok, hparams: HyperParams, opens: Opens) -> LifelongState:
+    state = getattr(model, _ATTRIBUTE, None)
+    if state is not None and state.settings == settings_of(hparams):
+        return state
+    if state is not None and state.edits:
+        logger.warning("%s; past keys are forgotten", _different_state(state, hparams).split(";")[0])
+    return opens(model, tok, hparams)
+
+
+@contextmanager
+def _unchanged_on_error(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield copies of the weights; whatever is raised inside puts them back."""
+    originals = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        yield originals
+    except BaseException:
+        with torch.no_grad():
+            for name, original in originals.items():
+                weights[name].copy_(original)
+        raise
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Dropout off; modes are put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def phase(report: EditReport, name: str) -> Iterator[None]:
+    """Add the seconds that the block takes to the report."""
+    started = time.perf_counter()
+    yield
+    report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
