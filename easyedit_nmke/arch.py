@@ -53,7 +53,9 @@ class Readout:
             raise ValueError(f"norm is {self.norm!r}, expected 'rms' or 'layer'")
 
     def statistic(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What N divides by, for states [..., D]: root mean square or standard deviation, [...]."""
+        """What N divides by, for states [..., D]: root mean square or standard deviation, [...], float32 or better (the squares
+        of half-precision states overflow)."""
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         centred = hidden - hidden.mean(-1, keepdim=True) if self.norm == "layer" else hidden
         return (centred.pow(2).mean(-1) + self.eps).sqrt()
 
@@ -62,7 +64,7 @@ class Readout:
         statistic = self.statistic(hidden) if statistic is None else statistic
         if self.norm == "layer":
             hidden = hidden - hidden.mean(-1, keepdim=True)
-        out = hidden / statistic.unsqueeze(-1) * self.scale.to(hidden)
+        out = (hidden / statistic.unsqueeze(-1)).to(hidden.dtype) * self.scale.to(hidden)
         return out if self.shift is None else out + self.shift.to(hidden)
 
     def logits(self, hidden: torch.Tensor, statistic: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,10 +90,13 @@ class ModelView:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if kind not in FAMILIES:
             raise ValueError(f"model type {kind!r} is not known; known types: {', '.join(FAMILIES)}")
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output head; load the model with AutoModelForCausalLM")
         self.model, self.family = model, FAMILIES[kind]
         self.blocks = model.get_submodule(self.family.blocks)
         self.norm = model.get_submodule(self.family.norm)
-        self.head = model.get_output_embeddings()
+        self.head = head
         self.depth = len(self.blocks)
 
     def down(self, layer: int) -> torch.nn.Module:

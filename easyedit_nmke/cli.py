@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         _quiet_libraries()
     try:
         return args.run(args, Console())
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError, RuntimeError) as error:
         print(f"nmke {args.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -90,10 +90,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _quiet_libraries() -> None:
@@ -120,6 +119,8 @@ def _demo(args, console: Console) -> int:
     from .lifelong import LifelongEditor, protocol, run, write_json
     from .prompts import Request
 
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     requests = [Request.from_dict(record) for record in atlas.requests(args.edits, split="test", seed=args.seed)]
     shown = requests[:5]
     exercises = atlas.exercises()
@@ -198,13 +199,17 @@ def _edit(args, console: Console) -> int:
     overrides = {name: value for name, value in (("model_name", args.model), ("device", args.device)) if value is not None}
     settings = dataclasses.replace(read(args.hparams), **overrides)
     dataset = data.load(args.data, args.limit)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; give a folder for the results")
     args.out.mkdir(parents=True, exist_ok=True)
     editor = lifelong.LifelongEditor.from_hparams(settings)
-    view = ModelView(editor.model)
+    view, templates = ModelView(editor.model), editor.state.flat_templates
     accepted, refused = [], [{"record": refusal.index, "reason": refusal.reason} for refusal in dataset.refused]
     for index, request in zip(dataset.indices, dataset.requests, strict=True):
         try:
-            check_requests(view, editor.tok, [request], editor.state.flat_templates)
+            begun = [other for _, other in accepted[len(accepted) // settings.batch_size * settings.batch_size :]]
+            check_requests(view, editor.tok, [*begun, request], templates)
+            metrics.check(editor.model, editor.tok, [request])
             accepted.append((index, request))
         except ValueError as error:
             refused.append({"record": index, "reason": str(error)})

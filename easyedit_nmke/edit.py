@@ -57,7 +57,7 @@ def apply_method(
     weights = edited_parameters(view, hparams)
     with evaluating(model), _unchanged_on_error(weights) as originals:
         if state is None:
-            state = _carried_state(model, tok, hparams, opens)
+            state = carried_state(model, tok, hparams, opens)
         elif state.settings != settings_of(hparams):
             raise ValueError(_different_state(state, hparams))
         check_requests(view, tok, requests, state.flat_templates)
@@ -111,6 +111,13 @@ def check_model(view: ModelView, hparams: HyperParams) -> None:
             raise ValueError(f"{view.weight_name(layer)} holds NaN or infinite values; load a sound copy of the model")
 
 
+def check_finite(model) -> None:
+    """ValueError when any parameter holds NaN or infinite values; reads the whole model, so once per state."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} holds NaN or infinite values; load a sound copy of the model")
+
+
 def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
     """ValueError for a batch that cannot be edited: empty, contradictory, or longer in some template than the model's context."""
     if not requests:
@@ -145,12 +152,14 @@ def _different_state(state: LifelongState, hparams: HyperParams) -> str:
     return f"the state was opened with other settings ({', '.join(changed)}); open a new one with open_state"
 
 
-def _carried_state(model, tok, hparams: HyperParams, opens: Opens) -> LifelongState:
+def carried_state(model, tok, hparams: HyperParams, opens: Opens) -> LifelongState:
+    """The state that the model carries from its last edit with the same settings, or a new one."""
     state = getattr(model, _ATTRIBUTE, None)
     if state is not None and state.settings == settings_of(hparams):
         return state
     if state is not None and state.edits:
         logger.warning("%s; past keys are forgotten", _different_state(state, hparams).split(";")[0])
+    check_finite(model)
     return opens(model, tok, hparams)
 
 

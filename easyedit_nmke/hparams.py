@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import site
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +66,7 @@ RANGES = {
     "weight_decay": (0, math.inf, True),
     "norm_constraint": (0, math.inf, False),
 }
+WHOLE = {"v_num_grad_steps", "v_loss_layer", "mom2_n_samples", "max_length", "batch_size", "template_length", "num_steps"}
 OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
 
 
@@ -123,7 +126,7 @@ class HyperParams:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
         """Build from a mapping; unknown and missing names and bad values are reported together."""
-        content = {name: _number(name, value) for name, value in content.items()}
+        content = {str(name): _number(name, value) for name, value in content.items()}
         names = {f.name for f in dataclasses.fields(cls)}
         problems = [f"unknown name {name!r}{_did_you_mean(name, names)}" for name in content if name not in names]
         problems += [f"{name!r} is missing" for name in ("layers", "model_name") if name not in content]
@@ -160,6 +163,9 @@ class HyperParams:
         for name in ("model_parallel", "fp16"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        numbered = _is_int(self.device) or self.device is None or isinstance(self.device, str)
+        if not numbered and type(self.device).__name__ != "device":
+            found.append(f"device must be a CUDA index or the name of a torch device, got {self.device!r}")
         if not _is_int(self.seed):
             found.append(f"seed must be a whole number, got {self.seed!r}")
         return found
@@ -168,7 +174,7 @@ class HyperParams:
         value, (low, high, inclusive) = getattr(self, name), RANGES[name]
         if name in OPTIONAL and (value is None or value is OPTIONAL[name]):
             return []
-        whole = (isinstance(getattr(type(self), name, None), int) and name not in OPTIONAL) or name == "v_loss_layer"
+        whole = name in WHOLE
         if not _is_number(value) or (whole and not _is_int(value)):
             return [f"{name} must be a {'whole ' if whole else ''}number, got {value!r}"]
         if not (low <= value <= high and (inclusive or value > low)) or not math.isfinite(value):
@@ -225,6 +231,10 @@ class KeyValueHyperParams(HyperParams):
         found = super().problems()
         if not isinstance(self.mom2_adjustment, bool):
             found.append(f"mom2_adjustment must be true or false, got {self.mom2_adjustment!r}")
+        if not isinstance(self.mom2_dataset, str):
+            found.append(f"mom2_dataset must be a file or the name of a dataset, got {self.mom2_dataset!r}")
+        if self.stats_dir is not None and not isinstance(self.stats_dir, (str, Path)):
+            found.append(f"stats_dir must be a folder or null, got {self.stats_dir!r}")
         prefixes = self.template_prefixes
         if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, str) and p for p in prefixes):
             found.append(f"template_prefixes must be a list of words, got {prefixes!r}")
@@ -371,7 +381,10 @@ def read(path_or_name: str | Path) -> HyperParams:
 
 def shipped(method: str = "NMKE") -> dict[str, Path]:
     """The YAML files of a method that come with the package, by name: hparams/ of a checkout, or its installed copy."""
-    for directory in (Path(__file__).parents[1] / "hparams", Path(sys.prefix) / "share/easyedit_nmke/hparams"):
+    installed = (
+        Path(base) / "share/easyedit_nmke/hparams" for base in (sys.prefix, sysconfig.get_path("data"), site.getuserbase())
+    )
+    for directory in (Path(__file__).parents[1] / "hparams", *installed):
         files = sorted((directory / method).glob("*.yaml"))
         if files:
             return {file.stem: file for file in files}
@@ -415,12 +428,14 @@ def _did_you_mean(name: str, known) -> str:
 
 
 def _number(name: str, value: Any) -> Any:
-    """YAML 1.1 reads '1e-1' as text; EasyEdit's files rely on it becoming a number."""
+    """YAML 1.1 reads '1e-1' as text; EasyEdit's files rely on it becoming a number. 1e5 may stand for a whole number."""
     if name in RANGES and isinstance(value, str):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             return value
+        if name in WHOLE and value.is_integer():
+            return int(value)
     return value
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from . import atlas, metrics
 from .arch import ModelView
 from .baselines import apply_to_model, open_state
-from .edit import check_model, check_requests, edited_parameters
+from .edit import carried_state, check_model, check_requests, edited_parameters
 from .hparams import HyperParams
 from .prompts import Request
 from .state import EditReport, LifelongState, fingerprint
@@ -53,7 +52,11 @@ def load_model(hparams: HyperParams):
 
 def _device(wanted) -> torch.device:
     numbered = isinstance(wanted, int) or (isinstance(wanted, str) and wanted.isdigit())
-    device = torch.device(f"cuda:{wanted}" if numbered else wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = f"cuda:{wanted}" if numbered else wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {wanted!r}, expected a CUDA index (0), 'cpu', 'cuda:1' or another torch device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {wanted!r} (CUDA), but no CUDA device is visible here; set `device: cpu`")
     return device
@@ -79,7 +82,7 @@ class LifelongEditor:
         """What the method keeps from edit to edit (statistics, past keys, templates); made on first use, which for most runs the
         covariance of keys (once per model, cached on disk)."""
         if self._state is None:
-            self._state = open_state(self.model, self.tok, self.hparams)
+            self._state = carried_state(self.model, self.tok, self.hparams, open_state)
         return self._state
 
     def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
@@ -88,10 +91,12 @@ class LifelongEditor:
         return before
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put parameters back (as returned by `apply` and `edit`); past keys go back with them at the next edit."""
+        """Put parameters back (as returned by `apply` and `edit`), and past keys with them."""
         with torch.no_grad():
             for name, original in weights.items():
                 self.model.get_parameter(name).copy_(original)
+        if self._state is not None:
+            self._state.follow(edited_parameters(ModelView(self.model), self.hparams))
 
     def edit(
         self,
@@ -123,6 +128,7 @@ class LifelongEditor:
         checked = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
         for batch in _chunks(checked, self.hparams.batch_size):
             check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates)
+        metrics.check(self.model, self.tok, checked)
         return self._edit(checked, sequential_edit, verbose)
 
     def batch_edit(self, prompts, target_new, *args, sequential_edit: bool = False, **kwargs):
@@ -143,11 +149,13 @@ class LifelongEditor:
             weights = self.apply(asked)
             seconds = time.perf_counter() - started
             originals = originals or weights
-            for result, post in zip(batch, metrics.quality(self.model, self.tok, asked), strict=True):
-                metrics.add_locality_accuracy(result["pre"], post)
-                result.update(post=post, time=seconds)
-            if not sequential:
-                self.restore(weights)
+            try:
+                for result, post in zip(batch, metrics.quality(self.model, self.tok, asked), strict=True):
+                    metrics.add_locality_accuracy(result["pre"], post)
+                    result.update(post=post, time=seconds)
+            finally:
+                if not sequential:
+                    self.restore(weights)
         if sequential:
             for result, final in zip(results, metrics.quality(self.model, self.tok, requests), strict=True):
                 metrics.add_locality_accuracy(result["pre"], final)
@@ -176,6 +184,8 @@ def make_requests(prompts, target_new, subject, ground_truth, rephrase_prompts, 
             record[name] = value
     for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
         for kind, entry in (inputs or {}).items():
+            if not isinstance(entry, Mapping) or not {"prompt", "ground_truth"} <= set(entry):
+                raise ValueError(f"{section}_inputs[{kind!r}] needs 'prompt' and 'ground_truth', got {entry!r}")
             asked, answers = column(entry["prompt"]), column(entry["ground_truth"])
             if len(asked) != len(prompts) or len(answers) != len(prompts):
                 raise ValueError(
@@ -206,6 +216,7 @@ def run(editor: LifelongEditor, requests: Sequence[Request], on_edit: Callable[[
     before the first edit. `on_edit` is told how many are done."""
     requests = list(requests)
     before = metrics.quality(editor.model, editor.tok, requests)
+    editor.state.follow(edited_parameters(ModelView(editor.model), editor.hparams))
     first, done = editor.state.edits, 0
     started = time.perf_counter()
     for batch in _chunks(requests, editor.hparams.batch_size):
@@ -267,9 +278,7 @@ class _whole:
         self.path = path
 
     def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-        os.close(handle)
-        self.temporary = Path(name)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         return self.temporary
 
     def __exit__(self, kind, *_):

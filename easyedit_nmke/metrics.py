@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from easyedit_nmke.prompts import Request, Tokens, pad
+from easyedit_nmke.prompts import Request, Tokens, pad, without_end
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
 SAME_SUBJECT = "same_subject"
@@ -74,6 +74,11 @@ def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_B
         place = results[i][section] if section else results[i]
         place.setdefault(key, []).append(guess if section == "locality" else _share(guess, label))
     return results
+
+
+def check(model, tok, requests: Sequence[Request]) -> None:
+    """ValueError when a prompt or an answer of the requests cannot be scored: too long for the model, or without a token."""
+    _rows(tok, [pair for request in requests for *_, pair in _slots(request)], _context(model))
 
 
 def add_locality_accuracy(before: dict, after: dict) -> None:
@@ -171,13 +176,7 @@ def _encode(tok, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     rows = tok(texts, padding=False, truncation=False)["input_ids"]
-    return [list(ids[:-1] if _closed(tok, ids, text) else ids) for ids, text in zip(rows, texts, strict=True)]
-
-
-def _closed(tok, ids: Sequence[int], text: str) -> bool:
-    """Whether the tokenizer put an eos behind the text, which does not end with one itself."""
-    end = tok.eos_token_id
-    return end is not None and len(ids) > 0 and ids[-1] == end and not text.endswith(tok.eos_token)
+    return [without_end(tok, ids, text) for ids, text in zip(rows, texts, strict=True)]
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

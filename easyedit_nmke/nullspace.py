@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,10 +32,13 @@ TOKENS_AT_A_TIME = 4096
 def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, torch.Tensor]:
     """layer -> U [F, r], an orthonormal basis of what updates must not touch; P = I - U Uᵀ.
 
-    From EasyEdit's projector file when `P_loc` exists, else from the covariance of keys over `mom2_dataset` (cached on disk).
+    From EasyEdit's projector file when `P_loc` exists, else (with a warning where P_loc names none) from the covariance of keys
+    over `mom2_dataset`, cached on disk.
     """
     if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
         return _from_projector(view, hparams)
+    if hparams.P_loc is not None:
+        logger.warning("P_loc %s does not exist: the null space is computed from %s instead", hparams.P_loc, hparams.mom2_dataset)
     threshold, fraction = hparams.nullspace_threshold, hparams.nullspace_fraction
 
     def compute():
@@ -198,8 +200,7 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """All or nothing; a cache that cannot be written is only a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary)
             temporary.replace(path)

@@ -78,6 +78,8 @@ class Request:
 def _probes(content: Mapping | None) -> dict[str, tuple[tuple[str, str], ...]]:
     probes = {}
     for kind, entry in (content or {}).items():
+        if not isinstance(entry, Mapping) or not {"prompt", "ground_truth"} <= set(entry):
+            raise ValueError(f"the probe {kind!r} of a request needs 'prompt' and 'ground_truth', got {entry!r}")
         prompts, answers = entry["prompt"], entry["ground_truth"]
         if isinstance(prompts, str):
             prompts, answers = [prompts], [answers]
@@ -116,8 +118,15 @@ def pad(rows: Sequence[Sequence[int]], tok, device) -> Tokens:
 
 
 def encode(tok, text: str) -> list[int]:
-    """Token ids with the tokenizer's own special tokens in front."""
-    return list(tok(text)["input_ids"])
+    """Token ids with the tokenizer's special tokens in front, none behind: an end token it appends is no part of a prompt."""
+    return without_end(tok, tok(text)["input_ids"], text)
+
+
+def without_end(tok, ids: Sequence[int], text: str) -> list[int]:
+    """ids without an end-of-text token that the tokenizer put behind a text that does not end with one itself."""
+    end = tok.eos_token_id
+    appended = end is not None and len(ids) > 0 and ids[-1] == end and not text.endswith(tok.eos_token)
+    return list(ids[:-1] if appended else ids)
 
 
 def position_before(tok, text: str, end: int) -> int:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import torch
 
+COLUMNS_AT_A_TIME = 512
+
 
 class NullSpaceSolver:
     """Past keys of one layer, and the update they allow.
@@ -73,8 +75,11 @@ class NullSpaceSolver:
     def project(self, keys: torch.Tensor) -> torch.Tensor:
         """P·keys, float64."""
         keys = keys.to(self._keys)
-        basis = self.row_space.to(keys.dtype)
-        return keys - basis @ (basis.T @ keys)
+        inside = torch.zeros_like(keys)
+        for basis in self.row_space.split(COLUMNS_AT_A_TIME, dim=1):  # a float64 copy of all of U would double its memory
+            basis = basis.to(keys)
+            inside += basis @ (basis.T @ keys)
+        return keys - inside
 
     def _past_factor(self) -> torch.Tensor:
         return self._factor[: self.count, : self.count]

@@ -79,3 +79,15 @@ def test_recorded_calls_repeat_a_block(tiny, kind):
     args, kwargs = calls[2]
     assert len(calls) == 3
     assert torch.equal(hooks.first_tensor(view.blocks[2](seen["in"], *args, **kwargs)), seen["out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_large_half_precision_states_are_read_out_as_the_model_does(tiny, kind, dtype):
+    model, _ = tiny(kind)
+    view = ModelView(model.to(dtype))
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(dtype) * 400
+    with torch.no_grad():
+        expected = view.head(view.norm(states)).float()
+    found = view.readout.logits(states).float()
+    assert expected.abs().max() > 0.5 and (found - expected).abs().max() < 0.05 * expected.abs().max()

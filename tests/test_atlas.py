@@ -32,6 +32,12 @@ def test_the_world():
     assert not {e.prompt for e in exercises if e.held_out} & {e.prompt for e in exercises if not e.held_out}
 
 
+def test_the_facts_are_shipped_as_data():
+    stored = json.loads((embedded.DIRECTORY.parent / "facts.json").read_text())
+    assert stored == json.loads(json.dumps(world.as_data()))
+    assert len(stored["facts"]) == sum(map(len, world.make_world()))
+
+
 def test_the_model_answers_a_sample_of_each(atlas):
     model, tok = atlas
     facts, _ = world.make_world()

@@ -131,3 +131,28 @@ def test_a_hundred_real_records_on_a_model_with_a_real_vocabulary(name, settings
     for entry in content["refused"]:
         assert entry["reason"]
     assert all(math.isfinite(value) for edit in content["edits"] for value in edit["post"]["rewrite_acc"])
+
+
+def test_records_that_cannot_be_scored_or_contradict_their_batch_are_refused_alone(settings, tmp_path, requests):
+    records = requests(4, "tune")
+    records[1] = {**records[1], "locality": {"long": {"prompt": ["word " * 400], "ground_truth": ["x"]}}}
+    records[2] = {**records[0], "target_new": "something else"}
+    data, out = tmp_path / "data.json", tmp_path / "out"
+    data.write_text(json.dumps(records))
+    content = yaml.safe_load(settings.read_text())
+    settings.write_text(yaml.safe_dump({**content, "batch_size": 4}))
+    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert [entry["record"] for entry in found["edits"]] == [0, 3]
+    assert "context 256" in found["refused"][0]["reason"] and "two answers" in found["refused"][1]["reason"]
+
+
+def test_a_state_that_cannot_be_opened_is_not_blamed_on_the_data(settings, tmp_path, requests, capsys):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(requests(1)))
+    settings.write_text(settings.read_text() + "\nmom2_dataset: no/such-dataset\n")
+    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert "mom2_dataset" in err and "records" not in err
+    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(data)]) == 1
+    assert "is a file; give a folder" in capsys.readouterr().err

@@ -236,6 +236,15 @@ def test_two_answers_to_one_prompt_in_a_batch_are_refused(tiny, nmke_hparams, re
         apply_nmke_to_model(model, tok, [], nmke_hparams(model, tok))
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused_wherever_they_are(tiny, nmke_hparams, requests, name):
+    model, tok = tiny("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[3, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
+        apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tiny, nmke_hparams, requests, value):
     model, tok = tiny("llama")
@@ -245,7 +254,7 @@ def test_weights_that_are_not_finite_are_refused(tiny, nmke_hparams, requests, v
         apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
 
 
-def test_models_that_cannot_be_edited_are_refused(tiny, nmke_hparams, requests):
+def test_models_that_cannot_be_edited_are_refused(tiny, nmke_hparams, requests, monkeypatch):
     model, tok = tiny("llama")
     with pytest.raises(ValueError, match="float16 on a CPU"):
         apply_nmke_to_model(copy.deepcopy(model).half(), tok, requests(1), nmke_hparams(model, tok))
@@ -253,12 +262,15 @@ def test_models_that_cannot_be_edited_are_refused(tiny, nmke_hparams, requests):
         apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok, layers=[0, 7]))
     with pytest.raises(ValueError, match="v_loss_layer is 9"):
         apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok, v_loss_layer=9))
+    with pytest.raises(ValueError, match="LlamaModel has no output head"):
+        apply_nmke_to_model(model.model, tok, requests(1), nmke_hparams(model, tok))
     with pytest.raises(ValueError, match="known types: llama"):
         apply_nmke_to_model(torch.nn.Linear(2, 2), tok, requests(1), nmke_hparams(model, tok))
     changed = nmke_hparams(model, tok)
     changed.neurons = "some"
     with pytest.raises(ValueError, match="neurons is 'some'"):
         apply_nmke_to_model(model, tok, requests(1), changed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA device is visible"):
         LifelongEditor.from_hparams(nmke_hparams(model, tok, device=0))
 

@@ -176,3 +176,14 @@ def test_a_file_of_no_known_method(tmp_path):
 def test_values_that_the_other_methods_cannot_use(method, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         CLASSES[method](**{**MINIMAL, **changes})
+
+
+def test_whole_numbers_may_be_written_with_an_exponent_and_odd_yaml_is_one_message(tmp_path):
+    assert (
+        NMKEHyperParams.from_hparams(write(tmp_path, "layers: [0]\nmodel_name: atlas\nmom2_n_samples: 1e5\n")).mom2_n_samples
+        == 100000
+    )
+    with pytest.raises(ValueError, match=r"4 problems(.|\n)*unknown name 'False'"):
+        NMKEHyperParams.from_hparams(
+            write(tmp_path, "layers: [0]\nmodel_name: atlas\nno: 1\nstats_dir: 7\nmom2_dataset: 5\ndevice: [0]\n")
+        )

@@ -153,3 +153,50 @@ def test_atlas_forgets_an_old_answer_and_keeps_the_rest(atlas, tmp_path):
     asked = [Request.from_dict(r) for r in embedded.requests(8, "tune")]
     scores = lifelong.run(some, asked).summary()
     assert scores["rel"] >= 0.75 and scores["gen"] >= 0.6 and scores["loc"] >= 0.9
+
+
+def test_a_failure_while_scoring_takes_a_passing_edit_back(editor, requests, monkeypatch):
+    some, calls = editor(), []
+    start = {name: p.detach().clone() for name, p in some.model.named_parameters()}
+    quality = metrics.quality
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return quality(*args, **kwargs)
+
+    monkeypatch.setattr(metrics, "quality", fail)
+    with pytest.raises(KeyboardInterrupt):
+        some.edit([], [], requests=requests(1), sequential_edit=False, verbose=False)
+    assert all(torch.equal(p, start[name]) for name, p in some.model.named_parameters())
+    assert some.state.edits == 0
+
+
+def test_restoring_takes_the_past_keys_back_and_runs_report_every_edit(editor, requests):
+    some = editor()
+    some.edit([], [], requests=requests(2), sequential_edit=False, verbose=False)
+    assert some.state.edits == 0 and some.state.solvers[0].count == 0
+    assert len(lifelong.run(some, [Request.from_dict(r) for r in requests(3)]).reports) == 3
+
+
+def test_a_second_editor_of_an_edited_model_keeps_its_past_keys(tiny, nmke_hparams, requests):
+    model, tok = tiny("llama")
+    LifelongEditor.from_hparams(nmke_hparams(model, tok)).apply(requests(1))
+    second = LifelongEditor.from_hparams(nmke_hparams(model, tok))
+    second.apply(requests(2)[1:])
+    assert second.state.edits == 2
+
+
+@pytest.mark.parametrize("section", ["locality_inputs", "portability_inputs"])
+def test_probes_without_answers_are_refused(editor, requests, section):
+    args, kwargs = columns(requests(2))
+    with pytest.raises(ValueError, match=f"{section}\\['near'\\] needs 'prompt' and 'ground_truth'"):
+        editor().edit(*args, **{**kwargs, section: {"near": {"prompt": ["a", "b"]}}})
+    with pytest.raises(ValueError, match="the probe 'near' of a request needs"):
+        Request.from_dict({**requests(1)[0], "locality": {"near": {"prompt": "a"}}})
+
+
+def test_a_device_that_is_none_is_refused(nmke_hparams, tiny):
+    with pytest.raises(ValueError, match="device is 'gpu', expected a CUDA index"):
+        LifelongEditor.from_hparams(nmke_hparams(*tiny("llama"), device="gpu"))

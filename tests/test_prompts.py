@@ -58,7 +58,7 @@ def test_the_subjects_last_token_is_found_with_and_without_offsets(tok):
         assert tok.decode(encode(tok, text)[: position + 1]).endswith("Mara Vosk")
 
         class Slow:
-            is_fast = False
+            is_fast, eos_token_id = False, None
 
             def __call__(self, some):
                 return {"input_ids": tok(some)["input_ids"]}
@@ -91,3 +91,15 @@ def test_context_templates_are_seeded_and_leave_the_random_state_alone(tiny):
     assert first != context_templates(model, tok, ["The", "I"], 8, seed=2)
     assert first[0] == ["{}"] and len(first[1]) == 2
     assert all(text.endswith(". {}") and text.count("{") == 1 for text in first[1])
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_left_out(tok):
+    class Closing:
+        is_fast, eos_token, eos_token_id = False, tok.eos_token, tok.eos_token_id
+
+        def __call__(self, text):
+            return {"input_ids": [*tok(text)["input_ids"], tok.eos_token_id]}
+
+    text = "The birthplace of Mara Vosk is"
+    assert encode(Closing(), text) == encode(tok, text)
+    assert target_tokens(Closing(), text, "Rome") == target_tokens(tok, text, "Rome")

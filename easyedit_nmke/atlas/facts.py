@@ -342,3 +342,15 @@ def make_exercises() -> list[Exercise]:
                   for t in ("the city of {} is in", "the country of {} is", "{} is the capital of", "flights to {} land in",
                             "the town hall of {} flies the flag of")]  # fmt: skip
     return items
+
+
+def as_data() -> dict:
+    """The world as plain data: relations with their wordings and objects, and all facts."""
+    facts, following = make_world()
+    relations = {
+        r.name: {"kind": r.kind, "templates": list(r.templates), "objects": list(r.objects), "follows": r.follows}
+        for r in (*RELATIONS, *FOLLOWING)
+    }
+    columns = ("subject", "relation", "object", "held_out_wording", "half")
+    rows = [[f.subject, f.relation.name, f.object, f.held_out, f.half] for f in (*facts, *following)]
+    return {"relations": relations, "columns": list(columns), "facts": rows}

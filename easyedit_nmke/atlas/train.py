@@ -249,7 +249,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "weights")
     parser.add_argument("--measure", action="store_true", help="only measure the model under --out and write measured.json there")
+    parser.add_argument("--facts", action="store_true", help="only write the world as data, facts.json beside this file")
     args = parser.parse_args(argv)
+    if args.facts:
+        data = world.as_data()
+        rows = ",\n".join(json.dumps(row) for row in data.pop("facts"))
+        (HERE / "facts.json").write_text(json.dumps(data, indent=1)[:-2] + f',\n "facts": [\n{rows}\n ]\n}}\n')
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.measure:
