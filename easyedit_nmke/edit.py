@@ -134,7 +134,7 @@ def check_requests(view: ModelView, tok, requests: Sequence[Request], templates:
 
 def settings_of(hparams: HyperParams) -> dict:
     """The hyperparameters that a state depends on."""
-    return {name: getattr(hparams, name) for name in hparams.STATE}
+    return {name: deepcopy(getattr(hparams, name)) for name in hparams.STATE}
 
 
 def _different_state(state: LifelongState, hparams: HyperParams) -> str:

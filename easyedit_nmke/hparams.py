@@ -67,6 +67,13 @@ RANGES = {
 OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
 
 
+class ModelPair(tuple):
+    """A (model, tokenizer) tuple that EasyEdit's scorers can ask for the text of its name, as they do of a path."""
+
+    def lower(self) -> str:
+        return self[0].config.model_type
+
+
 @dataclass
 class HyperParams:
     """What every method is told: which blocks of which model, where, and how many requests share one update.
@@ -97,6 +104,12 @@ class HyperParams:
 
     def __post_init__(self):
         self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """EasyEdit's users assign attributes after loading; a (model, tokenizer) tuple is wrapped whenever it comes."""
+        if name == "model_name" and type(value) is tuple and len(value) == 2:
+            value = ModelPair(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> Self:

@@ -194,13 +194,3 @@ def _or_nmke(is_batchable: Callable[[str], bool]) -> Callable[[str], bool]:
         return alg_name == ALG_NAME or is_batchable(alg_name)
 
     return is_batchable_method
-
-
-class _CallableModule(ModuleType):
-    """Importing this file binds the package's name `register` to the module: calling it calls :func:`register`."""
-
-    def __call__(self, text_only: bool = False) -> ModuleType:
-        return register(text_only)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -252,11 +252,7 @@ def arguments(requests):
 
 
 def base_editor(easyeditor, hparams):
-    """EasyEdit accepts a (model, tok) pair as `model_name`, but its scorer looks for 't5' in the name's text."""
-    editor = easyeditor.BaseEditor.from_hparams(hparams)
-    if isinstance(editor.model_name, tuple):
-        editor.model_name = editor.model.config.model_type
-    return editor
+    return easyeditor.BaseEditor.from_hparams(hparams)
 
 
 def parameters(model):

@@ -107,6 +107,19 @@ def test_plain_data_round_trip():
     assert set(settings.to_dict()) == {field.name for field in dataclasses.fields(settings)}
 
 
+def test_a_model_and_its_tokenizer_have_a_name_that_easyedits_scorers_can_read():
+    class Model:
+        class config:
+            model_type = "llama"
+
+    pair = (Model(), object())
+    settings = NMKEHyperParams(**{**MINIMAL, "model_name": pair})
+    assert settings.model_name == pair and settings.model_name.lower() == "llama"
+    settings.model_name = "atlas"
+    settings.model_name = pair
+    assert "t5" not in settings.model_name.lower()
+
+
 BASELINES = ["AlphaEdit", "MEMIT", "ROME", "FT"]
 
 
