@@ -31,6 +31,8 @@ def test_batches_respect_the_token_budget(view, monkeypatch):
     texts = [f"the larger of {i} and {i * 37} is {i * 37}." for i in range(30)]
     whole = nullspace.covariances(view, tok, texts, [0])[0]
     monkeypatch.setattr(nullspace, "TOKENS_AT_A_TIME", 40)
+    sizes = [(len(batch), max(map(len, batch))) for batch in nullspace._batches(tok(texts)["input_ids"])]
+    assert sum(rows for rows, _ in sizes) == 30 and all(rows * widest <= 40 for rows, widest in sizes)
     assert torch.allclose(nullspace.covariances(view, tok, texts, [0])[0], whole, rtol=1e-4, atol=1e-6)
 
 
