@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +85,26 @@ class Readout:
         return Readout(self.norm, move(self.scale), move(self.shift), self.eps, move(self.head), move(self.head_bias), self.softcap)
 
 
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Dropout off; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def context_length(model) -> int | None:
+    """Longest text in tokens that the model can read; None when its configuration does not say."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 class ModelView:
     """A transformers causal language model seen through its family's row. Holds references, copies nothing."""
 
@@ -136,8 +158,7 @@ class ModelView:
 
     @property
     def context_length(self) -> int | None:
-        config = self.model.config
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return context_length(self.model)
 
     def check_layers(self, layers) -> None:
         """ValueError when a block number does not exist."""

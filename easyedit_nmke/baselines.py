@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
 from . import editor
-from .arch import ModelView
-from .edit import Opens, Writes, apply_method, check_model, edited_parameters, evaluating, phase, require, settings_of, write
+from .arch import ModelView, evaluating
+from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import subject_states

@@ -11,7 +11,7 @@ from copy import deepcopy
 
 import torch
 
-from .arch import ModelView
+from .arch import ModelView, evaluating
 from .hparams import HyperParams
 from .prompts import Request, encode, target_tokens
 from .state import EditReport, LifelongState
@@ -174,18 +174,6 @@ def _unchanged_on_error(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[st
             for name, original in originals.items():
                 weights[name].copy_(original)
         raise
-
-
-@contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Dropout off; modes are put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .arch import ModelView
+from .arch import ModelView, evaluating
 from .attribution import neuron_scores
-from .edit import apply_method, check_model, check_requests, evaluating, phase, require, settings_of, write
+from .edit import apply_method, check_model, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
 from .keys import attribution_inputs, key_and_value, keys_of
 from .masks import NeuronMask, neuron_mask
@@ -17,8 +17,6 @@ from .prompts import Request, context_templates, target_tokens
 from .solver import NullSpaceSolver
 from .state import EditReport, LifelongState
 from .values import target_value
-
-__all__ = ["apply_nmke_to_model", "check_model", "check_requests", "edit_layers", "neuron_masks", "open_state"]
 
 
 def apply_nmke_to_model(

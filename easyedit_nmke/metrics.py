@@ -8,10 +8,10 @@ pairs of like length share a pass, and the vocabulary is looked at only where th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
+from easyedit_nmke.arch import context_length, evaluating
 from easyedit_nmke.prompts import Request, Tokens, pad, without_end
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
@@ -30,9 +30,9 @@ def predicted_tokens(model, tok, pairs: Sequence[Pair], token_budget: int = TOKE
     pad token do not matter; the model is put in evaluation mode and left as it was found. ValueError when a target adds no
     token, a prompt has none, or a text is longer than the model's context.
     """
-    rows = _rows(tok, pairs, _context(model))
+    rows = _rows(tok, pairs, context_length(model))
     predicted: list[list[int]] = [[] for _ in rows]
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch in _batches([len(ids) for ids, _ in rows], token_budget):
             found = _argmax_before(model, pad([rows[i][0] for i in batch], tok, _device(model)), [rows[i][1] for i in batch])
             for i, ids in zip(batch, found, strict=True):
@@ -54,7 +54,7 @@ def greedy_text(model, tok, prompt: str, new_tokens: int = 6, stop: str = ".") -
     """What the model says after `prompt`, greedily: at most `new_tokens` tokens, up to `stop`, stripped."""
     ids = _encode(tok, [prompt])[0]
     start = len(ids)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         while len(ids) < start + new_tokens and stop not in tok.decode(ids[start:]):
             last = torch.tensor([len(ids) - 1])
             ids = [*ids, int(_best_words(model, pad([ids], tok, _device(model)), torch.zeros_like(last), last))]
@@ -78,7 +78,7 @@ def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_B
 
 def check(model, tok, requests: Sequence[Request]) -> None:
     """ValueError when a prompt or an answer of the requests cannot be scored: too long for the model, or without a token."""
-    _rows(tok, [pair for request in requests for *_, pair in _slots(request)], _context(model))
+    _rows(tok, [pair for request in requests for *_, pair in _slots(request)], context_length(model))
 
 
 def add_locality_accuracy(before: dict, after: dict) -> None:
@@ -217,28 +217,7 @@ def _best_words(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor)
     return torch.cat([head(some).argmax(-1) for some in chosen.split(HEAD_ROWS)]).cpu()
 
 
-@contextmanager
-def _evaluating(model) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back."""
-    found = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in found:
-            module.training = training
-
-
 def _device(model) -> torch.device:
     """Where token ids go: the embedding's device, also when the layers are spread over several."""
     embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return (embed.weight if embed is not None else next(model.parameters())).device
-
-
-def _context(model) -> int | None:
-    """Longest text in tokens that the model can read; None when its configuration does not say."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
