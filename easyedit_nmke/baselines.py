@@ -23,7 +23,7 @@ from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
 from .state import EditReport, LifelongState
-from .values import target_value
+from .values import target_values
 
 FT_LOSS_TO_STOP = 1e-2
 
@@ -72,7 +72,7 @@ def edit_rank_one(
     for request in requests:
         for layer in hparams.layers:
             with phase(report, "values"):
-                value = target_value(view, tok, request, state.flat_templates, layer, hparams, part="ffn")
+                (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
             with phase(report, "keys"):
                 wanted = {"key": (view.down(layer), "input"), "out": (view.down(layer), "output")}
                 seen = subject_states(view, tok, [request], state.flat_templates, wanted)

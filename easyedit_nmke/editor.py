@@ -11,12 +11,12 @@ from .attribution import neuron_scores
 from .edit import apply_method, check_model, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
 from .keys import attribution_inputs, key_and_value, keys_of
-from .masks import NeuronMask, neuron_mask
-from .nullspace import row_spaces
+from .masks import NeuronMask, neuron_mask, shuffled
+from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
-from .solver import NullSpaceSolver
+from .solver import NullSpaceSolver, RestrictedSolver
 from .state import EditReport, LifelongState
-from .values import target_value
+from .values import target_values
 
 
 def apply_nmke_to_model(
@@ -49,9 +49,21 @@ def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True)
     check_model(view, hparams)
     with evaluating(model):
         templates = context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-        bases = row_spaces(view, tok, hparams, progress)
-    solvers = {layer: NullSpaceSolver(basis, hparams.L2) for layer, basis in bases.items()}
+        spaces = row_spaces(view, tok, hparams, progress)
+    solvers = {layer: _solver(space, hparams) for layer, space in spaces.items()}
     return LifelongState(settings_of(hparams), solvers, templates)
+
+
+def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver | RestrictedSolver:
+    soft, relative = hparams.regularizer == "covariance", hparams.l2_scale == "auto"
+    if (soft or relative) and not torch.isfinite(space.energy):
+        raise ValueError(
+            "P_loc names a projector, which tells nothing of the size of keys; "
+            "remove it, or set regularizer: nullspace and l2_scale: absolute"
+        )
+    l2 = hparams.L2 * space.energy.item() if relative else hparams.L2
+    solver = RestrictedSolver if hparams.solve == "restricted" and hparams.neurons != "all" else NullSpaceSolver
+    return solver(space.basis, l2, hparams.mom2_update_weight * space.eigenvalues if soft else None)
 
 
 def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -> tuple[dict[int, torch.Tensor], EditReport]:
@@ -60,11 +72,13 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
     report, z_layer = EditReport(len(requests)), hparams.layers[-1]
     flat = state.flat_templates
     with phase(report, "values"):
-        values = [target_value(view, tok, request, flat, z_layer, hparams) for request in requests]
+        values = target_values(view, tok, requests, flat, z_layer, hparams)
         report.value_loss = [value.loss for value in values]
         z = torch.stack([value.z for value in values], 1)
     with phase(report, "attribution"):
         masks = neuron_masks(view, tok, requests, flat, hparams)
+        if masks and hparams.control == "random":
+            masks = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in masks.items()}
     for index, layer in enumerate(hparams.layers):
         with phase(report, "keys"):
             keys, current = key_and_value(view, tok, requests, state.templates, layer, z_layer)
@@ -74,7 +88,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
         with phase(report, "solve"):
             weight = view.w_out(layer)
             mask = masks[layer].mask.to(weight.device) if layer in masks else None
-            write(weight, state.solvers[layer].update(keys, residual.to(weight.device), mask), layer)
+            write(weight, _update(state.solvers[layer], keys, residual.to(weight.device), mask, hparams), layer)
         report.density[layer] = masks[layer].density if layer in masks else 1.0
         if layer in masks:
             report.ratios[layer] = (masks[layer].general_ratio, masks[layer].specific_ratio)
@@ -82,6 +96,15 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
         return {}, report
     with phase(report, "keys"):
         return keys_of(view, tok, requests, state.templates, hparams.layers), report
+
+
+def _update(solver, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:
+    """The solver's update; for the control "uniform" the unmasked one, scaled to the Frobenius norm of the masked one."""
+    masked = solver.update(keys, residual, mask)
+    if mask is None or hparams.control != "uniform":
+        return masked
+    whole = solver.update(keys, residual)
+    return whole * (masked.norm() / whole.norm().clamp(min=1e-30))
 
 
 def neuron_masks(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str], hparams) -> dict[int, NeuronMask]:

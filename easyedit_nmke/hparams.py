@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
@@ -33,6 +34,10 @@ CHOICES = {
     "mask": ("binary", "soft"),
     "mask_ties": ("include", "exact"),
     "objective_optimization": ("prompt_last", "target_new"),
+    "regularizer": ("nullspace", "covariance"),
+    "l2_scale": ("absolute", "auto"),
+    "solve": ("full", "restricted"),
+    "control": ("none", "random", "uniform"),
 }
 
 # field -> (lowest, highest, is the lowest allowed). Anything not listed is free. A method's own fields only are looked at.
@@ -65,6 +70,7 @@ RANGES = {
     "lr": (0, math.inf, False),
     "weight_decay": (0, math.inf, True),
     "norm_constraint": (0, math.inf, False),
+    "locality_factor": (0, math.inf, True),
 }
 WHOLE = {"v_num_grad_steps", "v_loss_layer", "mom2_n_samples", "max_length", "batch_size", "template_length", "num_steps"}
 OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
@@ -286,6 +292,9 @@ class AlphaEditHyperParams(KeyValueHyperParams):
         *KeyValueHyperParams.STATE, "template_length", "L2", "nullspace_threshold", "nullspace_fraction", "P_loc",
     )  # fmt: skip
     neurons: ClassVar[str] = "all"  # no mask
+    regularizer: ClassVar[str] = "nullspace"
+    l2_scale: ClassVar[str] = "absolute"
+    solve: ClassVar[str] = "full"
 
     alg_name: str = "AlphaEdit"
 
@@ -314,7 +323,17 @@ class NMKEHyperParams(AlphaEditHyperParams):
     The section 'Hyperparameters' of the README says which symbol of the paper each one is.
     """
 
+    STATE: ClassVar[tuple[str, ...]] = (*AlphaEditHyperParams.STATE, "regularizer", "l2_scale", "mom2_update_weight", "solve")
+
     alg_name: str = "NMKE"
+
+    # Beyond the paper
+    regularizer: str = "nullspace"  # "covariance": λ·E[c cᵀ] + L2 instead of a hard null space; λ = mom2_update_weight
+    l2_scale: str = "absolute"  # "auto": L2 times the mean squared norm of a key outside the protected directions, per layer
+    solve: str = "full"  # and mask afterwards; "restricted": solve for the chosen neurons alone
+    locality_factor: float = 0.0  # weight of keeping the answers to locality_prompts when z is optimised
+    locality_prompts: list[str] = field(default_factory=list)  # other relations, "{}" for the subject
+    control: str = "none"  # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
 
     # Attribution (Eqs. 2, 3)
     attribution_strategy: str = "lps"
@@ -339,13 +358,49 @@ class NMKEHyperParams(AlphaEditHyperParams):
     mask: str = "binary"
     mask_ties: str = "include"
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
+        """As the other methods'; `preset` names a set of values for whatever `content` leaves out."""
+        content = dict(content)
+        preset = content.pop("preset", "published")
+        if preset not in PRESETS:
+            hint = _did_you_mean(str(preset), PRESETS)
+            raise ValueError(_report(source, [f"preset is {preset!r}{hint}; expected one of {', '.join(map(repr, PRESETS))}"]))
+        return super().from_dict({**PRESETS[preset], **content}, source)
+
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.solve == "restricted" and self.mask == "soft":
+            found.append("solve: restricted chooses neurons and mask: soft weighs all of them; use one of the two")
+        prompts = self.locality_prompts
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) and p.count("{}") == 1 for p in prompts):
+            found.append(f"locality_prompts must be a list of texts with one {{}} each for the subject, got {prompts!r}")
+        elif _is_number(self.locality_factor) and self.locality_factor > 0 and not prompts:
+            found.append(f"locality_factor is {self.locality_factor!r}, but locality_prompts is empty; give some, or set it to 0")
         for kind in ("general", "specific"):
             bias, scale = getattr(self, f"{kind}_bias"), getattr(self, f"{kind}_scale")
             if _is_number(bias) and _is_number(scale) and bias + scale > 1:
                 found.append(f"{kind}_bias + {kind}_scale is {bias + scale}, expected at most 1")
         return found
+
+
+# What `preset` stands for, in NMKE's files. Relations that most knowledge bases have; a prompt that asks for the edited fact itself
+# is left out by the editor.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "published": {},
+        "plus": {
+            "neurons": "all",
+            "regularizer": "covariance",
+            "l2_scale": "auto",
+            "nullspace_fraction": 0.5,
+            "mom2_update_weight": 100.0,
+            "L2": 0.1,
+            "locality_factor": 2.0,
+            "locality_prompts": (),
+        },
+    }
+)
 
 
 @dataclass

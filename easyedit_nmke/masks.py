@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +53,13 @@ def neuron_mask(scores: torch.Tensor, hparams) -> NeuronMask:
     else:
         raise ValueError(f"mask is {hparams.mask!r}, expected 'binary' or 'soft'")
     return NeuronMask(mask.float(), general, specific, general_ratio, specific_ratio)
+
+
+def shuffled(mask: NeuronMask, seed: str) -> NeuronMask:
+    """The control of attribution: the same mask values on neurons drawn at random, the same for the same `seed`."""
+    order = list(range(len(mask.mask)))
+    random.Random(seed).shuffle(order)
+    return replace(mask, mask=mask.mask[order])
 
 
 def general_count(scores: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,8 +30,17 @@ LONGEST_TEXT = 512
 TOKENS_AT_A_TIME = 4096
 
 
-def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, torch.Tensor]:
-    """layer -> U [F, r], an orthonormal basis of what updates must not touch; P = I - U Uᵀ.
+class RowSpace(NamedTuple):
+    """Where old keys lie: eigenvectors U [F, r] of E[c cᵀ], their eigenvalues [r], and E||P c||² = the sum of the other
+    eigenvalues, P = I - U Uᵀ. Eigenvalues and energy are NaN where only a projector is known."""
+
+    basis: torch.Tensor
+    eigenvalues: torch.Tensor
+    energy: torch.Tensor
+
+
+def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, RowSpace]:
+    """layer -> what updates must not touch, or not lightly.
 
     From EasyEdit's projector file when `P_loc` exists, else (with a warning where P_loc names none) from the covariance of keys
     over `mom2_dataset`, cached on disk.
@@ -42,17 +52,24 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
     threshold, fraction = hparams.nullspace_threshold, hparams.nullspace_fraction
 
     def compute():
-        file = _cache_file("moment", view, hparams)
-        known = _load(file, view, hparams.layers) if file.is_file() else _covariances(view, tok, hparams, progress)
-        return {layer: row_space(moment, threshold, fraction) for layer, moment in known.items()}
+        kept = _cache_file("moment", view, hparams).is_file()  # by MEMIT or ROME; too large to keep for this alone
+        known = (moments if kept else _covariances)(view, tok, hparams, progress)
+        spaces = {layer: row_space(moment, threshold, fraction) for layer, moment in known.items()}
+        return {f"{part}_{layer}": tensor for layer, space in spaces.items() for part, tensor in space._asdict().items()}
 
-    return _cached(_cache_file("row_space", view, hparams, threshold, fraction), view, hparams.layers, compute)
+    stored = _cached(_cache_file("row_space", view, hparams, threshold, fraction), compute)
+
+    def on_device(layer: int) -> RowSpace:
+        return RowSpace(*(stored[f"{part}_{layer}"].to(view.weight(layer).device) for part in RowSpace._fields))
+
+    return {layer: on_device(layer) for layer in hparams.layers}
 
 
 def moments(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, torch.Tensor]:
     """layer -> E[c cᵀ] [F, F] float32 over `mom2_dataset`, of the model as it is now (cached on disk: F·F·4 bytes a layer)."""
     file = _cache_file("moment", view, hparams)
-    return _cached(file, view, hparams.layers, lambda: _covariances(view, tok, hparams, progress))
+    stored = _cached(file, lambda: {str(layer): m for layer, m in _covariances(view, tok, hparams, progress).items()})
+    return {layer: stored[str(layer)].to(view.weight(layer).device) for layer in hparams.layers}
 
 
 def _covariances(view: ModelView, tok, hparams, progress: bool) -> dict[int, torch.Tensor]:
@@ -62,13 +79,12 @@ def _covariances(view: ModelView, tok, hparams, progress: bool) -> dict[int, tor
     return covariances(view, tok, texts, hparams.layers)
 
 
-def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = None) -> torch.Tensor:
-    """Eigenvectors [F, r] of E[c cᵀ] [F, F] whose eigenvalues are at least `threshold`; with `fraction`, those of the largest
+def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = None) -> RowSpace:
+    """The eigenvectors of E[c cᵀ] [F, F] whose eigenvalues are at least `threshold`; with `fraction`, those of the largest
     (1 - fraction)·F eigenvalues, which suits layers whose keys are of different sizes."""
     values, vectors = torch.linalg.eigh(moment)  # ascending
-    if fraction is None:
-        return vectors[:, values >= threshold].contiguous()
-    return vectors[:, round(fraction * len(values)) :].contiguous()
+    first = int((values < threshold).sum()) if fraction is None else round(fraction * len(values))
+    return RowSpace(vectors[:, first:].contiguous(), values[first:].clamp(min=0), values[:first].clamp(min=0).sum())
 
 
 @torch.no_grad()
@@ -143,7 +159,7 @@ def _hub_texts(source: str) -> Iterator[str]:
     return (row["text"] for row in rows)
 
 
-def _from_projector(view: ModelView, hparams) -> dict[int, torch.Tensor]:
+def _from_projector(view: ModelView, hparams) -> dict[int, RowSpace]:
     """EasyEdit's `null_space_project.pt`: P [layers, F, F]."""
     projectors = torch.load(hparams.P_loc, map_location="cpu", weights_only=True)
     neurons = view.w_out(hparams.layers[0]).shape[1]
@@ -155,7 +171,8 @@ def _from_projector(view: ModelView, hparams) -> dict[int, torch.Tensor]:
     for layer, projector in zip(hparams.layers, projectors, strict=True):
         device = view.weight(layer).device
         values, vectors = torch.linalg.eigh(torch.eye(neurons, device=device) - projector.float().to(device))
-        bases[layer] = vectors[:, values > 0.5].contiguous()
+        basis = vectors[:, values > 0.5].contiguous()
+        bases[layer] = RowSpace(basis, basis.new_full(basis.shape[1:], torch.nan), basis.new_tensor(torch.nan))
     return bases
 
 
@@ -180,20 +197,13 @@ def _cache_file(kind: str, view: ModelView, hparams, *limits: float | None) -> P
     return cache_directory(hparams) / f"{kind}_{name}.safetensors"
 
 
-def _cached(
-    file: Path, view: ModelView, layers: Sequence[int], compute: Callable[[], dict[int, torch.Tensor]]
-) -> dict[int, torch.Tensor]:
-    """layer -> tensor on the layer's device, from `file` when it exists, else computed and kept there."""
+def _cached(file: Path, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors by name from `file` when it exists, else computed and kept there."""
     if file.is_file():
-        return _load(file, view, layers)
+        return load_file(file)
     tensors = compute()
-    _save(file, {str(layer): tensor.cpu().contiguous() for layer, tensor in tensors.items()})
+    _save(file, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
     return tensors
-
-
-def _load(file: Path, view: ModelView, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    stored = load_file(file)
-    return {layer: stored[str(layer)].to(view.weight(layer).device) for layer in layers}
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -22,16 +22,23 @@ class NullSpaceSolver:
 
     row_space [N, r]: orthonormal columns U that no update may touch (r may be 0); l2 > 0. Keys are kept projected, in float64:
     N·t·8 bytes plus a t·t factor (14336 neurons, 2000 edits: 229 MB + 32 MB a layer).
+
+    strength [r] (soft null space): U are eigenvectors of E[c cᵀ] and `strength` their eigenvalues s times λ. Directions are then
+    weighed instead of forbidden: X = solve(U·diag(λs)·Uᵀ + L2·I + C + K Kᵀ, K rᵀ). In place of P stands the square root
+    G = I - U·diag(1 - sqrt(L2 / (L2 + λs)))·Uᵀ, applied to the keys and once more to X; P is its limit.
     """
 
-    def __init__(self, row_space: torch.Tensor, l2: float):
+    def __init__(self, row_space: torch.Tensor, l2: float, strength: torch.Tensor | None = None):
         if row_space.dim() != 2 or row_space.shape[1] > len(row_space):
             raise ValueError(f"row_space must be [neurons, rank] with rank <= neurons, got shape {tuple(row_space.shape)}")
         if not torch.isfinite(row_space).all():
             raise ValueError("row_space holds NaN or infinite values")
         if not l2 > 0:
             raise ValueError(f"l2 must be more than 0, got {l2!r}")
+        if strength is not None and (strength.shape != row_space.shape[1:] or not (strength >= 0).all()):
+            raise ValueError(f"strength must be [{row_space.shape[1]}] and not negative, got shape {tuple(strength.shape)}")
         self.row_space, self.l2, self.count = row_space, float(l2), 0
+        self.strength = None if strength is None else strength.double()
         self._keys = row_space.new_zeros((len(row_space), 0), dtype=torch.float64)
         self._factor = row_space.new_zeros((0, 0), dtype=torch.float64)
 
@@ -50,6 +57,8 @@ class NullSpaceSolver:
         past = self._keys[:, : self.count]
         weights = torch.linalg.solve_triangular(self._past_factor().mT, overlap, upper=True)
         directions = torch.cholesky_solve((new - past @ weights).T, schur).T  # [N, k]
+        if self.strength is not None:
+            directions = self.project(directions)
         if mask is not None:
             directions = directions * mask[:, None].to(directions)
         return (residual.double() @ directions.T).to(residual.dtype)
@@ -73,12 +82,16 @@ class NullSpaceSolver:
         self.count = count
 
     def project(self, keys: torch.Tensor) -> torch.Tensor:
-        """P·keys, float64."""
+        """P·keys (G·keys in a soft null space), float64."""
         keys = keys.to(self._keys)
         inside = torch.zeros_like(keys)
-        for basis in self.row_space.split(COLUMNS_AT_A_TIME, dim=1):  # a float64 copy of all of U would double its memory
-            basis = basis.to(keys)
-            inside += basis @ (basis.T @ keys)
+        for start in range(0, self.row_space.shape[1], COLUMNS_AT_A_TIME):  # a float64 copy of all of U would double its memory
+            part = slice(start, start + COLUMNS_AT_A_TIME)
+            basis = self.row_space[:, part].to(keys)
+            share = basis.T @ keys
+            if self.strength is not None:
+                share = share * (1 - (self.l2 / (self.l2 + self.strength[part])).sqrt())[:, None]
+            inside += basis @ share
         return keys - inside
 
     def _past_factor(self) -> torch.Tensor:
@@ -100,6 +113,69 @@ class NullSpaceSolver:
         self._factor = factor.new_zeros((room, room))
         self._keys[:, : keys.shape[1]] = keys
         self._factor[: factor.shape[0], : factor.shape[1]] = factor
+
+
+class RestrictedSolver:
+    """`NullSpaceSolver` for updates solved on the masked neurons S alone, instead of masked after the solve:
+
+        X_S = solve(P_S (K_S K_Sᵀ + C_SS) + L2·I, P_S K_S rᵀ),   P_S = I - Q Qᵀ,   Q = orth(U_S)
+
+    in a hard null space and X_S = solve(U_S·diag(λs)·U_Sᵀ + L2·I + C_SS + K_S K_Sᵀ, K_S rᵀ) in a soft one. The edit is then whole
+    and past keys stay protected. S changes with every edit, so nothing can be factored ahead: an update costs O(|S|·(r + t)²), or
+    O(|S|³) where that is less. Past keys are kept as they are, N·t·4 bytes.
+    """
+
+    def __init__(self, row_space: torch.Tensor, l2: float, strength: torch.Tensor | None = None):
+        NullSpaceSolver(row_space, l2, strength)  # the same checks
+        self.row_space, self.l2, self.strength = row_space, float(l2), strength
+        self._keys = row_space.new_zeros((len(row_space), 0))
+
+    @property
+    def neurons(self) -> int:
+        return len(self.row_space)
+
+    @property
+    def count(self) -> int:
+        return self._keys.shape[1]
+
+    def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The change of w_out [D, N] that moves the output at `keys` [N, k] by `residual` [D, k]; zero where `mask` [N] is."""
+        _check(keys, residual, mask, self.neurons)
+        rows = torch.ones(self.neurons, dtype=torch.bool) if mask is None else mask != 0
+        rows = rows.to(keys.device)
+        new = keys[rows].double()
+        past, basis = self._keys[rows].to(new), self.row_space[rows].to(new)
+        if self.strength is None:
+            basis = torch.linalg.qr(basis).Q
+            new, past = new - basis @ (basis.T @ new), past - basis @ (basis.T @ past)
+            columns = torch.cat([past, new], 1)
+        else:
+            columns = torch.cat([basis * self.strength.to(new).sqrt(), past, new], 1)
+        directions = torch.zeros(self.neurons, keys.shape[1], dtype=new.dtype, device=new.device)
+        directions[rows] = _ridge(columns, new, self.l2)
+        return (residual.double() @ directions.T).to(residual.dtype)
+
+    def append(self, keys: torch.Tensor) -> None:
+        """From now on, keep the outputs at `keys` [N, k]."""
+        _check_keys(keys, self.neurons)
+        self._keys = torch.cat([self._keys, keys.to(self._keys)], 1)
+
+    def truncate(self, count: int) -> None:
+        """Forget all but the first `count` past keys."""
+        if not 0 <= count <= self.count:
+            raise ValueError(f"count must be from 0 to {self.count}, got {count}")
+        self._keys = self._keys[:, :count]
+
+
+def _ridge(columns: torch.Tensor, new: torch.Tensor, l2: float) -> torch.Tensor:
+    """(columns·columnsᵀ + l2·I)⁻¹ new [n, k], where `new` are the last columns; by whichever of n and columns is fewer."""
+    n, t = columns.shape
+    if n <= t:
+        gram = columns @ columns.T + l2 * torch.eye(n, dtype=columns.dtype, device=columns.device)
+        return torch.cholesky_solve(new, torch.linalg.cholesky(gram))
+    gram = columns.T @ columns + l2 * torch.eye(t, dtype=columns.dtype, device=columns.device)
+    picks = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, t - new.shape[1] :]
+    return columns @ torch.cholesky_solve(picks, torch.linalg.cholesky(gram))
 
 
 class CovarianceSolver:

@@ -1,19 +1,26 @@
-"""Target values: what a block, or its FFN, should output at the subject so that the model says the new target."""
+"""Target values: what a block, or its FFN, should output at the subject so that the model says the new target.
+
+Only the tokens from the subject's last on depend on the value, and only in the blocks above it. So every text is laid out
+with that token in one column: what comes before it runs once, and each step runs the columns from it on, against the kept
+attention keys and values of the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
+from transformers import DynamicCache
 
 from .arch import ModelView
 from .hooks import first_tensor, record, record_calls
-from .prompts import Request, Tokens, encode, pad, position_before, target_tokens
+from .prompts import SUBJECT, Request, encode, position_before, target_tokens
 
 KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05
+REQUESTS_AT_A_TIME = 16  # in one batch; its activations are kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -25,115 +32,245 @@ class Value:
     steps: int
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rewriting prompts under every template, then the KL prompt, as one padded batch.
+def target_values(
+    view: ModelView,
+    tok,
+    requests: Sequence[Request],
+    templates: Sequence[str],
+    z_layer: int,
+    hparams,
+    part: str = "block",
+    whole_texts: bool = False,
+) -> list[Value]:
+    """z = z0 + δ of each request, for block `z_layer` at the subject's last token, by Adam on δ [D]; z0 is what its `part` puts
+    out, the whole "block" (MEMIT and its kin) or the "ffn" (ROME). δ has the same effect on either.
 
-    lookups [B]: the subject's last token of each row; rows, positions, labels [M]: where the target's tokens are predicted.
+    Loss of a request: mean NLL of the target under all templates + kl_factor · KL at the subject of "{subject} is a" against
+    the unedited model + locality_factor · mean KL at the end of the `locality_prompts` that ask something else
+    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||; stops under 0.05. All requests share one batch and
+    none changes another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
+    comparison. FloatingPointError when a loss is not finite.
     """
-
-    tokens: Tokens
-    lookups: torch.Tensor
-    rows: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-
-
-def target_value(
-    view: ModelView, tok, request: Request, templates: Sequence[str], z_layer: int, hparams, part: str = "block"
-) -> Value:
-    """z = z0 + δ for block `z_layer` at the subject's last token, by Adam on δ [D]; z0 is what its `part` puts out, the whole
-    "block" (MEMIT and its kin) or the "ffn" (ROME). δ has the same effect on either.
-
-    Loss: mean NLL of the target under all templates + kl_factor · KL at the subject of "{subject} is a" against the unedited
-    model + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||; stops under 0.05. The blocks up to
-    `z_layer` run once; the model's weights take no gradient. FloatingPointError when the loss is not finite.
-    """
-    batch = _prepare(view, tok, request, templates)
-    above = _Above(view, batch.tokens, z_layer)
+    if len(requests) > REQUESTS_AT_A_TIME:
+        chunks = (requests[i : i + REQUESTS_AT_A_TIME] for i in range(0, len(requests), REQUESTS_AT_A_TIME))
+        return [v for chunk in chunks for v in target_values(view, tok, chunk, templates, z_layer, hparams, part, whole_texts)]
+    batch = _prepare(view, tok, requests, templates, hparams, whole_texts)
+    above = _Above(view, batch, z_layer)
     loss_layer = max(view.depth - 1 if hparams.v_loss_layer is None else hparams.v_loss_layer, z_layer)
-    z0 = (above.below if part == "block" else above.ffn)[0, batch.lookups[0]].float()
+    z0 = (above.below if part == "block" else above.ffn)[batch.bare, batch.lookup].float()
     delta = torch.zeros_like(z0, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=hparams.v_lr)
-    longest = hparams.clamp_norm_factor * z0.norm()
-    reference = None
+    longest = hparams.clamp_norm_factor * z0.norm(dim=1, keepdim=True)
+    reached: list[Value | None] = [None] * len(requests)
+    kept = None
     for step in range(1, hparams.v_num_grad_steps + 1):
         with torch.enable_grad():
-            outputs = above(batch.lookups, delta)
-            log_probs = log_softmax(view.readout.logits(_pick(outputs[-1], batch.lookups)[-1:]).float(), -1)
-            reference = log_probs.detach() if reference is None else reference
-            kl = hparams.kl_factor * kl_div(reference, log_probs, log_target=True, reduction="batchmean")
-            decay = hparams.v_weight_decay * delta.norm() / z0.norm() ** 2
-            loss = _nll(view, outputs[loss_layer - z_layer], batch).to(delta.device) + kl.to(delta.device) + decay
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of the target value for {request.prompt!r} is {loss.item()} at step {step}; check v_lr ({hparams.v_lr}) "
-                "and that the model's weights are finite"
-            )
-        if loss < LOSS_TO_STOP or step == hparams.v_num_grad_steps:
+            outputs = above(delta)
+            if kept is None:
+                kept = _Kept(view, batch, outputs[-1].detach(), hparams)
+            losses = _nll(view, outputs[loss_layer - z_layer], batch).to(delta.device)
+            losses = losses + kept.loss(view, outputs[-1]).to(delta.device)
+            losses = losses + hparams.v_weight_decay * delta.norm(dim=1) / z0.norm(dim=1) ** 2
+            total = losses.sum()
+        for i, loss in enumerate(losses.tolist()):
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise FloatingPointError(
+                    f"the loss of the target value for {requests[i].prompt!r} is {loss} at step {step}; check v_lr "
+                    f"({hparams.v_lr}) and that the model's weights are finite"
+                )
+            if reached[i] is None and (loss < LOSS_TO_STOP or step == hparams.v_num_grad_steps):
+                reached[i] = Value((z0 + delta.detach())[i], loss, step)
+        if all(reached):
             break
-        (delta.grad,) = torch.autograd.grad(loss, delta)
+        (delta.grad,) = torch.autograd.grad(total, delta)
         optimiser.step()
         with torch.no_grad():
-            if delta.norm() > longest:
-                delta.mul_(longest / delta.norm())
-    return Value(z0 + delta.detach(), loss.item(), step)
+            delta.mul_((longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1))
+    return reached
+
+
+# ---- text
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """All rows of all requests, the subject's last token of each in column `lookup`; columns from `start` on run at every step.
+
+    ids, mask [B, T]; owner [B] and bare [R]: the request of a row, the row of a request's bare prompt. Places are (row, column):
+    of the tokens before the target's (with their labels), of the KL prompts' subjects, of the locality prompts' ends.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    start: int
+    lookup: int
+    owner: torch.Tensor
+    bare: torch.Tensor
+    target: tuple[torch.Tensor, torch.Tensor]
+    labels: torch.Tensor
+    subject: tuple[torch.Tensor, torch.Tensor]
+    other: tuple[torch.Tensor, torch.Tensor]
+
+    def at(self, states: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """states [B, columns from start on, D] at `places` -> [places, D]."""
+        rows, columns = (place.to(states.device) for place in places)
+        return states[rows, columns - self.start]
+
+
+def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bool) -> _Batch:
+    rows: list[tuple[list[int], int]] = []  # tokens, index of the subject's last
+    owner, bare, target, labels, subject, other = [], [], [], [], [], []
+
+    def add(i: int, ids: list[int], text: str, end: int) -> int:
+        rows.append((ids, position_before(tok, text, end)))
+        owner.append(i)
+        return len(rows) - 1
+
+    for i, request in enumerate(requests):
+        bare.append(len(rows))
+        for template in templates:
+            text, end = request.fill(template)
+            added = target_tokens(tok, text, request.target_new)
+            full = encode(tok, f"{text} {request.target_new}")
+            row, first = add(i, full[:-1], text, end), len(full) - len(added)
+            target += [(row, column) for column in range(first - 1, len(full) - 1)]
+            labels += added
+        text = KL_PROMPT.format(request.subject)
+        row = add(i, encode(tok, text), text, len(request.subject))
+        subject.append((row, rows[row][1]))
+        for prompt in getattr(hparams, "locality_prompts", ()) if getattr(hparams, "locality_factor", 0) else ():
+            text = prompt.replace(SUBJECT, request.subject)
+            ids = encode(tok, text)
+            row = add(i, ids, text, prompt.index(SUBJECT) + len(request.subject))
+            other.append((row, len(ids) - 1))
+    lookup = max(at for _, at in rows)
+    # One column more than needed: where no token is padding, attention is called without a mask, which later columns need.
+    width = lookup + max(len(ids) - at for ids, at in rows) + 1
+    filler = tok.pad_token_id if tok.pad_token_id is not None else 0
+    ids, mask = torch.full((len(rows), width), filler), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, (tokens, at) in enumerate(rows):
+        place = slice(lookup - at, lookup - at + len(tokens))
+        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+
+    def places(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        found = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+        columns = [column + lookup - rows[row][1] for row, column in pairs]
+        return found[:, 0].to(view.device), torch.tensor(columns, dtype=torch.long, device=view.device)
+
+    owners, bares, wanted = (torch.tensor(v, device=view.device) for v in (owner, bare, labels))
+    start = 0 if whole_texts else lookup
+    return _Batch(
+        ids.to(view.device), mask.to(view.device), start, lookup, owners, bares, places(target), wanted, places(subject), places(other)
+    )  # fmt: skip
+
+
+# ---- model
 
 
 class _Above:
-    """The blocks above `z_layer`, run again and again on one batch with another value at the subject.
+    """The blocks above `z_layer`, run again and again on the columns from `batch.start` on with another value at the subject.
 
-    A first forward pass keeps block `z_layer`'s output, its FFN's, and what each later block is called with besides its hidden
-    states (masks, positions); these do not depend on the value.
+    A first forward pass keeps block `z_layer`'s output, its FFN's, the attention keys and values of the columns before, and
+    what each later block is called with besides its hidden states (masks, positions); none of it depends on the value.
     """
 
-    def __init__(self, view: ModelView, tokens: Tokens, z_layer: int):
-        self.blocks = list(view.blocks)[z_layer + 1 :]
+    def __init__(self, view: ModelView, batch: _Batch, z_layer: int):
+        self.batch, self.blocks = batch, list(view.blocks)[z_layer + 1 :]
         wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.down(z_layer), "output")}
-        with torch.no_grad(), record(wanted) as seen, record_calls(self.blocks) as self.calls:
-            view.model.base_model(**tokens.inputs(), use_cache=False)
+        positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        with torch.no_grad(), record(wanted) as seen, record_calls(self.blocks) as calls:
+            view.model.base_model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
         self.below, self.ffn = seen["z"], seen["ffn"]
+        before = _Before({i: (kv.keys, kv.values) for i, kv in enumerate(cache.layers) if i > z_layer}, batch.start)
 
-    def __call__(self, lookups: torch.Tensor, delta: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs of block z_layer (with δ [D] added at `lookups` [B]) and of every block above it."""
-        rows = torch.arange(len(lookups), device=self.below.device)
-        value = delta.to(self.below).expand(len(rows), -1)
-        outputs = [self.below.index_put((rows, lookups.to(rows.device)), value, accumulate=True)]
+        def later(value, name: str = ""):
+            """What a call with all columns passes, for the columns from `start` on."""
+            if value is cache:
+                return before
+            if name == "position_embeddings":
+                return tuple(part[:, batch.start :] for part in value)
+            if name == "position_ids":
+                return value[:, batch.start :]
+            if name == "cache_position":
+                return value[batch.start :]
+            return value[:, :, batch.start :] if torch.is_tensor(value) and value.dim() == 4 else value  # the attention mask
+
+        self.calls = [([later(a) for a in args], {name: later(v, name) for name, v in kwargs.items()}) for args, kwargs in calls]
+
+    def __call__(self, delta: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs [B, columns from start on, D] of block z_layer (with δ [R, D] added at the subject) and of every block above."""
+        batch, hidden = self.batch, self.below[:, self.batch.start :]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        columns = torch.full_like(rows, batch.lookup - batch.start)
+        value = delta[batch.owner.to(delta.device)].to(hidden)
+        outputs = [hidden.index_put((rows, columns), value, accumulate=True)]
         for block, (args, kwargs) in zip(self.blocks, self.calls, strict=True):
             hidden = outputs[-1].to(next(block.parameters()).device)
             outputs.append(first_tensor(block(hidden, *args, **kwargs)))
         return outputs
 
 
-def _prepare(view: ModelView, tok, request: Request, templates: Sequence[str]) -> _Batch:
-    ids, lookups, rows, positions, labels = [], [], [], [], []
-    for row, template in enumerate(templates):
-        text, end = request.fill(template)
-        target = target_tokens(tok, text, request.target_new)
-        full = encode(tok, f"{text} {request.target_new}")
-        ids.append(full[:-1])
-        lookups.append(position_before(tok, text, end))
-        first = len(full) - len(target)
-        rows += [row] * len(target)
-        positions += range(first - 1, len(full) - 1)
-        labels += target
-    text = KL_PROMPT.format(request.subject)
-    ids.append(encode(tok, text))
-    lookups.append(position_before(tok, text, len(request.subject)))
-    where = [torch.tensor(v, device=view.device) for v in (lookups, rows, positions, labels)]
-    return _Batch(pad(ids, tok, view.device), *where)
+class _Before:
+    """Stands for the cache that attention asks: the kept keys and values of earlier columns, then the new ones; nothing stays."""
+
+    def __init__(self, kept: Mapping[int, tuple[torch.Tensor, torch.Tensor]], start: int):
+        self.kept = {layer: (keys[:, :, :start], values[:, :, :start]) for layer, (keys, values) in kept.items()}
+
+    def update(self, keys, values, layer: int, *_args, **_kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.kept[layer]
+        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
 
 
-def _pick(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """states [B, T, D] at one position per row -> [B, D]."""
-    return states[torch.arange(len(states), device=states.device), positions.to(states.device)]
+# ---- loss
+
+
+class _Kept:
+    """What should stay: the unedited log-probabilities at the KL prompts' subjects and at the ends of the locality prompts.
+
+    A locality prompt whose unedited answer is the edited prompt's asks for the edited fact itself, and is left out.
+    """
+
+    def __init__(self, view: ModelView, batch: _Batch, final: torch.Tensor, hparams):
+        self.batch, self.kl_factor = batch, hparams.kl_factor
+        self.subject = _log_probs(view, batch, final, batch.subject)
+        self.factors = None
+        if len(batch.other[0]):
+            bare = torch.stack([batch.target[1][(batch.target[0] == row).nonzero()[0, 0]] for row in batch.bare])
+            said = _log_probs(view, batch, final, (batch.bare, bare)).argmax(-1)
+            self.other = _log_probs(view, batch, final, batch.other)
+            owner = batch.owner[batch.other[0]].to(said.device)
+            differs = (self.other.argmax(-1) != said[owner]).float()
+            count = torch.zeros(len(said), device=said.device).index_add(0, owner, differs)
+            self.factors = hparams.locality_factor * differs / count.clamp(min=1)[owner]
+
+    def loss(self, view: ModelView, final: torch.Tensor) -> torch.Tensor:
+        """[R]"""
+        loss = self.kl_factor * _kl(self.subject, _log_probs(view, self.batch, final, self.batch.subject))
+        if self.factors is None:
+            return loss
+        each = self.factors * _kl(self.other, _log_probs(view, self.batch, final, self.batch.other))
+        return loss.index_add(0, self.batch.owner[self.batch.other[0]].to(each.device), each)
+
+
+def _log_probs(view: ModelView, batch: _Batch, states: torch.Tensor, places) -> torch.Tensor:
+    """[places, V]; logits exist at these places only."""
+    return log_softmax(view.readout.logits(batch.at(states, places)).float(), -1)
+
+
+def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(reference || log_probs) of each row."""
+    return (reference.exp() * (reference - log_probs)).sum(-1)
 
 
 def _nll(view: ModelView, states: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Mean over prompts of the mean over target tokens of -log p; logits exist at the target's positions only."""
-    device = states.device
-    rows, labels = batch.rows.to(device), batch.labels.to(device)
-    log_probs = log_softmax(view.readout.logits(states[rows, batch.positions.to(device)]).float(), -1)
-    each = -log_probs.gather(1, labels[:, None].to(log_probs.device))[:, 0]
-    per_prompt = torch.bincount(rows).to(each)
-    return (each / per_prompt[rows.to(each.device)]).sum() / len(per_prompt)
+    """[R]: mean over a request's prompts of the mean over target tokens of -log p."""
+    log_probs = _log_probs(view, batch, states, batch.target)
+    device, rows = log_probs.device, batch.target[0].to(log_probs.device)
+    each = -log_probs.gather(1, batch.labels[:, None].to(device))[:, 0]
+    tokens = torch.bincount(rows, minlength=len(batch.owner)).to(each)
+    owner = batch.owner.to(device)
+    prompts = torch.bincount(owner[tokens > 0]).to(each)
+    return torch.zeros_like(prompts).index_add(0, owner[rows], each / tokens[rows]) / prompts

@@ -71,7 +71,7 @@ def test_memit_is_the_dense_equation(tiny, settings, requests, monkeypatch, kind
     moments = nullspace.moments(ModelView(model), tok, chosen)
     other, start = copy.deepcopy(model), ModelView(copy.deepcopy(model))
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(editor, "target_value", lambda *_: Value(z, 0.0, 1))
+    monkeypatch.setattr(editor, "target_values", lambda *_: [Value(z, 0.0, 1)])
     view, batch = ModelView(other), [Request.from_dict(r) for r in requests(2 * count)]
     for some in (batch[:count], batch[count:]):
         for index, layer in enumerate(chosen.layers):
@@ -102,7 +102,7 @@ def test_rome_is_the_rank_one_equation(tiny, settings, requests, monkeypatch, ki
     assert [len(group) for group in state.templates] == [16] and set(state.solvers) == ({1} if adjusted else set())
     request, start = Request.from_dict(requests(1)[0]), ModelView(copy.deepcopy(model))
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(baselines, "target_value", lambda *_, **__: Value(z, 0.0, 1))
+    monkeypatch.setattr(baselines, "target_values", lambda *_, **__: [Value(z, 0.0, 1)])
     view = ModelView(model)
     keys = torch.stack([states_at(model, tok, view.down(1), request, t, "input") for t in state.flat_templates])
     u = keys.mean(0)
@@ -122,10 +122,10 @@ def test_romes_value_is_that_of_the_ffn(tiny, settings):
     model, tok = tiny("llama")
     view, request = ModelView(model), Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome and")
     chosen = settings("ROME", model, tok, clamp_norm_factor=0.1, v_num_grad_steps=9)
-    z = values.target_value(view, tok, request, ["{}"], 1, chosen, part="ffn").z
+    z = values.target_values(view, tok, [request], ["{}"], 1, chosen, part="ffn")[0].z
     z0 = states_at(model, tok, view.down(1), request, "{}", "output").float()
     assert (z - z0).norm().item() == pytest.approx(0.1 * z0.norm().item(), rel=1e-3)
-    block = values.target_value(view, tok, request, ["{}"], 1, chosen).z
+    block = values.target_values(view, tok, [request], ["{}"], 1, chosen)[0].z
     whole = states_at(model, tok, view.blocks[1], request, "{}", "output").float()
     assert (block - whole).norm().item() == pytest.approx(0.1 * whole.norm().item(), rel=1e-3) and whole.norm() > 1.5 * z0.norm()
 
@@ -229,11 +229,11 @@ def test_moments_are_cached_and_serve_row_spaces(tiny, settings, monkeypatch):
     model, tok = tiny("llama")
     view = ModelView(model)
     first = nullspace.moments(view, tok, settings("MEMIT", model, tok), progress=False)
-    alone = nullspace.row_space(first[0], 0.3)
+    alone = nullspace.row_space(first[0], 0.3).basis
     monkeypatch.setattr(nullspace, "covariances", lambda *_: pytest.fail("computed again"))
     again = nullspace.moments(view, tok, settings("MEMIT", model, tok, mom2_update_weight=7.0), progress=False)
     assert all(torch.equal(first[layer], again[layer]) for layer in first)
-    assert torch.equal(nullspace.row_spaces(view, tok, settings("AlphaEdit", model, tok), progress=False)[0], alone)
+    assert torch.equal(nullspace.row_spaces(view, tok, settings("AlphaEdit", model, tok), progress=False)[0].basis, alone)
     with pytest.raises(pytest.fail.Exception):
         nullspace.moments(view, tok, settings("MEMIT", model, tok, mom2_n_samples=100), progress=False)
 

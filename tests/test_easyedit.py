@@ -414,7 +414,7 @@ def projector(tmp_path):
 
     def write(model, tok, hparams):
         view = ModelView(model)
-        bases = nullspace.row_spaces(view, tok, hparams)
+        bases = {layer: space.basis for layer, space in nullspace.row_spaces(view, tok, hparams).items()}
         place = tmp_path / "null_space_project.pt"
         torch.save(torch.stack([torch.eye(len(u)) - u @ u.T for u in bases.values()]), place)
         return str(place), bases
@@ -472,13 +472,14 @@ def test_with_the_mask_off_the_update_is_alphaedits(
 
     values = {}
     engine = importlib.import_module("easyedit_nmke.editor")
-    compute = engine.target_value
+    compute = engine.target_values
 
-    def remember(view, tok, request, *rest):
-        value = values[request.prompt] = compute(view, tok, request, *rest)
-        return value
+    def remember(view, tok, requests, *rest):
+        found = compute(view, tok, requests, *rest)
+        values.update((request.prompt, value) for request, value in zip(requests, found, strict=True))
+        return found
 
-    monkeypatch.setattr(engine, "target_value", remember)
+    monkeypatch.setattr(engine, "target_values", remember)
     alphaedit = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
     monkeypatch.setattr(alphaedit, "CONTEXT_TEMPLATES_CACHE", templates)
     monkeypatch.setattr(
@@ -509,7 +510,7 @@ def test_target_values_are_alphaedits(easyeditor, known, nmke_hparams, edits, fa
     request = edits[0]
     values = importlib.import_module("easyedit_nmke.values")
     flat = [template for group in templates for template in group]
-    ours = values.target_value(ModelView(model), tok, prompts.Request.from_dict(request), flat, hparams.layers[-1], hparams).z
+    ours = values.target_values(ModelView(model), tok, [prompts.Request.from_dict(request)], flat, hparams.layers[-1], hparams)[0].z
     compute_z = importlib.import_module("easyeditor.models.alphaedit.compute_z").compute_z
     wanted = request | {
         "prompt": request["prompt"].replace(request["subject"], "{}"),

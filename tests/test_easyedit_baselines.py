@@ -118,7 +118,7 @@ def test_alphaedit(easyeditor, chosen, edits, family, monkeypatch, record_proper
     place = tmp_path / "P.pt"
     model, tok, settings = chosen("AlphaEdit", family, L2=30.0, P_loc=str(place))
     moments = nullspace.covariances(ModelView(model), tok, embedded.corpus(400), settings.layers)
-    bases = [nullspace.row_space(moments[layer], 0, fraction=0.5) for layer in settings.layers]
+    bases = [nullspace.row_space(moments[layer], 0, fraction=0.5).basis for layer in settings.layers]
     torch.save(torch.stack([torch.eye(len(basis)) - basis @ basis.T for basis in bases]), place)
     other = copy.deepcopy(model)
     state = baselines.open_state(model, tok, settings)

@@ -52,7 +52,7 @@ def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requ
     state = editor.open_state(model, tok, settings)
     other = copy.deepcopy(model)
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(editor, "target_value", lambda *_: Value(z, 0.0, 1))
+    monkeypatch.setattr(editor, "target_values", lambda *_: [Value(z, 0.0, 1)])
     past = {layer: torch.zeros(96, 0, dtype=torch.float64) for layer in settings.layers}
     for record in requests(3):
         request = [Request.from_dict(record)]
@@ -130,7 +130,7 @@ def test_a_failure_anywhere_leaves_weights_and_state_as_they_were(tiny, nmke_hpa
             return key_and_value(*args, **kwargs)
         raise MemoryError("out of memory")
 
-    name = {"values": "target_value", "second layer": "key_and_value", "last keys": "keys_of"}[point]
+    name = {"values": "target_values", "second layer": "key_and_value", "last keys": "keys_of"}[point]
     monkeypatch.setattr(editor, name, fail)
     with pytest.raises(MemoryError):
         apply_nmke_to_model(model, tok, requests(2)[1:], settings)

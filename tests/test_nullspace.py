@@ -39,12 +39,13 @@ def test_batches_respect_the_token_budget(view, monkeypatch):
 def test_row_space_by_threshold_and_by_fraction():
     basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     moment = basis @ torch.diag(torch.tensor([5.0, 1.0, 0.02, 0.01, 0.0, 0.0], dtype=torch.float64)) @ basis.T
-    by_threshold = nullspace.row_space(moment, 0.015)
+    by_threshold = nullspace.row_space(moment, 0.015).basis
     assert by_threshold.shape == (6, 3)
     assert torch.allclose(by_threshold @ by_threshold.T, basis[:, :3] @ basis[:, :3].T)
-    by_fraction = nullspace.row_space(moment, 1e9, fraction=2 / 3)
+    by_fraction, eigenvalues, energy = nullspace.row_space(moment, 1e9, fraction=2 / 3)
+    assert torch.allclose(eigenvalues, torch.tensor([1.0, 5.0], dtype=torch.float64)) and energy.item() == pytest.approx(0.03)
     assert torch.allclose(by_fraction @ by_fraction.T, basis[:, :2] @ basis[:, :2].T)
-    assert nullspace.row_space(moment, 1e9).shape == (6, 0)
+    assert nullspace.row_space(moment, 1e9).basis.shape == (6, 0)
 
 
 def test_row_spaces_are_cached_by_everything_they_depend_on(view, nmke_hparams, monkeypatch):
@@ -53,7 +54,7 @@ def test_row_spaces_are_cached_by_everything_they_depend_on(view, nmke_hparams, 
     first = nullspace.row_spaces(view, tok, settings, progress=False)
     monkeypatch.setattr(nullspace, "covariances", lambda *_: pytest.fail("computed again"))
     again = nullspace.row_spaces(view, tok, settings, progress=False)
-    assert all(torch.equal(first[layer], again[layer]) for layer in first)
+    assert all(torch.equal(a, b) for layer in first for a, b in zip(first[layer], again[layer], strict=True))
     for changes in (dict(mom2_n_samples=100), dict(nullspace_threshold=0.5), dict(nullspace_fraction=0.5), dict(layers=[0])):
         with pytest.raises(pytest.fail.Exception):
             nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, **changes), progress=False)
@@ -68,8 +69,8 @@ def test_easyedits_projector_file_is_used(view, nmke_hparams, tmp_path):
     basis, _ = torch.linalg.qr(torch.randn(96, 40, generator=torch.Generator().manual_seed(0)))
     torch.save(torch.stack([torch.eye(96) - basis @ basis.T, torch.eye(96)]), tmp_path / "P.pt")
     found = nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, P_loc=str(tmp_path / "P.pt")))
-    assert found[0].shape == (96, 40) and found[1].shape == (96, 0)
-    assert torch.allclose(found[0] @ found[0].T, basis @ basis.T, atol=1e-5)
+    assert found[0].basis.shape == (96, 40) and found[1].basis.shape == (96, 0)
+    assert torch.allclose(found[0].basis @ found[0].basis.T, basis @ basis.T, atol=1e-5)
     torch.save(torch.eye(96), tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match=r"holds shape \(96, 96\), expected \(2, 96, 96\)"):
         nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, P_loc=str(tmp_path / "wrong.pt")))

@@ -7,7 +7,7 @@ import torch
 
 from easyedit_nmke.arch import FAMILIES, ModelView
 from easyedit_nmke.prompts import Request, position_before, target_tokens
-from easyedit_nmke.values import target_value
+from easyedit_nmke.values import target_values
 
 TEMPLATES = ["{}", "I say this. {}", "Because of what you know by now. {}"]
 REQUEST = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome and")
@@ -75,12 +75,12 @@ def test_same_value_and_loss_as_the_plain_procedure(tiny, nmke_hparams, kind):
     model, tok = tiny(kind)
     settings = nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=8, clamp_norm_factor=0.08)
     expected, losses = plain_value(model, tok, 1, settings)
-    found = target_value(ModelView(model), tok, REQUEST, TEMPLATES, 1, settings)
+    (found,) = target_values(ModelView(model), tok, [REQUEST], TEMPLATES, 1, settings)
     assert found.steps == len(losses)
     assert found.loss == pytest.approx(losses[-1], rel=1e-4)
     assert torch.allclose(found.z, expected, rtol=1e-3, atol=1e-3)
     assert all(parameter.grad is None for parameter in model.parameters())
-    other = target_value(ModelView(model), tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok, v_lr=0.05, kl_factor=0.5))
+    (other,) = target_values(ModelView(model), tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, v_lr=0.05, kl_factor=0.5))
     assert not torch.allclose(other.z, expected, rtol=1e-3, atol=1e-3)  # so the comparison can fail
 
 
@@ -88,19 +88,19 @@ def test_it_stops_under_the_loss_and_stays_in_the_ball(atlas, nmke_hparams):
     model, tok = atlas
     view = ModelView(model)
     settings = nmke_hparams(model, tok, v_lr=1.0, v_num_grad_steps=100, clamp_norm_factor=5, v_weight_decay=1e-3)
-    long = target_value(view, tok, dataclasses.replace(REQUEST, target_new="Rome"), TEMPLATES, 1, settings)
+    (long,) = target_values(view, tok, [dataclasses.replace(REQUEST, target_new="Rome")], TEMPLATES, 1, settings)
     assert long.loss < 0.05 and long.steps < 100
-    tight = target_value(view, tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=30, clamp_norm_factor=0.1))
-    one = target_value(view, tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=1))
+    (tight,) = target_values(view, tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=30, clamp_norm_factor=0.1))
+    (one,) = target_values(view, tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=1))
     assert (tight.z - one.z).norm() <= 0.1 * one.z.norm() * 1.0001
 
 
 def test_a_loss_layer_below_the_last_is_read_through_the_final_norm(tiny, nmke_hparams):
     model, tok = tiny("llama")
     view = ModelView(model)
-    low = target_value(view, tok, REQUEST, TEMPLATES, 0, nmke_hparams(model, tok, v_loss_layer=1))
-    last = target_value(view, tok, REQUEST, TEMPLATES, 0, nmke_hparams(model, tok, v_loss_layer=2))
-    default = target_value(view, tok, REQUEST, TEMPLATES, 0, nmke_hparams(model, tok))
+    (low,) = target_values(view, tok, [REQUEST], TEMPLATES, 0, nmke_hparams(model, tok, v_loss_layer=1))
+    (last,) = target_values(view, tok, [REQUEST], TEMPLATES, 0, nmke_hparams(model, tok, v_loss_layer=2))
+    (default,) = target_values(view, tok, [REQUEST], TEMPLATES, 0, nmke_hparams(model, tok))
     assert torch.equal(last.z, default.z) and not torch.allclose(low.z, default.z)
 
 
@@ -109,4 +109,4 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_check(tiny, nmk
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"is nan at step 1; check v_lr \(0.5\)"):
-        target_value(ModelView(model), tok, REQUEST, TEMPLATES, 1, nmke_hparams(model, tok))
+        target_values(ModelView(model), tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok))
