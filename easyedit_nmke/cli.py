@@ -116,6 +116,7 @@ def _check(args, console: Console) -> int:
 
 def _demo(args, console: Console) -> int:
     from . import atlas, metrics
+    from .generation import answer, greedy_texts
     from .lifelong import LifelongEditor, protocol, run, write_json
     from .prompts import Request
 
@@ -123,6 +124,7 @@ def _demo(args, console: Console) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     requests = [Request.from_dict(record) for record in atlas.requests(args.edits, split="test", seed=args.seed)]
     shown = requests[:5]
+    prompts = [request.prompt for request in shown]
     exercises = atlas.exercises()
     settings = NMKEHyperParams.from_hparams("atlas")
     console.print(
@@ -134,7 +136,7 @@ def _demo(args, console: Console) -> int:
     for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit", "all")):
         editor = LifelongEditor.from_hparams(dataclasses.replace(settings, neurons=neurons))
         if not answers:
-            answers.append([metrics.greedy_text(editor.model, editor.tok, request.prompt) for request in shown])
+            answers.append([answer(text) for text in greedy_texts(editor.model, editor.tok, prompts, new_tokens=6)])
             general = _mean(metrics.exact_match(editor.model, editor.tok, exercises))
             table.add_row("unedited", *["-"] * 5, f"{general:.2f}", "-", "-")
             results["unedited"] = {"general": general}
@@ -142,7 +144,7 @@ def _demo(args, console: Console) -> int:
         editor.state  # noqa: B018  the covariance's own progress bar comes before the one of the edits
         with tqdm(total=len(requests), desc=name, unit="edit") as bar:
             outcome = run(editor, requests, on_edit=lambda done, bar=bar: bar.update(done - bar.n))
-        answers.append([metrics.greedy_text(editor.model, editor.tok, request.prompt) for request in shown])
+        answers.append([answer(text) for text in greedy_texts(editor.model, editor.tok, prompts, new_tokens=6)])
         scores = {**outcome.summary(), "general": _mean(metrics.exact_match(editor.model, editor.tok, exercises))}
         density = _mean([value for report in outcome.reports for value in report.density.values()])
         results[name] = {**scores, "seconds_per_edit": outcome.seconds / len(requests), "density": density}

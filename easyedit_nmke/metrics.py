@@ -2,12 +2,14 @@
 
 The text is `prompt + " " + target`. Its labels are the tokens after as many tokens as the prompt has alone; the prediction
 for a label is the argmax at the position before it. EasyEdit makes one forward pass per prompt with logits everywhere; here
-pairs of like length share a pass, and the vocabulary is looked at only where there is a label.
+pairs of like length share a pass, and the vocabulary is looked at only where there is a label. Wrappers around a model
+(EasyEdit's WISE, GRACE) are given one text at a time: they may choose their weights by all that is in a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -21,23 +23,30 @@ TOKEN_BUDGET = 8192
 HEAD_ROWS = 256
 
 Pair = tuple[str, str]
+Reader = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def predicted_tokens(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[tuple[list[int], list[int]]]:
-    """(predicted ids, label ids) for each (prompt, target), in the order given, both of the target's length.
+def read_targets(model, tok, pairs: Sequence[Pair], read: Reader, token_budget: int = TOKEN_BUDGET) -> list[tuple[list, list[int]]]:
+    """(what `read` gives for each label, label ids) for each (prompt, target), in the order given, both of the target's length.
 
+    `read` takes the logits [S, V] from which S labels are predicted, and the labels [S], and gives [S]; S <= HEAD_ROWS.
     `token_budget`: tokens, padding included, in one forward pass (a longer text goes alone). The tokenizer's padding side and
     pad token do not matter; the model is put in evaluation mode and left as it was found. ValueError when a target adds no
     token, a prompt has none, or a text is longer than the model's context.
     """
     rows = _rows(tok, pairs, context_length(model))
-    predicted: list[list[int]] = [[] for _ in rows]
+    values: list[list] = [[] for _ in rows]
     with evaluating(model), torch.no_grad():
-        for batch in _batches([len(ids) for ids, _ in rows], token_budget):
-            found = _argmax_before(model, pad([rows[i][0] for i in batch], tok, _device(model)), [rows[i][1] for i in batch])
-            for i, ids in zip(batch, found, strict=True):
-                predicted[i] = ids
-    return [(guess, ids[start:]) for guess, (ids, start) in zip(predicted, rows, strict=True)]
+        for batch in batches(model, [len(ids) for ids, _ in rows], token_budget):
+            tokens = pad([rows[i][0] for i in batch], tok, device(model))
+            for i, found in zip(batch, _read_labels(model, tokens, [rows[i][1] for i in batch], read), strict=True):
+                values[i] = found
+    return [(found, ids[start:]) for found, (ids, start) in zip(values, rows, strict=True)]
+
+
+def predicted_tokens(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[tuple[list[int], list[int]]]:
+    """(predicted ids, label ids) for each (prompt, target): the top-1 word before each label (see `read_targets`)."""
+    return read_targets(model, tok, pairs, lambda logits, _: logits.argmax(-1), token_budget)
 
 
 def token_accuracy(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[float]:
@@ -48,17 +57,6 @@ def token_accuracy(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_
 def exact_match(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[bool]:
     """Whether every token of the target is predicted right, for each pair: greedy decoding then starts with the target."""
     return [guess == label for guess, label in predicted_tokens(model, tok, pairs, token_budget)]
-
-
-def greedy_text(model, tok, prompt: str, new_tokens: int = 6, stop: str = ".") -> str:
-    """What the model says after `prompt`, greedily: at most `new_tokens` tokens, up to `stop`, stripped."""
-    ids = _encode(tok, [prompt])[0]
-    start = len(ids)
-    with evaluating(model), torch.no_grad():
-        while len(ids) < start + new_tokens and stop not in tok.decode(ids[start:]):
-            last = torch.tensor([len(ids) - 1])
-            ids = [*ids, int(_best_words(model, pad([ids], tok, _device(model)), torch.zeros_like(last), last))]
-    return tok.decode(ids[start:], skip_special_tokens=True).partition(stop)[0].strip()
 
 
 def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_BUDGET) -> list[dict]:
@@ -99,9 +97,7 @@ def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | 
     keep than neighbours, so one mean of both would hide how each of them does. Types are told by name alone: KnowEdit's
     "Relation_Specificity" asks about the edited subject too, but counts in "loc", as EasyEdit counts it.
     """
-    if len(before) != len(after):
-        raise ValueError(f"before has {len(before)} requests, after {len(after)}; both must be scores of the same requests")
-    kept = [_locality_accuracy(b, a) for b, a in zip(before, after, strict=True)]
+    kept = _kept(before, after)
     near = [[values for kind, values in types.items() if kind != SAME_SUBJECT] for types in kept]
     return {
         "rel": _mean_over_requests([[a["rewrite_acc"]] for a in after]),
@@ -110,6 +106,20 @@ def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | 
         "same_subject": _mean_over_requests([[types.get(SAME_SUBJECT, [])] for types in kept]),
         "portability": _mean_over_requests([list(a["portability"].values()) for a in after]),
     }
+
+
+def by_kind(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float]:
+    """{type of locality: mean agreement with `before`}: over its prompts, then over the requests that have it (as `summary`)."""
+    kept = _kept(before, after)
+    kinds = dict.fromkeys(kind for types in kept for kind in types)
+    return {kind: _mean_over_requests([[types.get(kind, [])] for types in kept]) for kind in kinds}
+
+
+def retention(values: Sequence[float | None], parts: int = 10) -> list[float | None]:
+    """Means of `parts` consecutive stretches of equal length (to one), oldest first; None where a stretch has no number."""
+    bounds = [len(values) * part // parts for part in range(parts + 1)]
+    stretches = (values[start:end] for start, end in itertools.pairwise(bounds))
+    return [_mean([value for value in stretch if value is not None]) for stretch in stretches]
 
 
 # ---- numbers
@@ -127,6 +137,13 @@ def _mean_over_requests(requests: Sequence[Sequence[Sequence[float]]]) -> float 
     """[request][type][prompt] -> mean over prompts, then types, then requests, leaving out what is empty."""
     per_request = (_mean([sum(prompts) / len(prompts) for prompts in types if prompts]) for types in requests)
     return _mean([value for value in per_request if value is not None])
+
+
+def _kept(before: Sequence[dict], after: Sequence[dict]) -> list[dict[str, list[float]]]:
+    """`_locality_accuracy` of each request."""
+    if len(before) != len(after):
+        raise ValueError(f"before has {len(before)} requests, after {len(after)}; both must be scores of the same requests")
+    return [_locality_accuracy(b, a) for b, a in zip(before, after, strict=True)]
 
 
 def _locality_accuracy(before: dict, after: dict) -> dict[str, list[float]]:
@@ -179,8 +196,15 @@ def _encode(tok, texts: list[str]) -> list[list[int]]:
     return [without_end(tok, ids, text) for ids, text in zip(rows, texts, strict=True)]
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in order of length, in groups whose padded size (rows x longest) is within the budget, or of one row."""
+# ---- model
+
+
+def batches(model, lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices in order of length, in groups whose padded size (rows x longest) is within the budget, or of one row.
+
+    Always of one row for a wrapper: WISE picks one memory for a whole batch, padding included, so others would change its answer.
+    """
+    budget = token_budget if body_and_head(model) else 0
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         # In order of length the newcomer is the longest, so it sets the width of the group it joins.
@@ -192,32 +216,42 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-# ---- model
-
-
-def _argmax_before(model, tokens: Tokens, starts: Sequence[int]) -> list[list[int]]:
-    """For each row the argmax ids at the positions before its labels, which begin at `starts` and end with the row."""
-    ends = tokens.mask.sum(1).tolist()
-    rows = torch.tensor([b for b, (s, e) in enumerate(zip(starts, ends, strict=True)) for _ in range(s, e)])
-    places = torch.tensor([p - 1 for s, e in zip(starts, ends, strict=True) for p in range(s, e)])
-    best = _best_words(model, tokens, rows, places)
-    return [ids.tolist() for ids in best.split([e - s for s, e in zip(starts, ends, strict=True)])]
-
-
-def _best_words(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Top-1 word at (row, place), [S] on the CPU. Final hidden states first, then the head on the S positions alone."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft puts LoRA layers inside it
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    body = getattr(model, "base_model", model)
-    if head is None or body is model:  # a wrapper (EasyEdit's WISE, GRACE): its own forward pass is all there is
-        out = model(**tokens.inputs())
-        return getattr(out, "logits", out)[rows, places].argmax(-1).cpu()
-    hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state
-    chosen = hidden[rows.to(hidden.device), places.to(hidden.device)].to(head.weight.device)
-    return torch.cat([head(some).argmax(-1) for some in chosen.split(HEAD_ROWS)]).cpu()
-
-
-def _device(model) -> torch.device:
+def device(model) -> torch.device:
     """Where token ids go: the embedding's device, also when the layers are spread over several."""
     embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return (embed.weight if embed is not None else next(model.parameters())).device
+
+
+def body_and_head(model) -> tuple[torch.nn.Module, torch.nn.Module] | None:
+    """What makes the final hidden states, and what makes logits of them; None for a wrapper with no more than a forward pass."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft puts LoRA layers inside it
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    body = getattr(model, "base_model", model)
+    return None if head is None or body is model else (body, head)
+
+
+def _read_labels(model, tokens: Tokens, starts: Sequence[int], read: Reader) -> list[list]:
+    """For each row what `read` gives for its labels, which begin at `starts` and end with the row."""
+    ends = tokens.mask.sum(1).tolist()
+    rows = torch.tensor([b for b, (s, e) in enumerate(zip(starts, ends, strict=True)) for _ in range(s, e)])
+    places = torch.tensor([p for s, e in zip(starts, ends, strict=True) for p in range(s, e)])
+    labels = tokens.ids.cpu()[rows, places].split(HEAD_ROWS)
+    chunks = zip(_logits(model, tokens, rows, places - 1), labels, strict=True)
+    values = torch.cat([read(logits, some.to(logits.device)) for logits, some in chunks]).cpu()
+    return [found.tolist() for found in values.split([e - s for s, e in zip(starts, ends, strict=True)])]
+
+
+def _logits(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits at (row, place), in order, at most HEAD_ROWS of them at a time: [<= HEAD_ROWS, V]."""
+    parts = body_and_head(model)
+    if parts is None:
+        out = model(**tokens.inputs())
+        yield from getattr(out, "logits", out)[rows, places].split(HEAD_ROWS)
+        return
+    body, head = parts
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state
+    chosen = hidden[rows.to(hidden.device), places.to(hidden.device)].to(head.weight.device)
+    for some in chosen.split(HEAD_ROWS):
+        logits = head(some)
+        yield logits if softcap is None else softcap * torch.tanh(logits / softcap)

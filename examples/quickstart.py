@@ -1,14 +1,18 @@
 """Edit one fact of the embedded model, look at the answer, and take the edit back: python examples/quickstart.py"""
 
 from easyedit_nmke import LifelongEditor, NMKEHyperParams, atlas
-from easyedit_nmke.metrics import greedy_text
+from easyedit_nmke.generation import answer, greedy_texts
 
 editor = LifelongEditor.from_hparams(NMKEHyperParams.from_hparams("atlas"))
 request = atlas.requests(1)[0]
 
 
+def said(prompt: str) -> str:
+    return answer(greedy_texts(editor.model, editor.tok, [prompt])[0])
+
+
 def show(when: str) -> None:
-    print(f"{when:>8}: {request['prompt']} {greedy_text(editor.model, editor.tok, request['prompt'])}")
+    print(f"{when:>8}: {request['prompt']} {said(request['prompt'])}")
 
 
 show("before")
@@ -22,6 +26,6 @@ metrics, model, weights_before = editor.edit(
 )
 show("after")
 print(f"   wants: {request['target_new']}; rephrased: {request['rephrase_prompt']}", end=" ")
-print(greedy_text(model, editor.tok, request["rephrase_prompt"]))
+print(said(request["rephrase_prompt"]))
 editor.restore(weights_before)
 show("restored")

@@ -8,7 +8,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from easyedit_nmke import metrics
-from easyedit_nmke.metrics import add_locality_accuracy, exact_match, predicted_tokens, quality, summary, token_accuracy
+from easyedit_nmke.metrics import (
+    add_locality_accuracy,
+    by_kind,
+    exact_match,
+    predicted_tokens,
+    quality,
+    retention,
+    summary,
+    token_accuracy,
+)  # fmt: skip
 from easyedit_nmke.prompts import Request
 
 WORDS = "the mother tongue of a small town is known to speak French English Dutch and many rivers run through it"
@@ -159,6 +168,22 @@ class Wrapper(torch.nn.Module):
 def test_a_wrapped_model_is_scored_by_its_own_pass(model):
     tok = byte_bpe()
     assert predicted_tokens(Wrapper(model), tok, PAIRS) == predicted_tokens(model, tok, PAIRS)
+
+
+class Routing(Wrapper):
+    """As WISE: all that is in a batch, padding included, decides which weights answer."""
+
+    def forward(self, **inputs):
+        out = self.model(**inputs)
+        return (out.logits if int(inputs["input_ids"].sum()) % 2 else -out.logits) + 0  # a tensor, as some wrappers give
+
+
+def test_a_wrapper_is_given_one_text_at_a_time(model):
+    tok = byte_bpe()
+    wrapped = Routing(model)
+    expected = [answered for pair in PAIRS for answered in predicted_tokens(wrapped, tok, [pair])]
+    assert predicted_tokens(wrapped, tok, PAIRS) == expected
+    assert expected != predicted_tokens(model, tok, PAIRS)
 
 
 class Adapted(Wrapper):
@@ -349,3 +374,32 @@ def test_summary_of_little():
     assert summary([only_own], [only_own])["loc"] is None and summary([only_own], [only_own])["same_subject"] == 1.0
     with pytest.raises(ValueError, match="before has 1 requests, after 2"):
         summary([scores([0.0])], [scores([1.0])] * 2)
+
+
+def test_by_kind_averages_prompts_then_requests():
+    before = [
+        scores([0.0], None, {"near_output": [[1], [2]], "same_subject_output": [[6, 7]]}),
+        scores([0.0], None, {"near_output": [[3, 3]]}),
+    ]
+    after = [
+        scores([0.0], None, {"near_output": [[1], [0]], "same_subject_output": [[6, 0]]}),
+        scores([0.0], None, {"near_output": [[3, 3]]}),
+    ]
+    assert by_kind(before, after) == {"near": 0.75, "same_subject": 0.5}
+    assert by_kind(before[1:], after[1:]) == {"near": 1.0} and by_kind([], []) == {}
+    assert by_kind(before, after)["same_subject"] == summary(before, after)["same_subject"]
+    with pytest.raises(ValueError, match="before has 1 requests, after 2"):
+        by_kind(before[:1], after)
+
+
+def test_retention_is_oldest_first_and_covers_all():
+    assert retention([1.0] * 10 + [0.0] * 10) == [1.0] * 5 + [0.0] * 5
+    assert retention([0.0, 1.0, 0.5, 0.5, None, 0.25], 3) == [0.5, 0.5, 0.25]
+    assert retention([None, None, 1.0, 0.0], 2) == [None, 0.5]
+    assert retention([], 3) == [None] * 3
+    few = retention([0.0, 0.5, 1.0])
+    assert len(few) == 10 and [value for value in few if value is not None] == [0.0, 0.5, 1.0]
+    for count in (1, 9, 10, 23, 199):
+        ones = [retention([float(i == j) for j in range(count)]) for i in range(count)]
+        sizes = [sum(1 for one in ones if (one[part] or 0) > 0) for part in range(10)]
+        assert sum(sizes) == count and max(sizes) - min(sizes) <= 1

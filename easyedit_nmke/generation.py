@@ -1,0 +1,168 @@
+"""What a model says by itself: greedy texts and how they are judged, probabilities of answers, and fluency.
+
+The teacher-forced scores of metrics.py show each token of the target the tokens before it; here the model has to find them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from easyedit_nmke.arch import context_length, evaluating
+from easyedit_nmke.metrics import TOKEN_BUDGET, Pair, batches, body_and_head, device, read_targets
+from easyedit_nmke.prompts import Tokens, encode, pad
+
+# Around an answer these do not count: quotes, brackets, marks. Signs that mean something (C++, -5, 5 %) do.
+_SOFT = r""" \t,;:!?"'“”‘’«»()\[\]{}"""
+_SURROUNDING = re.compile(rf"^[{_SOFT}.\n]+|[{_SOFT}.\n]+$")
+
+
+# ---- free generation
+
+
+def greedy_texts(model, tok, prompts: Sequence[str], new_tokens: int = 10, token_budget: int = TOKEN_BUDGET) -> list[str]:
+    """What the model says after each prompt, greedily: at most `new_tokens` tokens, ending before an end-of-text token.
+
+    Prompts of like length share a batch; `token_budget`: their tokens, padding and new ones included (a longer prompt goes
+    alone). The tokenizer's padding side and pad token, and the sampling settings that a model comes with, do not matter. A text
+    ends at the tokenizer's eos or at one of the model's own end tokens. The model is put in evaluation mode and left as it was
+    found. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
+    """
+    rows = _prompt_rows(tok, prompts, new_tokens, context_length(model))
+    budget = token_budget if hasattr(model, "generate") else 0
+    texts = [""] * len(rows)
+    with evaluating(model), torch.no_grad(), _greedy(model, tok, new_tokens) as config:
+        for batch in batches(model, [len(ids) + new_tokens for ids in rows], budget):
+            said = _continuations(model, _pad_left([rows[i] for i in batch], tok, device(model)), config)
+            for i, ids in zip(batch, said, strict=True):
+                texts[i] = tok.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def answer(text: str) -> str:
+    """What counts as the answer given: the text up to its first "." or line end, stripped."""
+    return re.split(r"[.\n]", text.strip(), maxsplit=1)[0].strip()
+
+
+def says(text: str, target: str) -> tuple[bool, bool]:
+    """(exact, contains): whether the text's answer is the target, and whether the target is anywhere in the text as whole words.
+
+    Case, runs of spaces, and marks around the answer and the target do not count. A "." inside the target ("St. Louis") does not
+    end an answer that begins with it. ValueError when the target is empty.
+    """
+    wanted = target.casefold().strip()
+    if not wanted:
+        raise ValueError(f"target {target!r} has no text, so nothing can be said to contain it; give the answer that is expected")
+    words = r"[^\S\n]+".join(map(re.escape, (_SURROUNDING.sub("", wanted) or wanted).split()))
+    text = text.casefold().strip()
+    exact = re.match(rf"[{_SOFT}]*{words}[{_SOFT}]*(?:[.\n]|\Z)", text)
+    contains = re.search(rf"(?<!\w){words}(?!\w)", " ".join(text.split()))
+    return exact is not None, contains is not None
+
+
+# ---- probability and fluency
+
+
+def target_log_probs(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[float]:
+    """Mean log-probability of each target's tokens after its prompt, teacher-forced, in nats; errors as `read_targets`."""
+    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, _log_probs, token_budget)]
+
+
+def fluency(texts: Sequence[str]) -> float | None:
+    """Mean over texts of (2/3·H₂ + 4/3·H₃) / 2, H_n the entropy in bits of the text's n-grams of words; None without texts.
+
+    ROME's and EasyEdit's number, which falls when a text repeats itself. A word is a run of letters and digits, or one other
+    character; EasyEdit's (nltk) differ in abbreviations and in contractions such as "don't". It grows with a text's length, so
+    compare texts of one length only. EasyEdit takes 100 tokens, prompt included, drawn from the model's top 5.
+    """
+    return sum(map(_fluency_of, texts)) / len(texts) if texts else None
+
+
+def _fluency_of(text: str) -> float:
+    words = re.findall(r"\w+|[^\w\s]", text)
+    two, three = itertools.pairwise(words), zip(words, words[1:], words[2:], strict=False)
+    return (2 / 3 * _entropy(two) + 4 / 3 * _entropy(three)) / 2
+
+
+def _entropy(items) -> float:
+    """Bits; 0 of nothing."""
+    counts = Counter(items)
+    total = counts.total()
+    return -sum(count / total * math.log2(count / total) for count in counts.values())
+
+
+def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits.float()
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+# ---- decoding
+
+
+def _prompt_rows(tok, prompts: Sequence[str], new_tokens: int, context: int | None) -> list[list[int]]:
+    rows = [encode(tok, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if not ids:
+            raise ValueError(f"prompt {prompt!r} has no token, so there is nothing to go on from")
+        if context is not None and len(ids) + new_tokens > context:
+            size = f"{len(ids)} tokens and {new_tokens} new ones"
+            raise ValueError(f"prompt {prompt[:60]!r} has {size}, the model's context is {context}; ask for fewer")
+    return rows
+
+
+def _pad_left(rows: Sequence[Sequence[int]], tok, where: torch.device) -> Tokens:
+    """Every row ends in the last column, so that a batch goes on from there."""
+    turned = pad([row[::-1] for row in rows], tok, where)
+    return Tokens(turned.ids.flip(1), turned.mask.flip(1))
+
+
+@contextmanager
+def _greedy(model, tok, new_tokens: int) -> Iterator[GenerationConfig]:
+    """Settings of plain greedy decoding; what `generate` would fill in from the model's own ones is out of its sight meanwhile."""
+    owner = next((module for module in model.modules() if isinstance(module, GenerationMixin)), None)
+    own = owner.generation_config.eos_token_id if owner is not None else None
+    ends = {tok.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        # A wrapper may choose its weights by the text it is given, so it is given the whole text at every step.
+        use_cache=body_and_head(model) is not None,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+    )
+    if owner is None:
+        yield config
+        return
+    kept, owner.generation_config = owner.generation_config, config
+    try:
+        yield config
+    finally:
+        owner.generation_config = kept
+
+
+def _continuations(model, tokens: Tokens, config: GenerationConfig) -> list[list[int]]:
+    """New ids of each left-padded row, without the end token and what follows it. `generate` tells positions by the mask."""
+    if hasattr(model, "generate"):
+        new = model.generate(**tokens.inputs(), generation_config=config)[:, tokens.ids.shape[1] :].tolist()
+    else:
+        new = [_step_by_step(model, tokens, config)]
+    ends = config.eos_token_id or []
+    return [list(itertools.takewhile(lambda word: word not in ends, row)) for row in new]
+
+
+def _step_by_step(model, tokens: Tokens, config: GenerationConfig) -> list[int]:
+    """New ids of a single row, for a wrapper that has a forward pass and nothing else."""
+    ids, width = tokens.ids, tokens.ids.shape[1]
+    for _ in range(config.max_new_tokens):
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        ids = torch.cat([ids, getattr(out, "logits", out)[:, -1:].argmax(-1).to(ids.device)], 1)
+        if int(ids[0, -1]) in (config.eos_token_id or []):
+            break
+    return ids[0, width:].tolist()
