@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from .hparams import NMKEHyperParams, read
 EXAMPLES = {
     "demo": "nmke demo --edits 50",
     "check": "nmke check hparams/NMKE/llama3-8b.yaml",
-    "edit": "nmke edit --hparams atlas --data requests.json --out results --limit 100",
+    "run": "nmke run --hparams atlas --data requests.json --out results --edits 100",
+    "compare": "nmke compare --model atlas --edits 400 --checkpoints 1,100,400 --seeds 3 --jobs 2 --out results",
 }
 COLUMNS = {
     "rel": "Rel",
@@ -36,10 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 2
-    if argv in (["check"], ["edit"]):
+    if argv in (["check"], ["run"]):
         verbs[argv[0]].print_help()
         return 2
     args = parser.parse_args(argv)
+    args.command = "nmke " + shlex.join(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if not args.verbose:
         _quiet_libraries()
@@ -77,15 +80,32 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     demo.add_argument("--out", type=Path, metavar="FILE", help="also write the scores, with their protocol, as JSON")
     check = verb("check", _check, "report every problem of hyperparameter files at once")
     check.add_argument("files", nargs="+", metavar="FILE", help="YAML files, or names of those that come with the package")
-    edit = verb("edit", _edit, "edit a model with the facts of a ZsRE, CounterFact or KnowEdit file, and score them")
-    edit.add_argument(
-        "--hparams", required=True, metavar="FILE", help="a YAML file, or the name of one that comes with the package"
+    run = verb("run", _run, "edit a model with the facts of a file, one after the other, and score all of them at checkpoints")
+    run.add_argument("--hparams", required=True, metavar="FILE", help="a YAML file, or the name of one that comes with the package")
+    run.add_argument(
+        "--data", required=True, metavar="FILE", help="ZsRE, CounterFact or KnowEdit records (JSON, JSON lines); or atlas"
     )
-    edit.add_argument("--data", required=True, type=Path, metavar="FILE", help="JSON or JSON lines with edit records")
-    edit.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go (made if missing)")
-    edit.add_argument("--limit", type=_positive, metavar="N", help="only the first N records")
-    edit.add_argument("--model", metavar="NAME", help="instead of the file's model_name")
-    edit.add_argument("--device", metavar="NAME", help="instead of the file's device")
+    run.add_argument("--edits", type=_positive, metavar="N", help="only the first N records that can be edited")
+    run.add_argument("--model", metavar="NAME", help="instead of the file's model_name")
+    run.add_argument("--seed", type=int, default=0, help="order of the records (default 0: the file's)")
+    compare = verb("compare", _compare, "edit and score the same facts with several methods")
+    compare.add_argument("--model", default="atlas", metavar="NAME", help="which file of each method's hparams (default atlas)")
+    compare.add_argument("--methods", metavar="LIST", help="for example NMKE,NMKE+,AlphaEdit[L2=10],easyedit:WISE")
+    compare.add_argument("--ablation", metavar="SET", help="a named set of NMKE's settings in place of --methods")
+    compare.add_argument("--base", metavar="METHOD", help="what an ablation changes (default NMKE)")
+    compare.add_argument("--hparams-dir", type=Path, metavar="DIR", help="<method>/<model>.yaml (default: the package's own)")
+    compare.add_argument("--model-path", metavar="PATH", help="instead of the files' model_name")
+    compare.add_argument("--data", default="atlas", metavar="FILE", help="records to edit (default: the embedded model's facts)")
+    compare.add_argument("--edits", type=_positive, default=200, metavar="T", help="facts to edit (default 200)")
+    compare.add_argument("--seeds", type=_positive, default=1, metavar="N", help="streams of facts (default 1)")
+    compare.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    for sub in (run, compare):
+        sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go (made if missing)")
+        sub.add_argument("--checkpoints", type=_numbers, metavar="LIST", help="score after so many edits, 1,100,400 (default: all)")
+        sub.add_argument("--device", metavar="NAME", help="instead of the file's device")
+        sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
+        sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
+        sub.add_argument("--harness-limit", type=_positive, metavar="N", help="only N items of each task")
     return parser, verbs.choices
 
 
@@ -93,6 +113,10 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_positive(part.strip()) for part in text.split(",")}))
 
 
 def _quiet_libraries() -> None:
@@ -115,17 +139,12 @@ def _check(args, console: Console) -> int:
 
 
 def _demo(args, console: Console) -> int:
-    from . import atlas, metrics
-    from .generation import answer, greedy_texts
-    from .lifelong import LifelongEditor, protocol, run, write_json
+    from . import atlas, generation
+    from .lifelong import LifelongEditor
     from .prompts import Request
+    from .protocol import Scorer, Segment, stamp, write_json
 
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
     requests = [Request.from_dict(record) for record in atlas.requests(args.edits, split="test", seed=args.seed)]
-    shown = requests[:5]
-    prompts = [request.prompt for request in shown]
-    exercises = atlas.exercises()
     settings = NMKEHyperParams.from_hparams("atlas")
     console.print(
         f"Editing {len(requests)} facts of the embedded model, one after the other, with NMKE and with the mask off (AlphaEdit). "
@@ -135,26 +154,36 @@ def _demo(args, console: Console) -> int:
     table, answers, results = _score_table(["ms/edit", "Neurons"]), [], {}
     for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit", "all")):
         editor = LifelongEditor.from_hparams(dataclasses.replace(settings, neurons=neurons))
+        model, tok = editor.model, editor.tok
+        said = lambda: [generation.answer(t) for t in generation.greedy_texts(model, tok, [r.prompt for r in requests[:5]])]  # noqa: B023
+        scorer = Scorer(model, tok, requests, atlas.exercises())
         if not answers:
-            answers.append([answer(text) for text in greedy_texts(editor.model, editor.tok, prompts, new_tokens=6)])
-            general = _mean(metrics.exact_match(editor.model, editor.tok, exercises))
-            table.add_row("unedited", *["-"] * 5, f"{general:.2f}", "-", "-")
-            results["unedited"] = {"general": general}
-            stamp = protocol(editor, {"requests": f"atlas, test half, seed {args.seed}", "edits": len(requests)})
+            answers.append(said())
+            results["unedited"] = {"general": scorer.unedited(model, tok)["general"]}
+            table.add_row("unedited", *_cells(results["unedited"]), "-", "-")
+            mark = stamp(editor, {"name": "atlas, test half", "seed": args.seed, "edits": len(requests)})
         editor.state  # noqa: B018  the covariance's own progress bar comes before the one of the edits
-        with tqdm(total=len(requests), desc=name, unit="edit") as bar:
-            outcome = run(editor, requests, on_edit=lambda done, bar=bar: bar.update(done - bar.n))
-        answers.append([answer(text) for text in greedy_texts(editor.model, editor.tok, prompts, new_tokens=6)])
-        scores = {**outcome.summary(), "general": _mean(metrics.exact_match(editor.model, editor.tok, exercises))}
-        density = _mean([value for report in outcome.reports for value in report.density.values()])
-        results[name] = {**scores, "seconds_per_edit": outcome.seconds / len(requests), "density": density}
-        table.add_row(name, *_cells(scores), f"{1000 * outcome.seconds / len(requests):.0f}", f"{density:.0%}")
-    console.print(_answer_table(shown, answers, ["Before", "NMKE", "AlphaEdit"]))
+        (line,) = _with_bar(Segment(editor, scorer, name, args.seed, mark).run([len(requests)]), len(requests), name)
+        answers.append(said())
+        density = _mean(line["mask"]["density"].values())
+        each = line["seconds"]["total"] / len(requests)
+        results[name] = {**line["scores"], "seconds_per_edit": each, "density": density}
+        table.add_row(name, *_cells(line["scores"]), f"{1000 * each:.0f}", f"{density:.0%}")
+    console.print(_answer_table(requests[:5], answers, ["Before", "NMKE", "AlphaEdit"]))
     console.print(table)
     console.print(_legend(len(requests)), highlight=False, style="dim")
     if args.out:
-        write_json(args.out, {"command": f"nmke demo --edits {args.edits} --seed {args.seed}", **stamp, "results": results})
+        write_json(args.out, {"command": f"nmke demo --edits {args.edits} --seed {args.seed}", **mark, "results": results})
     return 0
+
+
+def _with_bar(events, total: int, name: str) -> list[dict]:
+    """The result lines among a segment's events; the others move a progress bar."""
+    with tqdm(total=total, desc=name, unit="edit") as bar:
+        lines = []
+        for event in events:
+            lines.append(event) if isinstance(event, dict) else bar.update(event - bar.n)
+        return lines
 
 
 def _answer_table(requests, columns, names) -> Table:
@@ -193,51 +222,55 @@ def _mean(values) -> float:
     return sum(values) / len(values)
 
 
-def _edit(args, console: Console) -> int:
-    from . import data, lifelong, metrics
-    from .arch import ModelView
-    from .edit import check_requests
+def _run(args, console: Console) -> int:
+    from . import compare
 
     overrides = {name: value for name, value in (("model_name", args.model), ("device", args.device)) if value is not None}
-    settings = dataclasses.replace(read(args.hparams), **overrides)
-    dataset = data.load(args.data, args.limit)
+    settings = compare.changed(read(args.hparams), overrides)
+    editor = compare.LifelongEditor.from_hparams(settings)
+    stream = compare.stream(editor, args.data, args.edits, args.seed)
+    method = compare.Method(settings.alg_name, settings, loaded=editor)
+    lines = _compared(args, [method], len(stream.requests), (args.seed,), keep_weights=True)
+    table = _score_table(["s/edit"])
+    for line in lines:
+        edits = line["checkpoint"]
+        seconds = f"{line['seconds']['total'] / edits:.2f}" if edits else "-"
+        table.add_row(f"{line['method']}, {edits} edits" if edits else "unedited", *_cells(line["scores"]), seconds)
+    console.print(table)
+    for refusal in stream.refused:
+        console.print(f"refused {refusal}", highlight=False, markup=False, soft_wrap=True)
+    done = f"{len(stream.requests)} edits, {len(stream.refused)} records refused; results in {args.out}"
+    console.print(done, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _compare(args, console: Console) -> int:
+    from . import compare
+
+    overrides = {name: value for name, value in (("model_name", args.model_path), ("device", args.device)) if value is not None}
+    if args.ablation:
+        (base,) = compare.methods(args.base or "NMKE", args.model, args.hparams_dir, overrides)
+        methods = compare.ablation(args.ablation, base.settings)
+    else:
+        methods = compare.methods(args.methods or ", ".join(compare.METHODS), args.model, args.hparams_dir, overrides)
+    _compared(args, methods, args.edits, tuple(range(args.seeds)))
+    return 0
+
+
+def _compared(args, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
+    """Run a comparison under a progress bar; its lines."""
+    from . import compare
+
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder for the results")
-    args.out.mkdir(parents=True, exist_ok=True)
-    editor = lifelong.LifelongEditor.from_hparams(settings)
-    view, templates = ModelView(editor.model), editor.state.flat_templates
-    accepted, refused = [], [{"record": refusal.index, "reason": refusal.reason} for refusal in dataset.refused]
-    for index, request in zip(dataset.indices, dataset.requests, strict=True):
-        try:
-            begun = [other for _, other in accepted[len(accepted) // settings.batch_size * settings.batch_size :]]
-            check_requests(view, editor.tok, [*begun, request], templates)
-            metrics.check(editor.model, editor.tok, [request])
-            accepted.append((index, request))
-        except ValueError as error:
-            refused.append({"record": index, "reason": str(error)})
-    if not accepted:
-        raise ValueError(f"none of the {len(refused)} records of {args.data} can be edited; the first: {refused[0]['reason']}")
-    stamp = lifelong.protocol(editor, {"file": args.data.name, "sha256": dataset.sha256, "format": dataset.format})
-    with tqdm(total=len(accepted), desc="editing", unit="edit") as bar:
-        outcome = lifelong.run(editor, [r for _, r in accepted], on_edit=lambda done: bar.update(done - bar.n))
-    scores = outcome.summary()
-    results = [
-        {"record": index, "requested_rewrite": request.to_dict(), "pre": pre, "post": post}
-        for (index, request), pre, post in zip(accepted, outcome.before, outcome.after, strict=True)
-    ]
-    lifelong.save_edited(editor, args.out / "edited_weights.safetensors")
-    lifelong.write_json(
-        args.out / "metrics.json", {"summary": scores, "edits": results, "refused": sorted(refused, key=lambda r: r["record"])}
-    )
-    lifelong.write_json(args.out / "hparams.json", settings.to_dict())
-    lifelong.write_json(
-        args.out / "protocol.json", {**stamp, "edits": len(accepted), "refused": len(refused), "seconds": outcome.seconds}
-    )
-    table = _score_table(["s/edit"])
-    table.add_row("unedited", *_cells(metrics.summary(outcome.before, outcome.before)), "-")
-    table.add_row(settings.alg_name, *_cells(scores), f"{outcome.seconds / len(accepted):.2f}")
-    console.print(table)
-    for entry in sorted(refused, key=lambda r: r["record"]):
-        console.print(f"refused record {entry['record']}: {entry['reason']}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(accepted)} edits, {len(refused)} records refused; results in {args.out}", highlight=False, soft_wrap=True)
-    return 0
+    tasks = tuple(name.strip() for name in (args.harness or "").split(",") if name.strip())
+    if tasks:
+        from . import harness
+
+        harness.check_tasks(tasks, args.harness_tasks)
+    plan = compare.Plan(
+        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, tasks=tasks,
+        task_folder=args.harness_tasks, task_limit=args.harness_limit, command=args.command, keep_weights=keep_weights,
+    )  # fmt: skip
+    with tqdm(total=len(methods) * len(seeds) * edits, desc="editing", unit="edit", smoothing=0.02) as bar:
+        return compare.compare(plan, getattr(args, "jobs", 1), bar.update)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow_copy
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 
@@ -178,7 +180,27 @@ def _unchanged_on_error(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[st
 
 @contextmanager
 def phase(report: EditReport, name: str) -> Iterator[None]:
-    """Add the seconds that the block takes to the report."""
+    """Add the seconds that the block takes to the report, and keep the most memory it needed."""
+    peak_memory(reset=True)
     started = time.perf_counter()
     yield
     report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
+    report.peak_memory[name] = max(report.peak_memory.get(name, 0.0), peak_memory())
+
+
+def peak_memory(reset: bool = False) -> float:
+    """Most memory in MB since the last reset: allocated on the GPUs, else held by the process (0 where that cannot be read, which
+    is anywhere but on Linux)."""
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        if reset:
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices) / 1e6
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(peak[1]) * 1024 / 1e6
+    except (OSError, TypeError):
+        return 0.0

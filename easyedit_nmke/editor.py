@@ -8,6 +8,7 @@ import torch
 
 from .arch import ModelView, evaluating
 from .attribution import neuron_scores
+from .drift import mask_overlap
 from .edit import apply_method, check_model, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
 from .keys import attribution_inputs, key_and_value, keys_of
@@ -91,7 +92,11 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
             write(weight, _update(state.solvers[layer], keys, residual.to(weight.device), mask, hparams), layer)
         report.density[layer] = masks[layer].density if layer in masks else 1.0
         if layer in masks:
+            chosen = masks[layer].mask != 0
             report.ratios[layer] = (masks[layer].general_ratio, masks[layer].specific_ratio)
+            if layer in state.masks:
+                report.overlap[layer] = mask_overlap(state.masks[layer], chosen)
+            report.masks[layer] = chosen
     if not all(hasattr(solver, "append") for solver in state.solvers.values()):
         return {}, report
     with phase(report, "keys"):

@@ -1,19 +1,12 @@
-"""Editing without EasyEdit: `LifelongEditor`, with BaseEditor's calls, and the protocol `edit all T, score all`."""
+"""Editing without EasyEdit: `LifelongEditor`, with BaseEditor's calls."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import atlas, metrics
@@ -22,7 +15,7 @@ from .baselines import apply_to_model, open_state
 from .edit import carried_state, check_model, check_requests, edited_parameters
 from .hparams import HyperParams
 from .prompts import Request
-from .state import EditReport, LifelongState, fingerprint
+from .state import LifelongState
 
 logger = logging.getLogger(__name__)
 
@@ -195,97 +188,6 @@ def make_requests(prompts, target_new, subject, ground_truth, rephrase_prompts, 
                 if prompt is not None:
                     record[section][kind] = {"prompt": prompt, "ground_truth": answer}
     return records
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Edit all, score all. before, after: `metrics.quality` of every request; seconds: of the edits alone."""
-
-    requests: list[Request]
-    before: list[dict]
-    after: list[dict]
-    reports: list[EditReport]
-    seconds: float
-
-    def summary(self) -> dict[str, float | None]:
-        return metrics.summary(self.before, self.after)
-
-
-def run(editor: LifelongEditor, requests: Sequence[Request], on_edit: Callable[[int], None] = lambda done: None) -> Run:
-    """Write all `requests` one after the other (batch_size at a time), then score every one of them against the model as it was
-    before the first edit. `on_edit` is told how many are done."""
-    requests = list(requests)
-    before = metrics.quality(editor.model, editor.tok, requests)
-    editor.state.follow(edited_parameters(ModelView(editor.model), editor.hparams))
-    first, done = editor.state.edits, 0
-    started = time.perf_counter()
-    for batch in _chunks(requests, editor.hparams.batch_size):
-        editor.apply(batch)
-        done += len(batch)
-        on_edit(done)
-    seconds = time.perf_counter() - started
-    after = metrics.quality(editor.model, editor.tok, requests)
-    for pre, post in zip(before, after, strict=True):
-        metrics.add_locality_accuracy(pre, post)
-    return Run(requests, before, after, editor.state.reports[first:], seconds)
-
-
-def protocol(editor: LifelongEditor, data: Mapping | None = None) -> dict:
-    """What a result depends on: method, hyperparameters, data, model and library versions."""
-    view = ModelView(editor.model)
-    weights = edited_parameters(view, editor.hparams)
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "protocol": "edit all, then score all, against the unedited model",
-        "method": editor.alg_name,
-        "hparams": editor.hparams.to_dict(),
-        "batch_size": editor.hparams.batch_size,
-        "seed": editor.hparams.seed,
-        "data": dict(data or {}),
-        "model": {"type": editor.model.config.model_type, "edited_weights": f"{fingerprint(weights):016x}"},
-        "device": str(view.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: installed(name) for name in ("easyedit-nmke", "torch", "transformers", "numpy")},
-        },
-    }
-
-
-def save_edited(editor: LifelongEditor, path: Path) -> None:
-    """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
-    view = ModelView(editor.model)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in edited_parameters(view, editor.hparams).items()}
-    with _whole(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def write_json(path: Path, content) -> None:
-    """All or nothing."""
-    with _whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class _whole:
-    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:

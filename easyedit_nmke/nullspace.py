@@ -57,7 +57,7 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
         spaces = {layer: row_space(moment, threshold, fraction) for layer, moment in known.items()}
         return {f"{part}_{layer}": tensor for layer, space in spaces.items() for part, tensor in space._asdict().items()}
 
-    stored = _cached(_cache_file("row_space", view, hparams, threshold, fraction), compute)
+    stored = _cached(_cache_file("eigenvectors", view, hparams, threshold, fraction), compute)
 
     def on_device(layer: int) -> RowSpace:
         return RowSpace(*(stored[f"{part}_{layer}"].to(view.weight(layer).device) for part in RowSpace._fields))

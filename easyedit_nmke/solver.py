@@ -12,6 +12,8 @@ Schur complement. An update costs O(t² + t·N) instead of N³.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 COLUMNS_AT_A_TIME = 512
@@ -80,6 +82,15 @@ class NullSpaceSolver:
         if not 0 <= count <= self.count:
             raise ValueError(f"count must be from 0 to {self.count}, got {count}")
         self.count = count
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """All that `append` has left, to be given to `remember` of a solver made from the same arguments."""
+        return {"keys": self._keys[:, : self.count], "factor": self._past_factor()}
+
+    def remember(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Take the place of the solver that `memory` comes from."""
+        self._keys, self._factor = (memory[name].to(self._keys, copy=True) for name in ("keys", "factor"))
+        self.count = self._keys.shape[1]
 
     def project(self, keys: torch.Tensor) -> torch.Tensor:
         """P·keys (G·keys in a soft null space), float64."""
@@ -166,6 +177,14 @@ class RestrictedSolver:
             raise ValueError(f"count must be from 0 to {self.count}, got {count}")
         self._keys = self._keys[:, :count]
 
+    def memory(self) -> dict[str, torch.Tensor]:
+        """All that `append` has left, to be given to `remember` of a solver made from the same arguments."""
+        return {"keys": self._keys}
+
+    def remember(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Take the place of the solver that `memory` comes from."""
+        self._keys = memory["keys"].to(self._keys, copy=True)
+
 
 def _ridge(columns: torch.Tensor, new: torch.Tensor, l2: float) -> torch.Tensor:
     """(columns·columnsᵀ + l2·I)⁻¹ new [n, k], where `new` are the last columns; by whichever of n and columns is fewer."""
@@ -225,6 +244,13 @@ class CovarianceSolver:
 
     def truncate(self, count: int) -> None:
         """Nothing is remembered, so there is nothing to forget."""
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def remember(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Nothing."""
 
 
 def _check(keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, neurons: int) -> None:

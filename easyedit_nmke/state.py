@@ -43,6 +43,19 @@ class EditReport:
     value_loss: list[float] = field(default_factory=list)
     residual: float = 0.0  # mean norm of z - current z before the update
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, float] = field(default_factory=dict)  # MB by phase: of the process, on a GPU of its allocations
+    overlap: dict[int, float] = field(default_factory=dict)  # Jaccard overlap of each layer's mask with the last edit's
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool; the state takes them over
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> EditReport:
+        """From `to_dict`, also after JSON made texts of the layers' numbers."""
+        by_layer = ("density", "ratios", "overlap")
+        return cls(**{k: {int(i): x for i, x in v.items()} if k in by_layer else v for k, v in content.items()})
+
+    def to_dict(self) -> dict:
+        """Everything but the masks."""
+        return {name: value for name, value in vars(self).items() if name != "masks"}
 
 
 class LifelongState:
@@ -54,6 +67,7 @@ class LifelongState:
     def __init__(self, settings: Mapping[str, Any], solvers: Mapping[int, Any], templates: list[list[str]]):
         self.settings, self.solvers, self.templates = dict(settings), dict(solvers), templates
         self.reports: list[EditReport] = []
+        self.masks: dict[int, torch.Tensor] = {}  # of the last edit, [F] bool
         self._digests: list[int] = []  # after each call; _digests[0] before the first
 
     @property
@@ -93,12 +107,30 @@ class LifelongState:
             for layer, count in columns.items():
                 self.solvers[layer].truncate(count)
             raise
+        self.masks, report.masks = report.masks, {}
         self.reports.append(report)
         self._digests.append(fingerprint(weights))
+
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """(tensors, plain data) from which `resume` continues; the weights are not in it."""
+        tensors = {f"mask.{layer}": mask for layer, mask in self.masks.items()}
+        for layer, solver in self.solvers.items():
+            tensors.update({f"solver.{layer}.{name}": tensor for name, tensor in solver.memory().items()})
+        return tensors, {"reports": [report.to_dict() for report in self.reports], "digests": list(self._digests)}
+
+    def resume(self, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> None:
+        """Take the place of the state that made the snapshot: one opened on the same model with the same settings."""
+        for layer, solver in self.solvers.items():
+            start = f"solver.{layer}."
+            solver.remember({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
+        self.masks = {int(name.removeprefix("mask.")): t for name, t in tensors.items() if name.startswith("mask.")}
+        self.reports = [EditReport.from_dict(report) for report in content["reports"]]
+        self._digests = list(content["digests"])
 
     def _roll_back(self, step: int) -> None:
         kept = sum(report.requests for report in self.reports[:step])
         for solver in self.solvers.values():
             solver.truncate(kept)
+        self.masks = {}
         del self.reports[step:], self._digests[step + 1 :]
         logger.debug("weights were put back to edit %d; so were the past keys", step)

@@ -157,11 +157,18 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
         columns = [column + lookup - rows[row][1] for row, column in pairs]
         return found[:, 0].to(view.device), torch.tensor(columns, dtype=torch.long, device=view.device)
 
-    owners, bares, wanted = (torch.tensor(v, device=view.device) for v in (owner, bare, labels))
-    start = 0 if whole_texts else lookup
     return _Batch(
-        ids.to(view.device), mask.to(view.device), start, lookup, owners, bares, places(target), wanted, places(subject), places(other)
-    )  # fmt: skip
+        ids.to(view.device),
+        mask.to(view.device),
+        0 if whole_texts else lookup,
+        lookup,
+        torch.tensor(owner, device=view.device),
+        torch.tensor(bare, device=view.device),
+        places(target),
+        torch.tensor(labels, device=view.device),
+        places(subject),
+        places(other),
+    )
 
 
 # ---- model

@@ -10,7 +10,7 @@ Takes the arguments of EasyEdit's examples/run_AlphaEdit_editing.py:
 
 `--data_dir` is a folder with the files EasyEdit names, or one JSON file in any format that `easyedit_nmke.data.load` reads.
 With --sequential_edit EasyEdit scores each request right after its own edit. To score all of them after the last edit, as the
-paper does, use `nmke edit`.
+paper does, use `nmke run`.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, baselines, editor, hparams, lifelong, nullspace, values
+from easyedit_nmke import LifelongEditor, baselines, editor, hparams, nullspace, protocol, values
 from easyedit_nmke.arch import ModelView
 from easyedit_nmke.edit import edited_parameters
 from easyedit_nmke.prompts import Request, position_before, target_tokens
@@ -334,9 +334,10 @@ def test_two_models_do_not_disturb_each_other_and_weights_put_back_leave_no_trac
 def test_lifelong_editor_takes_every_method(tiny, settings, requests, method, tmp_path):
     model, tok = tiny("gpt2")
     some = LifelongEditor.from_hparams(settings(method, model, tok))
-    outcome = lifelong.run(some, [Request.from_dict(r) for r in requests(2)])
-    assert some.state.edits == len(outcome.reports) == 2 and set(outcome.reports[0].density) == set(some.hparams.layers)
-    assert lifelong.protocol(some)["method"] == method
-    lifelong.save_edited(some, tmp_path / "edited.safetensors")
+    for request in requests(2):
+        some.apply([request])
+    assert some.state.edits == 2 and set(some.state.reports[0].density) == set(some.hparams.layers)
+    assert protocol.stamp(some)["method"] == method
+    protocol.save_edited(some, tmp_path / "edited.safetensors")
     results, _, before = some.edit([], [], requests=requests(1), sequential_edit=False, verbose=False)
     assert len(results) == 1 and set(before) == set(edited_parameters(ModelView(model), some.hparams))

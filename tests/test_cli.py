@@ -23,7 +23,7 @@ def settings(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("argv", [[], ["edit"], ["check"]], ids=["nmke", "edit", "check"])
+@pytest.mark.parametrize("argv", [[], ["run"], ["check"]], ids=["nmke", "run", "check"])
 def test_a_bare_verb_prints_help_with_an_example(argv, capsys):
     assert cli.main(argv) == 2
     out = capsys.readouterr().out
@@ -43,41 +43,43 @@ def test_check_reports_every_problem_of_every_file(tmp_path, capsys):
     assert cli.main(["check", "atlas"]) == 0
 
 
-def test_edit_writes_metrics_settings_protocol_and_weights(settings, tmp_path, requests, capsys, atlas):
+def test_run_writes_results_edits_and_weights(settings, tmp_path, requests, capsys, atlas):
     records = [*requests(2), {**requests(3)[2], "target_new": " "}, {**requests(4)[3], "subject": "Nobody"}]
     records.insert(1, {**requests(1)[0], "prompt": requests(1)[0]["prompt"] + " so" * 300})
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     out = tmp_path / "deep" / "results"
-    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
+    assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "2 edits, 3 records refused" in printed and "unedited" in printed
-    assert {file.name for file in out.iterdir()} == {"metrics.json", "hparams.json", "protocol.json", "edited_weights.safetensors"}
-    content = json.loads((out / "metrics.json").read_text())
+    assert {file.name for file in out.iterdir()} == {"results.jsonl", "edits-NMKE-0.json", "edited-NMKE-0.safetensors", "segments"}
+    content = json.loads((out / "edits-NMKE-0.json").read_text())
     assert [entry["record"] for entry in content["edits"]] == [0, 2]
     assert [entry["record"] for entry in content["refused"]] == [1, 3, 4]
     reasons = [entry["reason"] for entry in content["refused"]]
     assert "the model's context 256" in reasons[0] and "is empty" in reasons[1] and "not in the prompt" in reasons[2]
     for reason in reasons:
         assert reason.splitlines()[0][:40] in printed.replace("\n", " ")
-    protocol = json.loads((out / "protocol.json").read_text())
-    assert protocol["edits"] == 2 and protocol["data"]["format"] == "easyedit" and len(protocol["data"]["sha256"]) == 64
-    assert json.loads((out / "hparams.json").read_text())["v_num_grad_steps"] == 2
+    unedited, line = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    protocol = line["protocol"]
+    assert unedited["method"] == "unedited" and unedited["scores"]["loc"] == 1
+    assert line["checkpoint"] == 2 and protocol["data"]["edits"] == 2 and protocol["hparams"]["v_num_grad_steps"] == 2
+    assert protocol["data"]["format"] == "easyedit" and len(protocol["data"]["sha256"]) == 64
     model, _ = atlas
-    stored = load_file(out / "edited_weights.safetensors")
+    stored = load_file(out / "edited-NMKE-0.safetensors")
     assert set(stored) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
     assert all(not torch.equal(tensor, model.get_parameter(name)) for name, tensor in stored.items())
 
 
 def test_what_cannot_be_done_is_one_sentence_on_stderr(settings, tmp_path, capsys, requests):
     out = tmp_path / "results"
-    assert cli.main(["edit", "--hparams", str(settings), "--data", str(tmp_path / "none.json"), "--out", str(out)]) == 1
-    assert "nmke edit: there is no file" in capsys.readouterr().err
+    assert cli.main(["run", "--hparams", str(settings), "--data", str(tmp_path / "none.json"), "--out", str(out)]) == 1
+    assert "nmke run: there is no file" in capsys.readouterr().err
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{**requests(1)[0], "target_new": ""}]))
-    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 1
+    assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 1
     assert "none of the 1 records" in capsys.readouterr().err
-    assert cli.main(["edit", "--hparams", "nowhere", "--data", str(data), "--out", str(out)]) == 1
+    assert cli.main(["run", "--hparams", "nowhere", "--data", str(data), "--out", str(out)]) == 1
     assert "no hyperparameter file" in capsys.readouterr().err
 
 
@@ -123,11 +125,11 @@ def test_a_hundred_real_records_on_a_model_with_a_real_vocabulary(name, settings
     records[8] = {**records[8], "subject": "Nobody at all"}
     data, out = tmp_path / "records.json", tmp_path / "results"
     data.write_text(json.dumps(records))
-    argv = ["edit", "--hparams", str(settings), "--model", str(home), "--data", str(data), "--out", str(out), "--limit", "100"]
+    argv = ["run", "--hparams", str(settings), "--model", str(home), "--data", str(data), "--out", str(out), "--edits", "95"]
     assert cli.main(argv) == 0
-    content = json.loads((out / "metrics.json").read_text())
-    assert len(content["edits"]) + len(content["refused"]) == 100
-    assert {7, 8} <= {entry["record"] for entry in content["refused"]} and len(content["edits"]) >= 95
+    content = json.loads((out / "edits-NMKE-0.json").read_text())
+    assert {7, 8} <= {entry["record"] for entry in content["refused"]} and len(content["refused"]) <= 5
+    assert len(content["edits"]) == 95
     for entry in content["refused"]:
         assert entry["reason"]
     assert all(math.isfinite(value) for edit in content["edits"] for value in edit["post"]["rewrite_acc"])
@@ -141,8 +143,8 @@ def test_records_that_cannot_be_scored_or_contradict_their_batch_are_refused_alo
     data.write_text(json.dumps(records))
     content = yaml.safe_load(settings.read_text())
     settings.write_text(yaml.safe_dump({**content, "batch_size": 4}))
-    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
-    found = json.loads((out / "metrics.json").read_text())
+    assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
+    found = json.loads((out / "edits-NMKE-0.json").read_text())
     assert [entry["record"] for entry in found["edits"]] == [0, 3]
     assert "context 256" in found["refused"][0]["reason"] and "two answers" in found["refused"][1]["reason"]
 
@@ -151,8 +153,8 @@ def test_a_state_that_cannot_be_opened_is_not_blamed_on_the_data(settings, tmp_p
     data = tmp_path / "data.json"
     data.write_text(json.dumps(requests(1)))
     settings.write_text(settings.read_text() + "\nmom2_dataset: no/such-dataset\n")
-    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert "mom2_dataset" in err and "records" not in err
-    assert cli.main(["edit", "--hparams", str(settings), "--data", str(data), "--out", str(data)]) == 1
+    assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(data)]) == 1
     assert "is a file; give a folder" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_the_shipped_files_of_the_other_methods(method):
     expected = {"atlas", "gpt2-xl", "qwen2.5-7b"} | ({"llama3-8b"} if method != "MEMIT" else set())  # EasyEdit has no such file
     assert set(shipped(method)) == expected
     for name, path in shipped(method).items():
-        assert path.read_text().startswith(f"# nmke edit --hparams {method}/{name} ")
+        assert path.read_text().startswith(f"# nmke run --hparams {method}/{name} ")
         settings = CLASSES[method].from_hparams(name)
         assert settings == read(path) == read(f"{method}/{name}") and type(settings) is CLASSES[method]
         assert type(settings).from_dict(settings.to_dict()) == settings

@@ -90,7 +90,9 @@ def test_it_stops_under_the_loss_and_stays_in_the_ball(atlas, nmke_hparams):
     settings = nmke_hparams(model, tok, v_lr=1.0, v_num_grad_steps=100, clamp_norm_factor=5, v_weight_decay=1e-3)
     (long,) = target_values(view, tok, [dataclasses.replace(REQUEST, target_new="Rome")], TEMPLATES, 1, settings)
     assert long.loss < 0.05 and long.steps < 100
-    (tight,) = target_values(view, tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=30, clamp_norm_factor=0.1))
+    (tight,) = target_values(
+        view, tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=30, clamp_norm_factor=0.1)
+    )
     (one,) = target_values(view, tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, v_num_grad_steps=1))
     assert (tight.z - one.z).norm() <= 0.1 * one.z.norm() * 1.0001
 
@@ -110,3 +112,78 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_check(tiny, nmk
         model.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"is nan at step 1; check v_lr \(0.5\)"):
         target_values(ModelView(model), tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok))
+
+
+OTHERS = [Request("Nils Brandt speaks", "Nils Brandt", "Dutch"), Request("What does Ola Tarn play? Ola T plays the", "Ola T", "flute")]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_running_only_what_depends_on_the_value_changes_nothing(tiny, nmke_hparams, kind, attention):
+    model, tok = tiny(kind)
+    model.set_attn_implementation(attention)
+    prompts = dict(locality_factor=0.7, locality_prompts=["{} works as a", "Where {} lives is called"])
+    settings = nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=6, **prompts)
+    view, asked = ModelView(model), [REQUEST, *OTHERS]
+    for part in ("block", "ffn"):
+        whole = target_values(view, tok, asked, TEMPLATES, 1, settings, part, whole_texts=True)
+        quick = target_values(view, tok, asked, TEMPLATES, 1, settings, part)
+        single = [target_values(view, tok, [request], TEMPLATES, 1, settings, part)[0] for request in asked]
+        for expected, *found in zip(whole, quick, single, strict=True):
+            for value in found:
+                assert value.steps == expected.steps and value.loss == pytest.approx(expected.loss, rel=1e-4)
+                assert torch.allclose(value.z, expected.z, rtol=1e-3, atol=1e-4)
+
+
+def test_texts_without_any_padding(tiny, nmke_hparams):
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok, v_lr=0.05, kl_factor=0.0)
+    request = Request("Mara Vosk is a", "Mara Vosk", "x")  # as long with its target as the KL prompt
+    args = (ModelView(model), tok, [request], ["{}"], 1, settings)
+    assert torch.allclose(target_values(*args)[0].z, target_values(*args, whole_texts=True)[0].z, rtol=1e-4, atol=1e-5)
+
+
+def test_the_locality_term_is_the_mean_divergence_at_the_end_of_prompts_that_ask_something_else(tiny, nmke_hparams):
+    """By the definition, with whole forward passes."""
+    model, tok = tiny("llama")
+    view = ModelView(model)
+    prompts = ["{} works as a", "So {} plays the", REQUEST.prompt.replace(REQUEST.subject, "{}")]  # the last asks the edited fact
+
+    def said(text, delta=None):
+        def shift(_module, _args, output):
+            at = position_before(tok, text, text.index(REQUEST.subject) + len(REQUEST.subject))
+            output[0, at] += delta
+            return output
+
+        handle = view.blocks[1].register_forward_hook(shift) if delta is not None else None
+        try:
+            with torch.no_grad():
+                return model(**tok(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
+        finally:
+            if handle:
+                handle.remove()
+
+    texts = [prompt.replace("{}", REQUEST.subject) for prompt in prompts]
+    assert said(texts[2]).argmax() != said(texts[0]).argmax() and said(texts[2]).argmax() != said(texts[1]).argmax()
+
+    def loss(factor, steps):
+        chosen = dict(v_lr=0.05, v_num_grad_steps=steps, locality_factor=factor, locality_prompts=prompts)
+        return target_values(view, tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok, **chosen))[0]
+
+    assert loss(0.7, 1).loss == pytest.approx(loss(0.0, 1).loss, rel=1e-5)  # nothing has moved yet
+    free, held = loss(0.0, 9), loss(50.0, 9)
+    text, end = REQUEST.fill("{}")
+    with torch.no_grad():
+        hidden = model(**tok(text, return_tensors="pt"), output_hidden_states=True).hidden_states[2]
+    z0 = hidden[0, position_before(tok, text, end)]
+
+    def divergence(value):
+        pairs = [(said(t), said(t, value.z - z0)) for t in texts[:2]]
+        return sum((a.exp() * (a - b)).sum().item() for a, b in pairs) / 2
+
+    assert divergence(held) < 0.5 * divergence(free)
+    # the loss that was reached holds exactly factor x divergence more than the loss without the term at the same value
+    barely = loss(1e-6, 2), loss(0.7, 2)
+    first_step = loss(0.0, 2)
+    assert torch.allclose(barely[0].z, first_step.z, atol=1e-5)
+    assert barely[1].loss - first_step.loss == pytest.approx(0.7 * divergence(first_step), rel=0.05)

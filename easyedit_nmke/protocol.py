@@ -1,0 +1,288 @@
+"""The lifelong protocol: edit all, score all at checkpoints, against the unedited model; in segments that can be taken up again.
+
+A segment is one editor over one stream of requests. Its editor is anything with `model`, `tok`, `alg_name`, `hparams` and
+`apply(requests)`. With a folder, a `LifelongEditor`'s segment leaves a snapshot at each checkpoint and continues from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from . import generation, metrics
+from .arch import ModelView
+from .drift import weight_drift
+from .edit import edited_parameters, peak_memory
+from .lifelong import LifelongEditor
+from .prompts import Request
+from .state import fingerprint
+
+logger = logging.getLogger(__name__)
+
+FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
+ANSWER_TOKENS = 10
+
+
+class Scorer:
+    """Every score of a stream of requests; holds what the unedited model says of all of them.
+
+    exercises: (prompt, answer) pairs of general ability. tasks: called with (model, tok), gives more scores by name.
+    """
+
+    def __init__(self, model, tok, requests: Sequence[Request], exercises=(), tasks: Callable | None = None):
+        self.requests, self.exercises, self.tasks = list(requests), list(exercises), tasks
+        metrics.check(model, tok, self.requests)
+        self.before = metrics.quality(model, tok, self.requests)
+        unknown = [request.prompt for request in self.requests if request.ground_truth is None]
+        said = iter(generation.greedy_texts(model, tok, unknown, ANSWER_TOKENS))
+        self.old = [
+            request.ground_truth if request.ground_truth is not None else generation.answer(next(said)) for request in self.requests
+        ]
+
+    def unedited(self, model, tok) -> dict:
+        """Scores of the model before the first edit, on all requests."""
+        return self._scores(model, tok, self.requests, self.before, self.before)
+
+    def __call__(self, model, tok, edits: int) -> tuple[dict, dict]:
+        """(scores, retention by age) of the first `edits` requests."""
+        requests, before = self.requests[:edits], self.before[:edits]
+        after = metrics.quality(model, tok, requests)
+        kept = {"rel": "rewrite_acc", "gen": "rephrase_acc"}
+        shares = {name: [fmean(a[key]) if key in a else None for a in after] for name, key in kept.items()}
+        ages = {name: metrics.retention(values) for name, values in shares.items()}
+        return self._scores(model, tok, requests, before, after), ages
+
+    def _scores(self, model, tok, requests: Sequence[Request], before: list[dict], after: list[dict]) -> dict:
+        scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
+        for name, prompts in (("rel", [r.prompt for r in requests]), ("gen", [r.rephrase_prompt for r in requests])):
+            scores.update(self._said(model, tok, name, requests, prompts))
+        texts = generation.greedy_texts(model, tok, [r.prompt for r in requests[:FLUENCY_TEXTS]], FLUENCY_TOKENS)
+        scores["fluency"] = generation.fluency(texts)
+        general = metrics.exact_match(model, tok, self.exercises)
+        scores["general"] = fmean(general) if general else None
+        return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
+
+    def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[str | None]) -> dict:
+        """Free generation against the target, and the target's probability against the old answer's."""
+        asked = [
+            (prompt, request.target_new, old)
+            for prompt, request, old in zip(prompts, requests, self.old, strict=False)
+            if prompt is not None
+        ]
+        if not asked:
+            return dict.fromkeys((f"{name}_exact", f"{name}_contains", f"{name}_preferred"))
+        texts = generation.greedy_texts(model, tok, [prompt for prompt, _, _ in asked], ANSWER_TOKENS)
+        judged = [generation.says(text, new) for text, (_, new, _) in zip(texts, asked, strict=True)]
+        compared = [(prompt, new, old) for prompt, new, old in asked if old]
+        new = generation.target_log_probs(model, tok, [(prompt, new) for prompt, new, _ in compared])
+        old = generation.target_log_probs(model, tok, [(prompt, old) for prompt, _, old in compared])
+        return {
+            f"{name}_exact": fmean(exact for exact, _ in judged),
+            f"{name}_contains": fmean(contains for _, contains in judged),
+            f"{name}_preferred": fmean(n > o for n, o in zip(new, old, strict=True)) if compared else None,
+        }
+
+
+@dataclass
+class Segment:
+    """One editor over one stream, as far as it has come. `immediate`: each edit's Rel right after it; `lines`: the results."""
+
+    editor: LifelongEditor
+    scorer: Scorer
+    label: str
+    seed: int
+    stamp: dict
+    snapshot: Path | None = None
+
+    def __post_init__(self):
+        self.lines: list[dict] = []
+        self.immediate: list[float] = []
+        self.failed = 0
+        self.seconds = 0.0
+        ours = isinstance(self.editor, LifelongEditor)
+        self.weights = edited_parameters(ModelView(self.editor.model), self.editor.hparams) if ours else {}
+        self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.first = self.editor.state.edits if ours else 0
+        if self.snapshot and ours and self.snapshot.is_file():
+            self._resume()
+
+    def run(self, checkpoints: Sequence[int]) -> Iterator[int | dict]:
+        """Edit to the last checkpoint, yielding how many edits are done after each, and a result line at each checkpoint; those
+        of an earlier run come first."""
+        yield from self.lines
+        yield len(self.immediate)
+        requests, size = self.scorer.requests, getattr(self.editor.hparams, "batch_size", 1)
+        while len(self.immediate) < max(checkpoints):
+            done = len(self.immediate)
+            stop = min(done + size, min(c for c in checkpoints if c > done))
+            batch = requests[done:stop]
+            started = time.perf_counter()
+            try:
+                self.editor.apply(batch)
+            except FloatingPointError as error:  # a model worn out by its edits: those that cannot be written count as failed
+                logger.warning("%s, edit %d: %s", self.label, done + 1, error)
+                self.failed += len(batch)
+            self.seconds += time.perf_counter() - started
+            pairs = [(request.prompt, request.target_new) for request in batch]
+            self.immediate += metrics.token_accuracy(self.editor.model, self.editor.tok, pairs)
+            yield stop
+            if stop in checkpoints:
+                self.lines.append(self._line(stop))
+                if self.snapshot and self.weights:
+                    self._save()
+                yield self.lines[-1]
+
+    def _line(self, edits: int) -> dict:
+        peak_memory(reset=True)
+        scores, ages = self.scorer(self.editor.model, self.editor.tok, edits)
+        scores["immediate"] = fmean(self.immediate)
+        memory = {"score": peak_memory()}
+        reports = self.editor.state.reports[self.first :] if self.weights else []
+        seconds: dict[str, float] = {}
+        for report in reports:
+            for name, value in report.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + value
+            memory["edit"] = max(memory.get("edit", 0.0), *report.peak_memory.values())
+        return {
+            "method": self.label,
+            "seed": self.seed,
+            "checkpoint": edits,
+            "failed": self.failed,
+            "scores": scores,
+            "retention": ages,
+            "drift": self._drift(),
+            "mask": {name: _mean_by_layer([getattr(report, name) for report in reports]) for name in ("density", "overlap")},
+            "seconds": {**seconds, "total": self.seconds},
+            "peak_memory_mb": memory,
+            "protocol": self.stamp,
+        }
+
+    def _drift(self) -> dict[str, dict]:
+        if not self.weights:
+            return {}
+        view, drift = ModelView(self.editor.model), {}
+        for layer in self.editor.hparams.layers:
+            before, after = self.originals[view.weight_name(layer)], view.weight(layer).detach()
+            pair = (before.T, after.T) if view.family.transposed else (before, after)
+            drift[str(layer)] = weight_drift(*pair)
+        return drift
+
+    def _save(self) -> None:
+        tensors, state = self.editor.state.snapshot()
+        tensors = {**tensors, **{f"weight.{name}": weight.detach() for name, weight in self.weights.items()}}
+        progress = {name: getattr(self, name) for name in ("stamp", "lines", "immediate", "failed", "seconds")}
+        with whole(self.snapshot) as temporary:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, metadata={"segment": json.dumps({**progress, "state": state})})
+
+    def _resume(self) -> None:
+        with safe_open(self.snapshot, "pt") as file:
+            content = json.loads(file.metadata()["segment"])
+            if settings_differ(content["stamp"], self.stamp):
+                return  # of other settings; it will be written over
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors.pop(f"weight.{name}"))
+        self.editor.state.resume(tensors, content["state"])
+        for name in ("lines", "immediate", "failed", "seconds"):
+            setattr(self, name, content[name])
+
+    def edits(self) -> list[dict]:
+        """Each edit so far: the request, and EasyEdit's scores of it on the unedited model ("pre") and now ("post")."""
+        done = len(self.immediate)
+        after = metrics.quality(self.editor.model, self.editor.tok, self.scorer.requests[:done])
+        results = []
+        for request, pre, post in zip(self.scorer.requests, self.scorer.before, after, strict=False):
+            metrics.add_locality_accuracy(pre, post)
+            results.append({"requested_rewrite": request.to_dict(), "pre": pre, "post": post})
+        return results
+
+
+def _mean_by_layer(reports: Sequence[Mapping[int, float]]) -> dict[str, float]:
+    return {str(layer): fmean(r[layer] for r in reports if layer in r) for layer in dict.fromkeys(i for r in reports for i in r)}
+
+
+def stamp(editor, data: Mapping | None = None, command: str | None = None) -> dict:
+    """What a result depends on: method, hyperparameters, data, model and library versions."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    view = ModelView(editor.model)
+    weights = {name: parameter for name, parameter in editor.model.named_parameters()}
+    return {
+        "protocol": "edit all, then score all, against the unedited model",
+        "method": editor.alg_name,
+        "hparams": editor.hparams.to_dict(),
+        "batch_size": getattr(editor.hparams, "batch_size", 1),
+        "data": dict(data or {}),
+        "model": {"type": editor.model.config.model_type, "weights": f"{fingerprint(weights):016x}"},
+        "device": str(view.device),
+        "threads": torch.get_num_threads(),
+        "command": command,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed(name) for name in ("easyedit-nmke", "torch", "transformers", "numpy")},
+        },
+    }
+
+
+def settings_differ(one: Mapping, other: Mapping) -> list[str]:
+    """What two stamps' results depend on and do not share, in words; versions, device and command aside."""
+    found = [f"{key} {one[key]!r} -> {other[key]!r}" for key in ("method", "data", "model") if one[key] != other[key]]
+    mine, theirs = one["hparams"], other["hparams"]
+    names = (name for name in dict.fromkeys([*mine, *theirs]) if name not in ("device", "stats_dir"))
+    return found + [f"{name} {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names if mine.get(name) != theirs.get(name)]
+
+
+# ---- files
+
+
+def save_edited(editor: LifelongEditor, path: Path) -> None:
+    """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
+    view = ModelView(editor.model)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in edited_parameters(view, editor.hparams).items()}
+    with whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def write_json(path: Path, content) -> None:
+    """All or nothing."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class whole:
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        return self.temporary
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            with self.temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""Methods side by side: how they are named, and that a comparison can be stopped at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from easyedit_nmke import compare
+from easyedit_nmke.compare import ABLATIONS, Method, Plan
+from easyedit_nmke.hparams import read
+
+QUICK = dict(v_num_grad_steps=1, mom2_n_samples=50, template_prefixes=["The"], layers=[0, 1])
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Methods of short edits on the embedded model."""
+
+    def make(*names):
+        changes = {**QUICK, "stats_dir": str(tmp_path / "stats")}
+        return tuple(Method(m.label, compare.changed(m.settings, changes)) for m in compare.methods(",".join(names), "atlas"))
+
+    return make
+
+
+@pytest.fixture
+def plan(quick, tmp_path):
+    def make(*names, **changes):
+        values = dict(source="atlas", edits=3, checkpoints=(1, 3), seeds=(0, 1), directory=tmp_path / "out")
+        return Plan(quick(*(names or ("NMKE", "AlphaEdit"))), **{**values, **changes})
+
+    return make
+
+
+def test_methods_are_read_from_files_and_changed_in_brackets():
+    found = compare.methods(
+        "NMKE, AlphaEdit[L2=3; v_lr=0.5] ,NMKE+,NMKE random mask,easyedit:WISE,", "atlas", None, {"device": "cpu"}
+    )
+    assert [m.label for m in found] == ["NMKE", "AlphaEdit[L2=3; v_lr=0.5]", "NMKE+", "NMKE random mask", "easyedit:WISE"]
+    assert (found[1].settings.L2, found[1].settings.v_lr, found[1].settings.alg_name) == (3, 0.5, "AlphaEdit")
+    assert found[0].settings == read("NMKE/atlas") and found[3].settings.control == "random"
+    assert found[2].settings.regularizer == "covariance" and found[4].easyedit == "WISE" and found[4].settings is None
+
+
+def test_methods_that_cannot_be_read_are_refused_with_what_is_known(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"method 'AlphaEdti' is not known \(did you mean 'AlphaEdit'\?\); known: NMKE, .*easyedit:"
+    ):
+        compare.methods("NMKE,AlphaEdti", "atlas")
+    with pytest.raises(ValueError, match="unknown name 'L3'"):
+        compare.methods("NMKE[L3=1]", "atlas")
+    with pytest.raises(ValueError, match=r"name\[setting=value"):
+        compare.methods("NMKE[L2]", "atlas")
+    with pytest.raises(FileNotFoundError, match="no hyperparameter file"):
+        compare.methods("NMKE", "llama9")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        compare.methods("NMKE", "atlas", tmp_path)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_valid_settings_that_differ(name):
+    base = read("NMKE/atlas")
+    found = compare.ablation(name, base)
+    assert len({str(m.settings.to_dict()) for m in found}) == len(found) == len(ABLATIONS[name])
+    assert base.to_dict() in [m.settings.to_dict() for m in found]  # the published setting is one of them
+    with pytest.raises(ValueError, match="ablation is 'colour', expected one of selection"):
+        compare.ablation("colour", base)
+
+
+def test_plans_that_make_no_sense_are_refused(plan, quick):
+    with pytest.raises(ValueError, match=r"checkpoints are \[1, 5\], expected numbers from 1 to the 3 edits"):
+        plan(checkpoints=(1, 5))
+    with pytest.raises(ValueError, match="named twice"):
+        plan("NMKE", "NMKE")
+
+
+def test_lines_of_every_method_seed_and_checkpoint_and_a_second_run_that_adds_nothing(plan):
+    told = []
+    lines = compare.compare(plan(), on_edit=told.append)
+    keys = [(line["method"], line["seed"], line["checkpoint"]) for line in lines]
+    expected = [
+        (m, s, c) for s in (0, 1) for m, c in (("unedited", 0), ("NMKE", 1), ("NMKE", 3), ("AlphaEdit", 1), ("AlphaEdit", 3))
+    ]
+    assert keys == expected and sum(told) == 12
+    file = plan().directory / "results.jsonl"
+    stored = file.read_text()
+    assert [json.loads(text) for text in stored.splitlines()] == lines
+    assert lines[0]["scores"]["general"] > 0.8 and lines[0]["scores"]["loc"] == 1
+    assert lines[1]["protocol"]["data"] == {"name": "atlas, test half", "edits": 3} and lines[-1]["protocol"]["seed"] == 1
+    told.clear()
+    assert compare.compare(plan(), on_edit=told.append) == lines and file.read_text() == stored and sum(told) == 12
+
+
+def test_a_torn_line_and_a_lost_one_are_made_again(plan):
+    lines = compare.compare(plan(seeds=(0,)))
+    file = plan().directory / "results.jsonl"
+    texts = file.read_text().splitlines()
+    file.write_text("\n".join([*texts[:3], texts[4][:100]]))
+    again = compare.compare(plan(seeds=(0,)))
+    assert [(line["method"], line["checkpoint"], line["scores"]) for line in again] == [
+        (line["method"], line["checkpoint"], line["scores"]) for line in lines
+    ]
+    assert [json.loads(text) for text in file.read_text().splitlines()] == again
+
+
+def test_results_of_other_settings_are_not_mixed(plan, quick):
+    compare.compare(plan("NMKE", seeds=(0,)))
+    with pytest.raises(ValueError, match=r"holds results of NMKE with other settings \(data .*'edits': 3.*'edits': 4"):
+        compare.compare(plan("NMKE", seeds=(0,), edits=4, checkpoints=(1, 4)))
+
+
+def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp_path, quick):
+    """SIGKILL while it edits; the same command again gives what an uninterrupted one gives."""
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom easyedit_nmke import compare\n"
+        f"changes = {dict(QUICK, stats_dir=str(tmp_path / 'stats'))!r}\n"
+        "if __name__ == '__main__':\n"
+        "    found = compare.methods('NMKE,AlphaEdit', 'atlas')\n"
+        "    methods = [compare.Method(m.label, compare.changed(m.settings, changes)) for m in found]\n"
+        "    plan = compare.Plan(tuple(methods), 'atlas', 12, (2, 4, 12), (0,), Path(sys.argv[1]))\n"
+        "    compare.compare(plan, int(sys.argv[2]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def start(folder, jobs):
+        return subprocess.Popen([sys.executable, str(script), str(tmp_path / folder), jobs], env=environment)
+
+    assert start("whole", "1").wait() == 0
+    process, results = start("killed", "2"), tmp_path / "killed" / "results.jsonl"
+    for _ in range(600):
+        time.sleep(0.1)
+        if process.poll() is not None or (results.is_file() and '"checkpoint": 4' in results.read_text()):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    held = compare.read_lines(results)
+    assert any(line["checkpoint"] == 4 for line in held) and len(held) < 7
+    assert any((tmp_path / "killed" / "segments").iterdir())
+    assert start("killed", "2").wait() == 0
+
+    def scores(folder):
+        lines = compare.read_lines(tmp_path / folder / "results.jsonl")
+        return {(line["method"], line["checkpoint"]): line["scores"]["rel"] for line in lines}
+
+    assert scores("killed").keys() == scores("whole").keys() and len(scores("whole")) == 7
+    assert not any((tmp_path / "killed" / "segments").iterdir())
+
+
+def test_an_error_in_a_process_ends_the_comparison_with_its_message(plan):
+    with pytest.raises(ValueError, match="the test half has"):
+        compare.compare(plan(edits=100000, checkpoints=(1,), seeds=(0,)), jobs=2)

@@ -1,0 +1,150 @@
+"""Edit all, score all at checkpoints; segments that are taken up again."""
+
+import dataclasses
+import json
+from statistics import fmean
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from easyedit_nmke import LifelongEditor, NMKEHyperParams, generation, metrics, protocol
+from easyedit_nmke import atlas as embedded
+from easyedit_nmke.drift import weight_drift
+from easyedit_nmke.prompts import Request
+from easyedit_nmke.protocol import Scorer, Segment
+
+
+@pytest.fixture
+def begin(tiny, nmke_hparams, requests):
+    """begin(kind="llama", snapshot=None, edits=4, **overrides) -> a segment on a fresh model; segment.told: its events."""
+
+    def make(kind="llama", snapshot=None, edits=4, **overrides):
+        model, tok = tiny(kind)
+        editor = LifelongEditor.from_hparams(nmke_hparams(model, tok, v_num_grad_steps=2, **overrides))
+        asked = [Request.from_dict(r) for r in requests(edits)]
+        scorer = Scorer(model, tok, asked, [("copy a b :", "a b")])
+        return Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor, {"name": "x"}), snapshot)
+
+    return make
+
+
+def weights_of(segment):
+    return {name: weight.detach().clone() for name, weight in segment.weights.items()}
+
+
+def test_every_score_is_taken_after_the_last_edit_against_the_unedited_model(begin):
+    segment = begin()
+    editor, asked = segment.editor, segment.scorer.requests
+    before = metrics.quality(editor.model, editor.tok, asked)
+    log_probs = [generation.target_log_probs(editor.model, editor.tok, [(r.prompt, r.target_new)])[0] for r in asked]
+    *_, done, line = segment.run([4])
+    assert done == 4 and line["checkpoint"] == 4 and line["method"] == "NMKE"
+    after = metrics.quality(editor.model, editor.tok, asked)
+    scores = line["scores"]
+    assert {name: scores[name] for name in metrics.summary(before, after)} == metrics.summary(before, after)
+    assert scores["neighborhood"] == metrics.by_kind(before, after)["neighborhood"]
+    assert scores["general"] == fmean(metrics.exact_match(editor.model, editor.tok, [("copy a b :", "a b")]))
+    new = generation.target_log_probs(editor.model, editor.tok, [(r.prompt, r.target_new) for r in asked])
+    old = generation.target_log_probs(editor.model, editor.tok, [(r.prompt, r.ground_truth) for r in asked])
+    assert scores["rel_preferred"] == fmean(n > o for n, o in zip(new, old, strict=True)) and new != log_probs
+    texts = generation.greedy_texts(editor.model, editor.tok, [r.rephrase_prompt for r in asked])
+    assert scores["gen_exact"] == fmean(generation.says(t, r.target_new)[0] for t, r in zip(texts, asked, strict=True))
+    assert scores["immediate"] == fmean(segment.immediate) and len(line["retention"]["rel"]) == 10
+    assert set(line["seconds"]) == {"values", "attribution", "keys", "solve", "total"}
+    assert line["seconds"]["total"] >= sum(v for name, v in line["seconds"].items() if name != "total")
+    densities = [report.density[1] for report in editor.state.reports]
+    assert line["mask"]["density"]["1"] == pytest.approx(fmean(densities)) and line["peak_memory_mb"]["edit"] > 0
+    json.dumps(line)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_drift_is_of_the_output_projection_since_the_first_edit(begin, kind):
+    segment = begin(kind, edits=2)
+    start = {layer: segment.editor.model.get_submodule(name).weight.detach().clone() for layer, name in _downs(kind).items()}
+    *_, line = segment.run([2])
+    for layer, name in _downs(kind).items():
+        now = segment.editor.model.get_submodule(name).weight.detach()
+        pair = (start[layer].T, now.T) if kind == "gpt2" else (start[layer], now)
+        assert line["drift"][str(layer)] == weight_drift(*pair) and line["drift"][str(layer)]["frobenius"] > 0
+
+
+def _downs(kind):
+    return {i: f"transformer.h.{i}.mlp.c_proj" if kind == "gpt2" else f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+
+
+def test_the_unedited_model_scores_itself(begin):
+    segment = begin()
+    scores = segment.scorer.unedited(segment.editor.model, segment.editor.tok)
+    assert scores["loc"] == scores["same_subject"] == 1.0 and scores["rel"] < 0.5
+
+
+@pytest.mark.parametrize("solve", ["full", "restricted"])
+def test_a_stopped_segment_goes_on_from_its_last_checkpoint_bit_for_bit(begin, tmp_path, solve):
+    whole = begin(solve=solve)
+    expected = [event for event in whole.run([2, 4]) if isinstance(event, dict)]
+    snapshot = tmp_path / "segments" / "one.safetensors"
+    stopped = begin(solve=solve, snapshot=snapshot).run([2, 4])
+    for event in stopped:
+        if event == 3:  # one edit beyond the checkpoint, lost
+            break
+    stopped.close()
+    again = begin(solve=solve, snapshot=snapshot)
+    events = list(again.run([2, 4]))
+    assert [event for event in events if isinstance(event, int)] == [2, 3, 4]
+    for found, line in zip([event for event in events if isinstance(event, dict)], expected, strict=True):
+        assert found["scores"] == line["scores"] and found["drift"] == line["drift"] and found["mask"] == line["mask"]
+    for name, weight in weights_of(again).items():
+        assert torch.equal(weight, weights_of(whole)[name])
+    *_, last = [event for event in begin(solve=solve, snapshot=snapshot).run([2, 4]) if isinstance(event, dict)]
+    assert last == events[-1]  # a finished one only tells its lines
+
+
+def test_a_snapshot_of_other_settings_is_not_taken_up(begin, tmp_path):
+    snapshot = tmp_path / "one.safetensors"
+    list(begin(snapshot=snapshot).run([4]))
+    assert [event for event in begin(snapshot=snapshot, L2=0.2).run([4]) if isinstance(event, int)] == [0, 1, 2, 3, 4]
+
+
+def test_batches_do_not_run_over_a_checkpoint(begin):
+    segment = begin(batch_size=3)
+    assert [event for event in segment.run([2, 4]) if isinstance(event, int)] == [0, 2, 4]
+    assert segment.editor.state.edits == 2 and [report.requests for report in segment.editor.state.reports] == [2, 2]
+
+
+def test_stamps_differ_by_what_results_depend_on(begin):
+    one, other = begin(), begin(L2=0.2)
+    first = one.stamp
+    assert protocol.settings_differ(first, {**first, "command": "other", "device": "cuda"}) == []
+    assert protocol.settings_differ(first, other.stamp) == ["L2 0.1 -> 0.2"]
+    one.editor.apply([one.scorer.requests[0]])
+    assert protocol.settings_differ(first, protocol.stamp(one.editor, {"name": "x"}))[0].startswith("model ")
+    assert first["versions"]["torch"] and first["data"] == {"name": "x"} and first["hparams"]["layers"] == [0, 1]
+
+
+def test_saved_weights_and_files_that_are_whole_or_not_there(begin, tmp_path):
+    segment = begin(edits=1)
+    list(segment.run([1]))
+    protocol.save_edited(segment.editor, tmp_path / "w.safetensors")
+    stored = load_file(tmp_path / "w.safetensors")
+    assert len(stored) == 2
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, segment.editor.model.get_parameter(name))
+    path = tmp_path / "sub" / "result.json"
+    protocol.write_json(path, "old")
+    with pytest.raises(TypeError):
+        protocol.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_atlas_takes_new_answers_and_keeps_the_rest(atlas, tmp_path):
+    """A handful of real edits: the point of it all."""
+    settings = dataclasses.replace(NMKEHyperParams.from_hparams("atlas"), model_name=atlas, stats_dir=str(tmp_path))
+    editor = LifelongEditor.from_hparams(settings)
+    scorer = Scorer(*atlas, [Request.from_dict(r) for r in embedded.requests(8, "tune")], embedded.exercises(60))
+    before = scorer.unedited(*atlas)
+    assert before["general"] > 0.8 and before["rel_exact"] == 0
+    *_, line = Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor)).run([8])
+    scores = line["scores"]
+    assert scores["rel"] >= 0.75 and scores["gen"] >= 0.6 and scores["loc"] >= 0.9
+    assert scores["rel_exact"] >= 0.75 and scores["rel_contains"] >= scores["rel_exact"] and scores["rel_preferred"] >= 0.75
