@@ -56,8 +56,11 @@ def words(count=40):
 
 def tiny_llama(vocab=320, **changes):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(vocab_size=vocab, max_position_embeddings=256, initializer_range=0.3, **{**sizes, **changes})
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    config = LlamaConfig(vocab_size=vocab, initializer_range=0.3, **{**sizes, **changes})
     return LlamaForCausalLM(config).eval()
 
 
@@ -174,8 +177,7 @@ class Routing(Wrapper):
     """As WISE: all that is in a batch, padding included, decides which weights answer."""
 
     def forward(self, **inputs):
-        out = self.model(**inputs)
-        return (out.logits if int(inputs["input_ids"].sum()) % 2 else -out.logits) + 0  # a tensor, as some wrappers give
+        return self.model(**inputs).logits.roll(int(inputs["input_ids"].sum()) % 7, -1)  # a tensor, as some wrappers give
 
 
 def test_a_wrapper_is_given_one_text_at_a_time(model):
