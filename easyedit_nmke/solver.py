@@ -71,7 +71,7 @@ class NullSpaceSolver:
         new = self.project(keys)
         overlap, schur = self._border(new)
         start, stop = self.count, self.count + new.shape[1]
-        self._reserve(stop)
+        self._make_room(stop)
         self._keys[:, start:stop] = new
         self._factor[start:stop, :start] = overlap.T
         self._factor[start:stop, start:stop] = schur
@@ -82,6 +82,7 @@ class NullSpaceSolver:
         if not 0 <= count <= self.count:
             raise ValueError(f"count must be from 0 to {self.count}, got {count}")
         self.count = count
+        self._make_room(count)
 
     def memory(self) -> dict[str, torch.Tensor]:
         """All that `append` has left, to be given to `remember` of a solver made from the same arguments."""
@@ -89,8 +90,10 @@ class NullSpaceSolver:
 
     def remember(self, memory: Mapping[str, torch.Tensor]) -> None:
         """Take the place of the solver that `memory` comes from."""
-        self._keys, self._factor = (memory[name].to(self._keys, copy=True) for name in ("keys", "factor"))
-        self.count = self._keys.shape[1]
+        count = memory["keys"].shape[1]
+        self._make_room(count)
+        self._keys[:, :count], self._factor[:count, :count] = memory["keys"], memory["factor"]
+        self.count = count
 
     def project(self, keys: torch.Tensor) -> torch.Tensor:
         """P·keys (G·keys in a soft null space), float64."""
@@ -114,16 +117,17 @@ class NullSpaceSolver:
         identity = torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
         return overlap, torch.linalg.cholesky(new.T @ new + self.l2 * identity - overlap.T @ overlap)
 
-    def _reserve(self, columns: int) -> None:
-        room = self._keys.shape[1]
-        if columns <= room:
+    def _make_room(self, columns: int) -> None:
+        """Buffers whose width depends on the number of keys alone: products of wider ones may round otherwise, and a state that
+        was rolled back or taken up again must go on bit for bit."""
+        room = 0 if columns == 0 else max(16, 1 << (columns - 1).bit_length())
+        if room == self._keys.shape[1]:
             return
-        room = max(columns, 2 * room, 16)
-        keys, factor = self._keys, self._factor
+        keys, factor, kept = self._keys, self._factor, min(self.count, columns)
         self._keys = keys.new_zeros((self.neurons, room))
         self._factor = factor.new_zeros((room, room))
-        self._keys[:, : keys.shape[1]] = keys
-        self._factor[: factor.shape[0], : factor.shape[1]] = factor
+        self._keys[:, :kept] = keys[:, :kept]
+        self._factor[:kept, :kept] = factor[:kept, :kept]
 
 
 class RestrictedSolver:

@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_check(tiny, nmk
         target_values(ModelView(model), tok, [REQUEST], TEMPLATES, 1, nmke_hparams(model, tok))
 
 
-OTHERS = [Request("Nils Brandt speaks", "Nils Brandt", "Dutch"), Request("What does Ola Tarn play? Ola T plays the", "Ola T", "flute")]
+OTHERS = [Request("Nils Brandt speaks", "Nils Brandt", "Dutch"), Request("What does Ola play? Ola T plays the", "Ola T", "flute")]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
