@@ -8,8 +8,10 @@ import logging
 import sys
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from .hparams import NMKEHyperParams, read
@@ -18,6 +20,7 @@ EXAMPLES = {
     "demo": "nmke demo --edits 50",
     "check": "nmke check hparams/NMKE/llama3-8b.yaml",
     "edit": "nmke edit --hparams atlas --data requests.json --out results --limit 100",
+    "report": "nmke report results",
 }
 COLUMNS = {
     "rel": "Rel",
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 2
-    if argv in (["check"], ["edit"]):
+    if argv in (["check"], ["edit"], ["report"]):
         verbs[argv[0]].print_help()
         return 2
     args = parser.parse_args(argv)
@@ -86,6 +89,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     edit.add_argument("--limit", type=_positive, metavar="N", help="only the first N records")
     edit.add_argument("--model", metavar="NAME", help="instead of the file's model_name")
     edit.add_argument("--device", metavar="NAME", help="instead of the file's device")
+    report = verb("report", _report, "tables and figures of a comparison's results.jsonl, as one HTML page")
+    report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` wrote results.jsonl")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and its figures go (default DIR/report)")
+    report.add_argument("--markdown", action="store_true", help="only print the table, as Markdown")
     return parser, verbs.choices
 
 
@@ -238,4 +245,30 @@ def _edit(args, console: Console) -> int:
     for entry in sorted(refused, key=lambda r: r["record"]):
         console.print(f"refused record {entry['record']}: {entry['reason']}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(accepted)} edits, {len(refused)} records refused; results in {args.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(args, console: Console) -> int:
+    from . import report
+    from .page import write
+
+    lines, notes = report.read(args.folder)
+    last = report.shared_checkpoint(lines)
+    if args.markdown:
+        print(report.markdown(lines, last))
+        return 0
+    headings, body = report.rows(lines, last)
+    table = Table(title=f"Scores after {report.count(last, 'edit')}", title_justify="left", box=SIMPLE, padding=0)
+    table.add_column("Method", overflow="fold")
+    for heading in headings:
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    styles = {"best": "bold green", "close": "green", "": ""}
+    for label, cells in body:
+        table.add_row(Text(label), *(Text(text.replace(" ± ", "\n±"), styles[mark]) for text, mark in cells))
+    console.print(table)
+    for sentence in [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines)]:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"Report: {write(lines, notes, args.out or args.folder / 'report')}", highlight=False, markup=False, soft_wrap=True
+    )
     return 0

@@ -16,8 +16,10 @@ RANK = {
     "values": 2, "keys": 2, "nullspace": 2, "edit": 2,
     "editor": 3,
     "register": 4, "baselines": 4,
-    "lifelong": 5,
-    "cli": 6, "__init__": 7,
+    "lifelong": 5, "figures": 5,
+    "report": 6,
+    "page": 7,
+    "cli": 8, "__init__": 9,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
