@@ -273,8 +273,9 @@ def _against_edits(ax, data: pd.DataFrame, score: str, methods: Sequence[str], t
         ax.set(xticks=[], xlim=(-0.6, len(methods) - 0.4), xlabel=f"T = {ticks[0]}")
         return
     ax.set(xlim=(-0.15, len(ticks) - 0.85), xlabel="edits")
-    shown = range((len(ticks) - 1) % (step := math.ceil(len(ticks) / 7)), len(ticks), step)  # the last one always
-    ax.set_xticks(shown, [str(ticks[place]) for place in shown])
+    step = 1 if len(ticks) < 8 else math.ceil(len(ticks) / 5)
+    shown = range((len(ticks) - 1) % step, len(ticks), step)  # the last one always
+    ax.set_xticks(shown, [f"{t / 1000:g}k" if t >= 1000 else str(t) for t in (ticks[place] for place in shown)])
 
 
 def _band(ax, data: pd.DataFrame, x: str, y: str, name: str, look: Mapping) -> None:

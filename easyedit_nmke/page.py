@@ -13,16 +13,16 @@ from . import figures, report
 CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1b1f24; background: #fff;
-       max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem; border-top: 1px solid #d9dde2; padding-top: 1rem; }
-p { margin: .3rem 0 .7rem; max-width: 62rem; }
-.lead { font-size: 1.12rem; }
-.dim { color: #59636e; font-size: .9rem; }
-.notes { border-left: 4px solid #e69f00; background: #fff8e6; padding: .4rem .8rem; margin: .8rem 0; }
+       max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }
+h1 { font-size: 1.5em; margin: 0 0 .2em; }
+h2 { font-size: 1.15em; margin: 2.4em 0 .3em; border-top: 1px solid #d9dde2; padding-top: 1em; }
+p { margin: .3em 0 .7em; max-width: 62em; }
+.lead { font-size: 1.12em; }
+.dim { color: #59636e; font-size: .9em; }
+.notes { border-left: 4px solid #e69f00; background: #fff8e6; padding: .4em .8em; margin: .8em 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5em 0; }
+th, td { padding: .3em .5em; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
 thead th { border-bottom: 2px solid #59636e; vertical-align: bottom; white-space: normal; }
 th:first-child, .words td { text-align: left; }
 .words td { white-space: normal; overflow-wrap: anywhere; }
@@ -34,16 +34,16 @@ td.close { background: #eef7f3; }
 #frontier { max-width: 760px; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 figure { margin: 0; }
-img { max-width: 100%; height: auto; display: block; margin: .4rem 0; }
-pre { background: #f5f6f8; padding: .7rem; overflow-x: auto; font-size: .85rem; }
-details { margin: .5rem 0; }
+img { max-width: 100%; height: auto; display: block; margin: .4em 0; }
+pre { background: #f5f6f8; padding: .7em; overflow-x: auto; font-size: .85em; }
+details { margin: .5em 0; }
 summary { cursor: pointer; }
 @media print {
   body { margin: 0; max-width: none; font-size: 10px; }
   * { print-color-adjust: exact; }
   figure, table { break-inside: avoid; }
   h2, h2 + p { break-after: avoid; }
-  th, td { padding: .2rem .3rem; }
+  th, td { padding: .2em .3em; }
   pre { white-space: pre-wrap; }
 }
 """
@@ -137,7 +137,9 @@ def _spread(text: str) -> str:
 
 
 def _table(headings: Iterable[str], rows: Iterable[str]) -> str:
-    top = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    top = "".join(
+        f"<th>{escape(heading).replace(' ↑', '&nbsp;↑')}</th>" for heading in headings
+    )  # an arrow alone in a line is lost
     return f'<div class="scroll"><table><thead><tr><th></th>{top}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -194,7 +196,7 @@ def _protocol(lines: Sequence[Mapping]) -> str:
 
 
 def _hparams(lines: Sequence[Mapping]) -> str:
-    settings = {line["method"]: (line.get("protocol") or {}).get("hparams") for line in lines}
+    settings = {line["method"]: (line.get("protocol") or {}).get("hparams") for line in lines if line["method"] != figures.UNEDITED}
     blocks = {name: json.dumps(values, indent=1, ensure_ascii=False) for name, values in settings.items() if values}
     return "".join(
         f"<details><summary>Hyperparameters of {escape(name)}</summary><pre>{escape(text)}</pre></details>"

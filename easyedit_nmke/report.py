@@ -188,10 +188,10 @@ def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
     data = frame(lines)
     now = data[(data.checkpoint == checkpoint) & (data.method != UNEDITED)]
     parts = [name for name in ("rel", "gen", "loc") if now.groupby("method")[name].count().all()]
-    if "rel" not in parts:
-        return [f"After {count(checkpoint, 'edit')} not every method has a Rel, so nothing is ranked."]
     balance = len(parts) / (1 / now[parts]).sum(axis=1, skipna=False)
-    ranked = balance.groupby(now.method).agg(["mean", "sem", "count"]).sort_values("mean", ascending=False)
+    ranked = balance.groupby(now.method).agg(["mean", "sem", "count"]).sort_values("mean", ascending=False).dropna(subset="mean")
+    if "rel" not in parts or ranked.empty:
+        return [f"After {count(checkpoint, 'edit')} not every method has a Rel, so nothing is ranked."]
     lead = ranked.index[0]
     scores = now[now.method == lead][list(SAID)].mean()
     said = [SAID[name].format(scores[name]) for name in SAID if pd.notna(scores[name])]
@@ -204,20 +204,23 @@ def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
 
 
 def _ranking(ranked: pd.DataFrame, parts: str, checkpoint: int) -> str:
-    """First and second, and whether their distance exceeds its standard error."""
+    """First and second, whether their distance exceeds its standard error, and where there is none."""
     said = {name: _cell("", row["mean"], row["sem"]) for name, row in ranked.iterrows()}
-    best, seeds = ranked.iloc[0], int(ranked["count"].max())
-    over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    best, after = ranked.iloc[0], f"After {count(checkpoint, 'edit')}"
+    over = count(int(best["count"]), "seed")
     if len(ranked) == 1:
-        return f"After {count(checkpoint, 'edit')} {best.name} has a harmonic mean of {parts} of {said[best.name]} ({over})."
-    text = f"After {count(checkpoint, 'edit')} {best.name} has the highest harmonic mean of {parts}: {said[best.name]} ({over})"
-    distance = best["mean"] - ranked["mean"].iloc[1:]
-    near = list(distance.index[distance <= (best["sem"] ** 2 + ranked["sem"].iloc[1:] ** 2) ** 0.5])
+        return f"{after} {best.name} has a harmonic mean of {parts} of {said[best.name]} ({over})."
+    text = f"{after} {best.name} has the highest harmonic mean of {parts}: {said[best.name]} ({over})"
+    others = ranked.iloc[1:]
+    near = list(others.index[best["mean"] - others["mean"] <= (best["sem"] ** 2 + others["sem"] ** 2) ** 0.5])
     if near:
-        text += f", but within one standard error of {_listed([f'{name} ({said[name]})' for name in near])}"
+        text += f", but within one standard error of {_listed([f'{name} ({said[name]})' for name in near])}."
     else:
-        text += f"; next is {ranked.index[1]} with {said[ranked.index[1]]}"
-    return f"{text}." if seeds > 1 else f"{text}; one seed cannot tell a difference from chance."
+        text += f"; next is {ranked.index[1]} with {said[ranked.index[1]]}."
+    alone = list(ranked.index[ranked["count"] == 1])
+    if alone:
+        text += f" One seed{'' if len(alone) == len(ranked) else f' ({_listed(alone)})'} cannot tell a difference from chance."
+    return text
 
 
 def count(number: int, noun: str) -> str:
