@@ -9,8 +9,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from .hparams import NMKEHyperParams, read
@@ -20,6 +22,7 @@ EXAMPLES = {
     "check": "nmke check hparams/NMKE/llama3-8b.yaml",
     "run": "nmke run --hparams atlas --data requests.json --out results --edits 100",
     "compare": "nmke compare --model atlas --edits 400 --checkpoints 1,100,400 --seeds 3 --jobs 2 --out results",
+    "report": "nmke report results",
 }
 COLUMNS = {
     "rel": "Rel",
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 2
-    if argv in (["check"], ["run"]):
+    if argv in (["check"], ["run"], ["report"]):
         verbs[argv[0]].print_help()
         return 2
     args = parser.parse_args(argv)
@@ -106,6 +109,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
         sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
         sub.add_argument("--harness-limit", type=_positive, metavar="N", help="only N items of each task")
+    report = verb("report", _report, "tables and figures of a comparison's results.jsonl, as one HTML page")
+    report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` wrote results.jsonl")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and its figures go (default DIR/report)")
+    report.add_argument("--markdown", action="store_true", help="only print the table, as Markdown")
     return parser, verbs.choices
 
 
@@ -253,7 +260,11 @@ def _compare(args, console: Console) -> int:
         methods = compare.ablation(args.ablation, base.settings)
     else:
         methods = compare.methods(args.methods or ", ".join(compare.METHODS), args.model, args.hparams_dir, overrides)
-    _compared(args, methods, args.edits, tuple(range(args.seeds)))
+    lines = _compared(args, methods, args.edits, tuple(range(args.seeds)))
+    try:
+        _comparison(lines, [], console)
+    except ImportError as error:
+        console.print(f"results in {args.out}; {error}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -274,3 +285,35 @@ def _compared(args, methods, edits: int, seeds: tuple[int, ...], keep_weights: b
     )  # fmt: skip
     with tqdm(total=len(methods) * len(seeds) * edits, desc="editing", unit="edit", smoothing=0.02) as bar:
         return compare.compare(plan, getattr(args, "jobs", 1), bar.update)
+
+
+def _report(args, console: Console) -> int:
+    from . import report
+    from .page import write
+
+    lines, notes = report.read(args.folder)
+    if args.markdown:
+        print(report.markdown(lines, report.shared_checkpoint(lines)))
+        return 0
+    _comparison(lines, notes, console)
+    path = write(lines, notes, args.out or args.folder / "report")
+    console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _comparison(lines: list[dict], notes: list[str], console: Console) -> None:
+    """The table of the last checkpoint that all methods have reached, and what it says in words."""
+    from . import report
+
+    last = report.shared_checkpoint(lines)
+    headings, body = report.rows(lines, last)
+    table = Table(title=f"Scores after {report.count(last, 'edit')}", title_justify="left", box=SIMPLE, padding=0)
+    table.add_column("Method", overflow="fold")
+    for heading in headings:
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    styles = {"best": "bold green", "close": "green", "": ""}
+    for label, cells in body:
+        table.add_row(Text(label), *(Text(text.replace(" ± ", "\n±"), styles[mark]) for text, mark in cells))
+    console.print(table)
+    for sentence in [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines)]:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,231 @@
+"""What `nmke compare` wrote to results.jsonl: means and standard errors over seeds, as tables and in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import isnan, nan
+from pathlib import Path
+
+try:
+    import pandas as pd
+
+    from . import figures
+except ModuleNotFoundError as missing:
+    raise ImportError(f'the report needs {missing.name}: pip install "easyedit-nmke[figures]"') from None
+
+from .figures import UNEDITED
+
+COLUMNS = {  # score: (heading, direction, what it is)
+    "rel": ("Rel", "↑", "share of the new answer's tokens that the edited prompt gets right"),
+    "gen": ("Gen", "↑", "the same for a paraphrase of the prompt"),
+    "loc": ("Loc", "↑", "share of outputs to prompts about other subjects that are still the unedited model's"),
+    "same_subject": ("Same subject", "↑", "the same for other facts of the edited subject"),
+    "portability": ("Port", "↑", "portability, the same for what follows from the new answer"),
+    "general": ("General", "↑", "held-out exercises answered exactly"),
+    "rel_exact": ("Generated exact", "↑", "edited prompts that greedy free generation answers with exactly the new answer"),
+    "fluency": ("Fluency", "↑", "entropy of the n-grams of generated text, in bits"),
+    "seconds": ("s/edit", "↓", "seconds per edit"),
+}
+SAID = {  # of the leading method
+    "rel": "gets {:.0%} of the new answers' tokens right on the edited prompts",
+    "rel_exact": "gives exactly the new answer to {:.0%} of them when it generates freely",
+    "gen": "gets {:.0%} of the tokens right on paraphrases",
+    "loc": "leaves {:.0%} of the outputs about other subjects as they were",
+}
+
+
+def read(directory: Path) -> tuple[list[dict], list[str]]:
+    """(lines, notes) of DIR/results.jsonl: one line per (method, seed, checkpoint), the last where there are several.
+
+    A last line that is cut short is left out, with a note. ValueError for any other line that cannot be read, and where no edited
+    model has a result.
+    """
+    path, found, notes = Path(directory) / "results.jsonl", {}, []
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; give the folder that `nmke compare` wrote its results to")
+    written = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for number, text in enumerate(written, 1):
+        try:
+            line = json.loads(text)
+            found[line["method"], line["seed"], int(line["checkpoint"])] = {**line, "scores": dict(line["scores"])}
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(written):
+                raise ValueError(f"line {number} of {path} is no result ({error!r}); remove it and try again") from None
+            notes.append(f"The last line of {path.name} is cut short and was left out: that run is still going, or was stopped.")
+    if all(method == UNEDITED for method, *_ in found):
+        raise ValueError(f"{path} has no result of an edited model yet")
+    return list(found.values()), notes
+
+
+def methods(lines: Iterable[Mapping]) -> list[str]:
+    """The edited methods, in the order in which they first appear."""
+    return [name for name in dict.fromkeys(line["method"] for line in lines) if name != UNEDITED]
+
+
+def checkpoints(lines: Iterable[Mapping]) -> list[int]:
+    """Numbers of edits after which any method was scored, ascending."""
+    return sorted({line["checkpoint"] for line in lines if line["method"] != UNEDITED})
+
+
+def shared_checkpoint(lines: Sequence[Mapping]) -> int:
+    """The largest checkpoint that all methods have; where there is none, the largest of those that most methods have."""
+    reached = {(line["method"], line["checkpoint"]) for line in lines}
+    return max(checkpoints(lines), key=lambda t: (sum((name, t) in reached for name in methods(lines)), t))
+
+
+def frame(lines: Iterable[Mapping]) -> pd.DataFrame:
+    """A row per line: method, seed, checkpoint, every known score (NaN for null), and `seconds` per edit."""
+    rows = []
+    for line in lines:
+        known = {name: line["scores"].get(name) for name in figures.SCORES}
+        known |= {name: score for name, score in line["scores"].items() if name.startswith("harness.")}
+        total, edits = (line.get("seconds") or {}).get("total"), line["checkpoint"]
+        rows.append({"method": line["method"], "seed": line["seed"], "checkpoint": edits, **known})
+        rows[-1]["seconds"] = total / edits if total is not None and edits else None
+    data = pd.DataFrame(rows)
+    return data.astype({name: float for name in data.columns[3:]})
+
+
+def table(lines: Sequence[Mapping], checkpoint: int) -> pd.DataFrame:
+    """Mean and standard error over seeds at a checkpoint (standard error NaN for one seed).
+
+    Rows: the unedited model where there is one, then methods in their order. Columns: (score, "mean" or "sem"), ("seed", "count").
+    """
+    data = frame(lines)
+    data = data[(data.checkpoint == checkpoint) | (data.method == UNEDITED)]
+    found = data.groupby("method")[list(COLUMNS)].agg(["mean", "sem"])
+    found["seed", "count"] = data.groupby("method").size()
+    return found.reindex([name for name in (UNEDITED, *methods(lines)) if name in found.index])
+
+
+def rows(lines: Sequence[Mapping], checkpoint: int) -> tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]:
+    """(headings, [(method, [(text, mark), ...]), ...]) of `table`, for every printed form of it, without scores that nothing has.
+
+    mark: "best" (as printed, so ties share it), "close" (the distance to the best is within its own standard error) or "".
+    """
+    found = table(lines, checkpoint)
+    shown = [name for name in COLUMNS if found[name, "mean"].notna().any()]
+    marks = {name: _marks(found[name], name) for name in shown}
+    body = []
+    for label in found.index:
+        cells = [(_cell(name, *found.loc[label, name]), marks[name].get(label, "")) for name in shown]
+        body.append((label, cells))
+    return [" ".join(COLUMNS[name][:2]) for name in shown], body
+
+
+def _marks(score: pd.DataFrame, name: str) -> dict[str, str]:
+    found = score.drop(index=UNEDITED, errors="ignore").dropna(subset="mean")
+    if len(found) < 2:
+        return {}
+    best = found.loc[found["mean"].idxmin() if COLUMNS[name][1] == "↓" else found["mean"].idxmax()]
+    close = (found["mean"] - best["mean"]).abs() <= (found["sem"] ** 2 + best["sem"] ** 2) ** 0.5
+    marks = {label: "close" for label in found.index[close]}
+    return marks | {
+        label: "best" for label, mean in found["mean"].items() if _cell(name, mean, nan) == _cell(name, best["mean"], nan)
+    }
+
+
+def _cell(name: str, mean: float, error: float) -> str:
+    if isnan(mean):
+        return "-"
+    digits = 3 if name == "seconds" and mean < 0.1 else 2
+    return f"{mean:.{digits}f}" + ("" if isnan(error) else f" ± {error:.{digits}f}")
+
+
+def caption(lines: Sequence[Mapping], checkpoint: int) -> str:
+    """What the numbers of a table are means of."""
+    counts = table(lines, checkpoint)["seed", "count"].drop(index=UNEDITED, errors="ignore")
+    few, many = int(counts.min()), int(counts.max())
+    over = f"mean ± standard error over {many} seeds" if many > 1 else "one seed, so no standard errors"
+    fewer = f" ({', '.join(f'{name}: {n}' for name, n in counts.items() if n < many)})" if few < many else ""
+    return f"T = {count(checkpoint, 'edit')}, all scored after the last; {over}{fewer}."
+
+
+def markdown(lines: Sequence[Mapping], checkpoint: int) -> str:
+    """`table` as Markdown: the best in bold, what is within one standard error of it in italics."""
+    headings, body = rows(lines, checkpoint)
+    marked = {"best": "**{}**", "close": "*{}*", "": "{}"}
+    written = [["", *headings], ["---"] + ["---:"] * len(headings)]
+    written += [[label.replace("|", "\\|"), *(marked[mark].format(text) for text, mark in cells)] for label, cells in body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in written) + "\n\n" + caption(lines, checkpoint)
+
+
+def costs(lines: Sequence[Mapping], checkpoint: int) -> pd.DataFrame:
+    """Peak memory in MB, and density and overlap of the masks by layer, at a checkpoint: means over seeds, a row per method."""
+    found = []
+    for line in lines:
+        if line["checkpoint"] == checkpoint and line["method"] != UNEDITED:
+            row = {f"peak MB, {phase}": value for phase, value in (line.get("peak_memory_mb") or {}).items()}
+            for kind in ("density", "overlap"):
+                values = ((line.get("mask") or {}).get(kind) or {}).items()
+                row |= {f"mask {kind}, layer {layer}": value for layer, value in values}
+            found.append({"method": line["method"], **row})
+    data = pd.DataFrame(found).set_index("method").astype(float).dropna(axis=1, how="all")
+    return data.groupby(level=0, sort=False).mean()
+
+
+def gaps(lines: Sequence[Mapping]) -> list[str]:
+    """A sentence for every method that lacks some of the seeds and checkpoints that are in the file."""
+    reached = {(line["method"], line["seed"], line["checkpoint"]) for line in lines}
+    wanted, notes = checkpoints(lines), []
+    for name in methods(lines):
+        said = []
+        for seed in sorted({line["seed"] for line in lines}):
+            missing = [t for t in wanted if (name, seed, t) not in reached]
+            if missing:
+                said.append(f"seed {seed}" if missing == wanted else f"seed {seed} at T = {', '.join(map(str, missing))}")
+        if said:
+            notes.append(f"{name} is incomplete: nothing of {'; '.join(said)}.")
+    return notes
+
+
+def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
+    """What came out at a checkpoint, in a few sentences made of the numbers alone.
+
+    Methods are ranked by the harmonic mean of Rel, Gen and Loc (of those that all methods have), taken per seed.
+    """
+    data = frame(lines)
+    now = data[(data.checkpoint == checkpoint) & (data.method != UNEDITED)]
+    parts = [name for name in ("rel", "gen", "loc") if now.groupby("method")[name].count().all()]
+    balance = len(parts) / (1 / now[parts]).sum(axis=1, skipna=False)
+    ranked = balance.groupby(now.method).agg(["mean", "sem", "count"]).sort_values("mean", ascending=False).dropna(subset="mean")
+    if "rel" not in parts or ranked.empty:
+        return [f"After {count(checkpoint, 'edit')} not every method has a Rel, so nothing is ranked."]
+    lead = ranked.index[0]
+    scores = now[now.method == lead][list(SAID)].mean()
+    said = [SAID[name].format(scores[name]) for name in SAID if pd.notna(scores[name])]
+    text = [_ranking(ranked, _listed([COLUMNS[name][0] for name in parts]), checkpoint), f"{lead} {_listed(said)}."]
+    unedited = data[data.method == UNEDITED].general.mean()
+    general = now[now.method == lead].general.mean()
+    if pd.notna(unedited) and pd.notna(general):
+        text.append(f"The unedited model's general score is {unedited:.2f}, that of {lead} {general:.2f}.")
+    return text
+
+
+def _ranking(ranked: pd.DataFrame, parts: str, checkpoint: int) -> str:
+    """First and second, whether their distance exceeds its standard error, and where there is none."""
+    said = {name: _cell("", row["mean"], row["sem"]) for name, row in ranked.iterrows()}
+    best, after = ranked.iloc[0], f"After {count(checkpoint, 'edit')}"
+    over = count(int(best["count"]), "seed")
+    if len(ranked) == 1:
+        return f"{after} {best.name} has a harmonic mean of {parts} of {said[best.name]} ({over})."
+    text = f"{after} {best.name} has the highest harmonic mean of {parts}: {said[best.name]} ({over})"
+    others = ranked.iloc[1:]
+    near = list(others.index[best["mean"] - others["mean"] <= (best["sem"] ** 2 + others["sem"] ** 2) ** 0.5])
+    if near:
+        text += f", but within one standard error of {_listed([f'{name} ({said[name]})' for name in near])}."
+    else:
+        text += f"; next is {ranked.index[1]} with {said[ranked.index[1]]}."
+    alone = list(ranked.index[ranked["count"] == 1])
+    if alone:
+        text += f" One seed{'' if len(alone) == len(ranked) else f' ({_listed(alone)})'} cannot tell a difference from chance."
+    return text
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

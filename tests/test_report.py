@@ -1,0 +1,448 @@
+"""The report against synthetic results that look like a comparison's, and an independent computation of its numbers."""
+
+import base64
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from easyedit_nmke import cli, figures, report
+
+CHECKPOINTS = (1, 25, 50, 100, 200, 400)
+# method: (Rel lost per root of edits, Loc lost, Rel at once, s/edit, mask density)
+METHODS = {
+    "NMKE": (0.014, 0.016, 0.92, 0.55, 0.6),
+    "NMKE+": (0.003, 0.002, 0.97, 0.61, 0.6),
+    "AlphaEdit": (0.008, 0.014, 0.99, 0.34, 1.0),
+    "MEMIT": (0.010, 0.008, 0.97, 0.36, 1.0),
+    "ROME": (0.045, 0.044, 0.99, 0.21, 1.0),
+    "FT": (0.040, 0.030, 0.98, 0.12, 1.0),
+    "NMKE random mask": (0.0125, 0.0155, 0.94, 0.36, 0.6),
+}
+
+
+def line(method, seed, t, portability=True, layers=("0", "1", "2")):
+    """One line of results.jsonl, made up but plausible, the same for the same arguments."""
+    rel_loss, loc_loss, start, pace, density = METHODS.get(method, (0.02, 0.02, 0.95, 0.3, 1.0))
+    noise = np.random.default_rng([*method.encode(), seed, t])
+    share = lambda mean: float(np.clip(mean + noise.normal(0, 0.012), 0, 1))
+    rel, loc = share(start - rel_loss * math.sqrt(t)), share(0.995 - loc_loss * math.sqrt(t))
+    scores = {
+        "rel": rel, "gen": share(rel - 0.06), "loc": loc, "neighborhood": share(loc - 0.02), "unrelated": share(loc + 0.02),
+        "same_subject": share(0.55 * loc), "portability": share(0.7 * rel) if portability else None, "rel_exact": share(rel - 0.04),
+        "rel_contains": share(rel - 0.02), "gen_exact": share(rel - 0.12), "gen_contains": share(rel - 0.1),
+        "rel_preferred": share(rel + 0.03), "gen_preferred": share(rel), "fluency": 4.6 - 2 * (1 - loc) + noise.normal(0, 0.05),
+        "general": share(0.91 - (1 - loc) * 0.6), "immediate": share(start), "surprise": 3,
+    }  # fmt: skip
+    scores = {name: value if value is None else float(value) for name, value in scores.items()}
+    tenths = [None] * (10 - t) + [rel] * t if t < 10 else [share(rel - 0.004 * rel_loss * t * (4.5 - i)) for i in range(10)]
+    edges = np.linspace(-5, 1, 41)
+    centre = math.log10(0.003 * math.sqrt(t) * (1 + 20 * loc_loss))
+    drift = {
+        layer: {
+            "frobenius": 0.004 * math.sqrt(t) * (1 + 30 * loc_loss) * (1 + 0.2 * int(layer)), "row_cosine": 0.99,
+            "norm_before": 20.0, "norm": 20.0 * (1 + 0.00005 * t * 40 * loc_loss),
+            "histogram": {"edges": edges.tolist(),
+                          "counts": np.histogram(noise.normal(centre + 0.1 * int(layer), 0.5, 2048), edges)[0].tolist()},
+        } for layer in layers
+    }  # fmt: skip
+    phases = {
+        "values": 0.45 * pace * t,
+        "attribution": (0.3 if density < 1 else 0) * pace * t,
+        "keys": 0.05 * pace * t,
+        "solve": 0.15 * pace * t,
+    }
+    return {
+        "method": method, "seed": seed, "checkpoint": t, "scores": scores,
+        "retention": {"rel": tenths, "gen": [x if x is None else max(0, x - 0.06) for x in tenths]}, "drift": drift,
+        "mask": {"density": dict.fromkeys(layers, density), "overlap": dict.fromkeys(layers, 0.7 if density < 1 else 1.0)},
+        "seconds": {**phases, "total": pace * t * (1 + 0.02 * seed)}, "peak_memory_mb": {"edit": 800.0 + t / 10, "score": 900.0},
+        "protocol": {
+            "protocol": "edit all, then score all, against the unedited model", "method": method.split()[0],
+            "hparams": {"layers": [0, 1, 2], "L2": 5, "note": "a < b & c"}, "batch_size": 1, "seed": seed,
+            "data": {"name": "atlas, test half", "sha256": "ab" * 32, "edits": 400},
+            "model": {"type": "llama", "edited_weights": "0123456789abcdef"}, "device": "cpu",
+            "command": "nmke compare --model atlas --edits 400 --seeds 0,1,2 --out results",
+            "versions": {"python": "3.11.2", "torch": "2.13.0"},
+        },
+        "unheard_of": {"ignored": True},
+    }  # fmt: skip
+
+
+def unedited(seed):
+    scores = {
+        "rel": 0.01,
+        "gen": 0.01,
+        "loc": 1.0,
+        "same_subject": 1.0,
+        "general": 0.91 + 0.005 * seed,
+        "fluency": 4.7,
+        "rel_exact": 0.0,
+    }
+    return {"method": "unedited", "seed": seed, "checkpoint": 0, "scores": scores, "protocol": line("NMKE", seed, 1)["protocol"]}
+
+
+def comparison(methods=tuple(METHODS), seeds=(0, 1, 2), checkpoints=CHECKPOINTS, **kw):
+    """Lines in the order in which a comparison writes them: seed after seed, method after method."""
+    return [
+        entry
+        for seed in seeds
+        for entry in (unedited(seed), *(line(method, seed, t, **kw) for method in methods for t in checkpoints))
+    ]
+
+
+def save(folder: Path, lines, tail="") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines) + tail)
+    return folder
+
+
+class Tables(HTMLParser):
+    """Tables of a page as [[(text, class), ...], ...], in order, and everything that would be loaded from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.loaded, self.tags, self.cell = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs.items() if name in ("src", "href", "srcset", "data", "action")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.cell = ["", attrs.get("class", "")]
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell[0] += data.replace("\xa0", " ")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append((self.cell[0].strip(), self.cell[1]))
+            self.cell = None
+
+
+def made(folder):
+    """(page's text, its tables) after `nmke report`."""
+    assert cli.main(["report", str(folder)]) == 0
+    text = (folder / "report" / "report.html").read_text()
+    return text, Tables(text).tables
+
+
+def expected(lines, method, t, score):
+    """Independently: mean and standard error over the seeds' lines, as printed."""
+    found = [entry for entry in lines if entry["method"] == method and entry["checkpoint"] == t]
+    values = [entry["seconds"]["total"] / t if score == "s/edit" else entry["scores"].get(score) for entry in found]
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
+KEYS = ["rel", "gen", "loc", "same_subject", "portability", "general", "rel_exact", "fluency", "s/edit"]
+HEADINGS = ["Rel ↑", "Gen ↑", "Loc ↑", "Same subject ↑", "Port ↑", "General ↑", "Generated exact ↑", "Fluency ↑", "s/edit ↓"]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """(folder, lines, page, tables) of the whole comparison."""
+    lines = comparison()
+    folder = save(tmp_path_factory.mktemp("full"), lines)
+    return folder, lines, *made(folder)
+
+
+def test_the_tables_hold_means_and_standard_errors_of_the_largest_shared_checkpoint_then_of_the_others(full):
+    _, lines, _, tables = full
+    for table, t in zip(tables, (400, 1, 25, 50, 100, 200), strict=False):
+        (_, *headings), first, *rows = [[text for text, _ in row] for row in table]
+        assert headings == HEADINGS and [row[0] for row in rows] == list(METHODS)
+        assert first == ["unedited"] + [expected(lines, "unedited", 0, key) if key != "s/edit" else "-" for key in KEYS]
+        for method, *cells in rows:
+            assert cells == [expected(lines, method, t, key) for key in KEYS]
+
+
+def test_the_best_method_of_every_column_is_bold_and_what_may_equal_it_is_marked(full):
+    _, lines, text, tables = full
+    means = {key: {name: float(expected(lines, name, 400, key).split()[0]) for name in METHODS} for key in KEYS}
+    for place, key in enumerate(KEYS, 1):
+        wanted = (min if key == "s/edit" else max)(means[key].values())
+        bold = {row[0][0] for row in tables[0][1:] if row[place][1] == "best"}
+        assert bold == {name for name, mean in means[key].items() if mean == wanted}, key
+    assert re.search(r"td\.best \{[^}]*font-weight: 700", text)
+
+
+@pytest.mark.parametrize("other, marked", [(0.88, "close"), (0.85, ""), (0.901, "best")])
+def test_close_is_within_the_standard_error_of_the_distance_and_equal_as_printed_is_best(other, marked):
+    lines = []
+    for name, mean in (("A", 0.9), ("B", other)):
+        for seed, shift in enumerate((-0.03, 0, 0.03)):  # standard error of a mean .0173, of a distance .0245
+            lines.append({"method": name, "seed": seed, "checkpoint": 10, "scores": {"rel": mean + shift}})
+    headings, ((_, [a]), (_, [b])) = report.rows(lines, 10)
+    assert headings == ["Rel ↑"] and b == (f"{other:.2f} ± 0.02", marked)
+    assert a[1] == "best"
+
+
+def test_the_summary_says_what_the_numbers_say(full):
+    _, lines, text, _ = full
+    said = report.headline(lines, 400)
+
+    def balance(name):
+        found = [e["scores"] for e in lines if (e["method"], e["checkpoint"]) == (name, 400)]
+        return [statistics.harmonic_mean([s["rel"], s["gen"], s["loc"]]) for s in found]
+
+    ranked = sorted(METHODS, key=lambda name: -statistics.mean(balance(name)))
+    first, second = ranked[:2]
+    assert said[0].startswith(f"After 400 edits {first} has the highest harmonic mean of Rel, Gen and Loc: ")
+    assert f"{statistics.mean(balance(first)):.2f} ± {statistics.stdev(balance(first)) / 3**0.5:.2f} (3 seeds)" in said[0]
+    assert f"next is {second} with {statistics.mean(balance(second)):.2f}" in said[0]
+    assert f"{float(expected(lines, first, 400, 'rel').split()[0]):.0%} of the new answers' tokens" in said[1]
+    unedited_general, general = (expected(lines, *place, "general").split()[0] for place in (("unedited", 0), (first, 400)))
+    assert said[2] == f"The unedited model's general score is {unedited_general}, that of {first} {general}."
+    assert all(sentence.replace("'", "&#x27;") in text for sentence in said)
+
+
+def test_a_lead_within_the_error_one_seed_and_a_single_method_are_not_oversold():
+    lines = [
+        {"method": name, "seed": seed, "checkpoint": 10, "scores": {"rel": mean + shift, "loc": 0.9}}
+        for name, mean in (("A", 0.9), ("B", 0.89), ("C", 0.2))
+        for seed, shift in enumerate((-0.03, 0, 0.03))
+    ]
+    said = report.headline(lines, 10)[0]
+    assert "A has the highest harmonic mean of Rel and Loc" in said and "within one standard error of B" in said and "C" not in said
+    said = report.headline([entry for entry in lines if entry["seed"] == 0], 10)[0]
+    assert "A has the highest" in said and "One seed cannot tell a difference from chance." in said and "±" not in said
+    said = report.headline([entry for entry in lines if entry["seed"] == 0 or entry["method"] == "A"], 10)[0]
+    assert "One seed (B and C) cannot tell a difference from chance." in said and "(3 seeds)" in said
+    said = report.headline([entry for entry in lines if entry["method"] == "A"], 10)[0]
+    assert "highest" not in said and "After 10 edits A has a harmonic mean of Rel and Loc of 0.90" in said
+    nothing = [{"method": "A", "seed": 0, "checkpoint": 10, "scores": {"rel": None}}]
+    assert report.headline(nothing, 10) == ["After 10 edits not every method has a Rel, so nothing is ranked."]
+
+
+def test_the_page_needs_nothing_from_outside(full):
+    *_, text, _ = full
+    page_read = Tables(text)
+    assert page_read.loaded and all(value.startswith("data:image/png;base64,") for value in page_read.loaded)
+    outside = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.search(r"https?:|//\w|url\(|@import|<script|<link", outside)
+    for part in (
+        "nmke compare --model atlas --edits 400",
+        "ab" * 32,
+        "2.13.0",
+        "a &lt; b &amp; c",
+        "Hyperparameters of NMKE random mask",
+    ):
+        assert part in outside
+    assert page_read.tags.count("details") == len(CHECKPOINTS) - 1 + len(METHODS)
+
+
+@pytest.mark.parametrize("name", ["curves", "frontier", "retention", "drift", "timing"])
+def test_figures_are_pictures_with_every_method_in_its_colour(full, name):
+    folder, _, text, _ = full
+    path = folder / "report" / f"{name}.png"
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 500 and base64.b64encode(path.read_bytes()).decode() in text
+    present = {tuple(colour) for colour in np.unique(pixels.reshape(-1, 3), axis=0)}
+    if name != "timing":
+        for colour in figures.COLOURS[: len(METHODS)]:
+            assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in present
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (border == 255).all(), "something is cut off at the edge"
+
+
+def test_no_label_of_the_frontier_covers_another(full):
+    _, lines, _, _ = full
+    many = [*lines, *comparison([f"easyedit:M{i}" for i in range(9)])]
+    figure = figures.frontier(report.frame(many), report.methods(many))
+    figure.draw_without_rendering()
+    notes = figure.axes[0].texts
+    boxes = [note.get_window_extent() for note in notes]
+    assert len(boxes) == len(METHODS) + 9
+    area = figure.axes[0].get_window_extent()
+    for i, (note, box) in enumerate(zip(notes, boxes, strict=True)):
+        text_box = matplotlib.text.Text.get_window_extent(note)
+        assert area.x0 - 1 <= text_box.x0 and text_box.x1 <= area.x1 + 1 and box.width > 0
+        assert not any(text_box.overlaps(matplotlib.text.Text.get_window_extent(other)) for other in notes[:i])
+
+
+def test_figures_draw_the_numbers():
+    lines = comparison(("NMKE", "FT"), seeds=(0, 1))
+    data, names = report.frame(lines), ["NMKE", "FT"]
+    axes = {ax.get_title("left"): ax for ax in figures.curves(data, names).axes}
+    drawn = {curve.get_label(): curve.get_ydata() for curve in axes["Rel ↑"].get_lines()}
+    wanted = [
+        statistics.mean(e["scores"]["rel"] for e in lines if (e["method"], e["checkpoint"]) == ("FT", t)) for t in CHECKPOINTS
+    ]
+    assert drawn["FT"] == pytest.approx(wanted) and set(drawn) == {"NMKE", "FT"}
+    assert {curve.get_label() for curve in axes["General ↑"].get_lines()} == {"NMKE", "FT", "unedited"}
+    old = figures.retention(lines, names, 400).axes[0].get_lines()[0].get_ydata()
+    found = [e["retention"]["rel"] for e in lines if (e["method"], e["checkpoint"]) == ("NMKE", 400)]
+    assert old == pytest.approx(np.mean(found, axis=0))
+    ratio = figures.drift(lines, names, 400).axes[3].get_lines()[1].get_ydata()
+    found = [[e["drift"]["0"]["norm"] / 20 for e in lines if (e["method"], e["seed"]) == ("FT", seed)] for seed in (0, 1)]
+    assert ratio == pytest.approx(np.mean(found, axis=0))
+    bars = figures.timing(lines, names, 400).axes[0].patches
+    assert sum(bar.get_width() for bar in bars if abs(bar.get_y() + bar.get_height() / 2) < 0.1) == pytest.approx(0.55 * 1.01)
+
+
+def test_histograms_of_seeds_with_other_bins_are_pooled_without_losing_neurons():
+    figure = matplotlib.figure.Figure()
+    ax = figure.subplots()
+    seeds = [{"edges": [0, 1, 2, 3, 4], "counts": [0, 4, 4, 0]}, {"edges": [4, 5, 6, 7, 8], "counts": [0, 8, 0, 0]}]
+    figures._neurons(ax, seeds, "NMKE", figures.style(0))
+    line = ax.get_lines()[0]
+    assert line.get_xdata().tolist() == [1, 3, 5, 7] and line.get_ydata() == pytest.approx([4 / 16, 4 / 16, 8 / 16, 0])
+    figures._neurons(ax, [seeds[0], seeds[0]], "NMKE", figures.style(0))
+    assert ax.get_lines()[1].get_ydata() == pytest.approx([0, 0.5, 0.5, 0])
+
+
+def test_a_partial_file_is_reported_as_far_as_it_goes(tmp_path, capsys):
+    lines = [e for e in comparison() if not (e["method"] == "FT" and (e["seed"] == 2 or e["checkpoint"] > 50))]
+    lines.append(line("NMKE", 3, 1))
+    folder = save(tmp_path, lines, tail='{"method": "FT", "seed": 2, "check')
+    text, tables = made(folder)
+    assert [text for text, _ in tables[0][-2]] == ["FT", *(expected(lines, "FT", 50, key) for key in KEYS)]
+    later = next(table for table in tables[1:] if table[2][1][0] == expected(lines, "NMKE", 400, "rel"))
+    assert "FT" not in [row[0][0] for row in later]
+    out = capsys.readouterr().out
+    for said in (
+        "The last line of results.jsonl is cut short and was left out",
+        "FT is incomplete: nothing of seed 0 at T = 100, 200, 400; seed 1 at T = 100, 200, 400; seed 2; seed 3.",
+        "NMKE is incomplete: nothing of seed 3 at T = 25, 50, 100, 200, 400.",
+        "over 3 seeds (FT: 2).",
+    ):
+        assert said in out and said in text
+    assert "After 50 edits" in out
+
+
+def test_of_lines_of_the_same_place_the_last_counts(tmp_path):
+    first, other, again = line("NMKE", 0, 25), line("FT", 0, 25), line("NMKE", 0, 25)
+    again["scores"]["rel"] = 0.125
+    lines, notes = report.read(save(tmp_path, [first, other, again]))
+    assert [entry["method"] for entry in lines] == ["NMKE", "FT"] and not notes
+    assert report.table(lines, 25).loc["NMKE", ("rel", "mean")] == 0.125
+
+
+def test_what_cannot_be_read_is_one_sentence(tmp_path, capsys):
+    good = json.dumps(line("NMKE", 0, 25))
+    for content, said in (
+        (None, "there is no"),
+        ('{"met\n' + good, "line 1 of"),
+        ('{"method": "NMKE", "seed": 0}\n' + good, "line 1 of"),
+        ('{"met', "no result of an edited model yet"),
+        (json.dumps(unedited(0)), "no result of an edited model yet"),
+        ("", "no result of an edited model yet"),
+    ):
+        if content is not None:
+            (tmp_path / "results.jsonl").write_text(content)
+        assert cli.main(["report", str(tmp_path)]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("nmke report: ") and said in err and err.count("\n") == 1
+    assert cli.main(["report"]) == 2
+    assert "nmke report results" in capsys.readouterr().out
+
+
+def nulled():
+    """One method without Gen, drift, masks, times and memory, and scores that nothing has."""
+    lines = comparison(("NMKE", "MEMIT"), seeds=(0,), portability=False)
+    for entry in lines:
+        entry["scores"].update(general=None, fluency=float("nan"))
+        if entry["method"] == "MEMIT":
+            entry["scores"]["gen"] = None
+            for name in ("drift", "mask", "retention", "seconds", "peak_memory_mb", "protocol"):
+                entry[name] = None
+    return lines
+
+
+def bare():
+    """Nothing but what a line must have."""
+    return [{"method": "A|<b>", "seed": 0, "checkpoint": 1, "scores": {"rel": 1}}]
+
+
+@pytest.mark.parametrize(
+    "lines, pictures",
+    [
+        (comparison(seeds=(0,), checkpoints=(1, 25)), 5),
+        (comparison(checkpoints=(200,)), 5),
+        (comparison(("NMKE+",), seeds=(0, 1), checkpoints=(1, 25)), 5),
+        ([line("NMKE", 0, 1)], 5),
+        (nulled(), 5),
+        (bare(), 1),
+    ],
+    ids=["one seed", "one checkpoint", "one method", "one line", "nulls", "bare"],
+)
+def test_small_and_empty_cases(lines, pictures, tmp_path, capsys):
+    folder = save(tmp_path, lines)
+    (folder / "report").mkdir()
+    (folder / "report" / "drift.png").write_text("of an earlier report")
+    text, tables = made(folder)
+    assert "nan" not in capsys.readouterr().out.lower() and ">nan" not in text
+    assert text.count("<img") == pictures == len(list((folder / "report").glob("*.png")))
+    methods = list(dict.fromkeys(entry["method"] for entry in lines))
+    assert [row[0][0] for row in tables[0][1:]] == sorted(methods, key=lambda name: name != "unedited")
+    if len(set(methods) - {"unedited"}) == 1:
+        assert not any(kind == "best" for row in tables[0] for _, kind in row)
+
+
+def test_columns_that_nothing_has_are_left_out_and_single_holes_are_dashes(tmp_path):
+    _, tables = made(save(tmp_path, nulled()))
+    headings, *rows = [[text for text, _ in row] for row in tables[0]]
+    assert headings == ["", "Rel ↑", "Gen ↑", "Loc ↑", "Same subject ↑", "Generated exact ↑", "s/edit ↓"]
+    memit = next(row for row in rows if row[0] == "MEMIT")
+    assert (memit[2], memit[-1]) == ("-", "-") and "-" not in (memit[1], memit[3])
+
+
+def test_markdown_is_the_table_for_the_readme(full, tmp_path, capsys):
+    folder, *_, tables = full
+    assert cli.main(["report", str(folder), "--markdown"]) == 0
+    head, rule, *body = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head == "|  | " + " | ".join(HEADINGS) + " |" and rule.count("---:") == len(KEYS)
+    for text, row in zip(body, tables[0][1:], strict=True):
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        assert [cell.strip("*") for cell in cells] == [cell for cell, _ in row]
+        assert [cell.startswith("**") for cell in cells] == [kind == "best" for _, kind in row]
+    assert report.markdown(bare(), 1).splitlines()[2] == "| A\\|<b> | 1.00 |"
+    empty = save(tmp_path, bare())
+    assert cli.main(["report", str(empty), "--markdown"]) == 0 and not (empty / "report").exists()
+
+
+def test_the_terminal_table_fits_eighty_columns(full, tmp_path, monkeypatch, capsys):
+    folder, lines, _, _ = full
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "deep" / "out")]) == 0
+    assert (tmp_path / "deep" / "out" / "report.html").is_file()
+    table = capsys.readouterr().out.split("T = 400 edits")[0]
+    assert max(map(len, table.splitlines())) <= 80 and "…" not in table
+    for name in METHODS:
+        shown = name.removesuffix(" mask")  # which goes to the next line
+        row = next(row for row in table.splitlines() if row.startswith(f" {shown} "))
+        assert row.split()[-len(KEYS) :] == [expected(lines, name, 400, key).split()[0] for key in KEYS]
+
+
+@pytest.mark.parametrize("missing", ["pandas", "matplotlib"])
+def test_without_the_extra_only_the_report_is_missing_and_says_how_to_get_it(missing, tmp_path):
+    save(tmp_path, bare())
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import easyedit_nmke; from easyedit_nmke import cli\n"
+        f"print(cli.main(['check', 'atlas']), cli.main(['report', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["0", "1"]
+    assert done.stderr.strip() == f'nmke report: the report needs {missing}: pip install "easyedit-nmke[figures]"'
