@@ -378,8 +378,8 @@ def bare():
 @pytest.mark.parametrize(
     "lines, pictures",
     [
-        (comparison(seeds=(0,), checkpoints=(1, 25)), 5),
-        (comparison(checkpoints=(200,)), 5),
+        (comparison(("NMKE", "NMKE+"), seeds=(0,), checkpoints=(1, 25)), 5),
+        (comparison(("NMKE", "NMKE+", "FT"), checkpoints=(200,)), 5),
         (comparison(("NMKE+",), seeds=(0, 1), checkpoints=(1, 25)), 5),
         ([line("NMKE", 0, 1)], 5),
         (nulled(), 5),
