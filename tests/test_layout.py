@@ -16,7 +16,7 @@ RANK = {
     "values": 2, "keys": 2, "nullspace": 2, "edit": 2,
     "editor": 3,
     "register": 4, "baselines": 4,
-    "lifelong": 5,
+    "lifelong": 5, "harness": 5, "foreign": 5,
     "cli": 6, "__init__": 7,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
