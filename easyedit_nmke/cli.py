@@ -109,6 +109,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
         sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
         sub.add_argument("--harness-limit", type=_positive, metavar="N", help="only N items of each task")
+        sub.add_argument("--harness-allow-code", action="store_true", help="let tasks run the code that the model writes")
     report = verb("report", _report, "tables and figures of a comparison's results.jsonl, as one HTML page")
     report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` wrote results.jsonl")
     report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and its figures go (default DIR/report)")
@@ -278,10 +279,11 @@ def _compared(args, methods, edits: int, seeds: tuple[int, ...], keep_weights: b
     if tasks:
         from . import harness
 
-        harness.check_tasks(tasks, args.harness_tasks)
+        harness.check_tasks(tasks, args.harness_tasks, args.harness_allow_code)
     plan = compare.Plan(
         tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, tasks=tasks,
-        task_folder=args.harness_tasks, task_limit=args.harness_limit, command=args.command, keep_weights=keep_weights,
+        task_folder=args.harness_tasks, task_limit=args.harness_limit, allow_code=args.harness_allow_code,
+        command=args.command, keep_weights=keep_weights,
     )  # fmt: skip
     with tqdm(total=len(methods) * len(seeds) * edits, desc="editing", unit="edit", smoothing=0.02) as bar:
         return compare.compare(plan, getattr(args, "jobs", 1), bar.update)

@@ -113,6 +113,7 @@ class Plan:
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
     task_limit: int | None = None
+    allow_code: bool = False
     command: str | None = None
     keep_weights: bool = False
 
@@ -316,8 +317,10 @@ def _tasks(plan: Plan) -> Callable | None:
         return None
     from . import harness
 
+    tasks = harness.check_tasks(plan.tasks, plan.task_folder, plan.allow_code)
+
     def scores(model, tok) -> dict[str, float]:
-        found = harness.evaluate(model, tok, plan.tasks, limit=plan.task_limit, include_path=plan.task_folder)
+        found = harness.evaluate(model, tok, tasks, limit=plan.task_limit)
         return {f"harness.{name}": value for name, value in found.items()}
 
     return scores

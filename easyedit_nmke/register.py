@@ -12,6 +12,7 @@ Nothing is remembered here: whether NMKE is registered is read off EasyEdit's ow
 """
 
 import builtins
+import difflib
 import importlib
 import importlib.util
 import logging
@@ -50,6 +51,29 @@ def register(text_only: bool = False) -> ModuleType:
         batchable.is_batchable_method = staticmethod(_or_nmke(batchable.is_batchable_method))
     logger.info("NMKE is registered in EasyEdit at %s", home)
     return easyeditor
+
+
+def easyedit_method(name: str) -> tuple[str, Callable, type]:
+    """(EasyEdit's spelling of the name, its function, its class of hyperparameters) of one of EasyEdit's own methods.
+
+    Upper and lower case do not matter. Where the function belongs to an object that EasyEdit keeps for everybody (MEND, SERAC,
+    UltraEdit), it is of a new object of that kind. Raises ValueError with the known names, and what `register` does.
+    """
+    register(text_only=True)
+    methods = {known.lower(): known for known in _tables(find_easyedit())[0] if known != ALG_NAME}
+    if name.lower() not in methods:
+        close = [methods[known] for known in difflib.get_close_matches(name.lower(), methods, n=1)]
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"EasyEdit has no method {name!r}{hint}; it has {', '.join(methods.values())}")
+    name = methods[name.lower()]
+    apply = _tables(find_easyedit())[0][name]
+    kind = importlib.import_module("easyeditor.util.hparams").HyperParams
+    package = vars(importlib.import_module(apply.__module__.rpartition(".")[0])).values()
+    settings = [c for c in package if isinstance(c, type) and issubclass(c, kind) and c is not kind]
+    owner = getattr(apply, "__self__", None)
+    if owner is not None:
+        apply = getattr(type(owner)(), apply.__name__)
+    return name, apply, next(c for c in settings if "Multimodal" not in c.__name__)
 
 
 def find_easyedit() -> Path:
