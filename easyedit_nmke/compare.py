@@ -23,8 +23,8 @@ import torch
 from . import atlas, data, metrics
 from .arch import ModelView
 from .edit import check_requests
-from .hparams import CLASSES, HyperParams, read
-from .lifelong import LifelongEditor
+from .hparams import CLASSES, HyperParams, read, shipped
+from .lifelong import LifelongEditor, load_model
 from .prompts import Request
 from .protocol import Scorer, Segment, save_edited, settings_differ, stamp, whole, write_json
 
@@ -88,6 +88,7 @@ class Method:
     settings: HyperParams | None = None
     easyedit: str | None = None  # the name in EasyEdit's ALG_DICT
     file: str | None = None
+    base: HyperParams | None = None  # says which model EasyEdit's method edits, and where
     loaded: Any = None  # an editor on an unedited model, for the only segment of a plan
 
     def editor(self, seed: int):
@@ -97,7 +98,7 @@ class Method:
             return LifelongEditor.from_hparams(self.settings)
         from .foreign import EasyEditMethod
 
-        return EasyEditMethod(self.easyedit, self.file, seed=seed)
+        return EasyEditMethod(self.easyedit, self.file, load_model(self.base), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
         bare, changes = _changes(name)
         if bare.lower().startswith("easyedit:"):
             method = bare.split(":", 1)[1]
-            found.append(Method(name, easyedit=method, file=_easyedit_file(method, model, directory)))
+            base = changed(read(f"NMKE/{model}"), overrides or {})
+            found.append(Method(name, easyedit=method, file=_easyedit_file(method, model, directory), base=base))
             continue
         file, preset = VARIANTS.get(bare, ("{method}/{model}", {}))
         if bare not in VARIANTS and bare not in CLASSES:
@@ -180,8 +182,17 @@ def _changes(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _easyedit_file(method: str, model: str, directory: Path | None) -> str:
-    file = directory / "easyedit" / method / f"{model}.yaml" if directory else None
-    return str(file) if file and file.is_file() else model
+    """`directory`'s file for a method of EasyEdit, else the one that comes with this package, else EasyEdit's own."""
+    folders = [directory / "easyedit" / method] if directory else []
+    own = [Path(os.environ["EASYEDIT_HOME"]) / "hparams" / method] if os.environ.get("EASYEDIT_HOME") else []
+    for file in [
+        *(f / f"{model}.yaml" for f in folders),
+        shipped(f"easyedit/{method}").get(model),
+        *(f / f"{model}.yaml" for f in own),
+    ]:
+        if file is not None and file.is_file():
+            return str(file)
+    return model
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp
 
     assert start("whole", "1").wait() == 0
     process, results = start("killed", "2"), tmp_path / "killed" / "results.jsonl"
-    for _ in range(2000):
+    for _ in range(6000):
         time.sleep(0.05)
         if process.poll() is not None or (results.is_file() and '"checkpoint": 4' in results.read_text()):
             break
