@@ -18,7 +18,7 @@ from .arch import ModelView, evaluating
 from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
-from .keys import subject_states
+from .keys import Contexts, subject_states
 from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
@@ -75,7 +75,7 @@ def edit_rank_one(
                 (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
             with phase(report, "keys"):
                 wanted = {"key": (view.down(layer), "input"), "out": (view.down(layer), "output")}
-                seen = subject_states(view, tok, [request], state.flat_templates, wanted)
+                seen = subject_states(view, tok, [Contexts(state.templates).texts(request)], wanted)
                 keys, current = seen["key"][0].double(), seen["out"][0, 0].double()
             with phase(report, "solve"):
                 u = keys.mean(0)

@@ -11,7 +11,7 @@ from .attribution import neuron_scores
 from .drift import mask_overlap
 from .edit import apply_method, check_model, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
-from .keys import attribution_inputs, key_and_value, keys_of
+from .keys import Contexts, attribution_inputs, key_and_value, keys_of
 from .masks import NeuronMask, neuron_mask, shuffled
 from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
@@ -72,6 +72,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
     was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT."""
     report, z_layer = EditReport(len(requests)), hparams.layers[-1]
     flat = state.flat_templates
+    contexts = Contexts(state.templates, hparams.locality_prompts if hparams.key_contexts == "relations" else ())
     with phase(report, "values"):
         values = target_values(view, tok, requests, flat, z_layer, hparams)
         report.value_loss = [value.loss for value in values]
@@ -82,7 +83,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
             masks = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in masks.items()}
     for index, layer in enumerate(hparams.layers):
         with phase(report, "keys"):
-            keys, current = key_and_value(view, tok, requests, state.templates, layer, z_layer)
+            keys, current = key_and_value(view, tok, requests, contexts, layer, z_layer)
         residual = (z - current.to(z)) / (len(hparams.layers) - index)
         if index == 0:
             report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
@@ -100,7 +101,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
     if not all(hasattr(solver, "append") for solver in state.solvers.values()):
         return {}, report
     with phase(report, "keys"):
-        return keys_of(view, tok, requests, state.templates, hparams.layers), report
+        return keys_of(view, tok, requests, contexts, hparams.layers), report
 
 
 def _update(solver, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:

@@ -37,6 +37,7 @@ CHOICES = {
     "regularizer": ("nullspace", "covariance"),
     "l2_scale": ("absolute", "auto"),
     "solve": ("full", "restricted"),
+    "key_contexts": ("templates", "relations"),
     "control": ("none", "random", "uniform"),
 }
 
@@ -258,6 +259,7 @@ class MEMITHyperParams(KeyValueHyperParams):
     mom2_update_weight: float = 15000.0  # λ of λ·E[c cᵀ] + K Kᵀ
     template_length: int = 10  # tokens, prefix included
     layer_selection: str = "all"  # accepted for EasyEdit's files
+    key_contexts: ClassVar[str] = "templates"
 
 
 @dataclass
@@ -295,6 +297,7 @@ class AlphaEditHyperParams(KeyValueHyperParams):
     regularizer: ClassVar[str] = "nullspace"
     l2_scale: ClassVar[str] = "absolute"
     solve: ClassVar[str] = "full"
+    key_contexts: ClassVar[str] = "templates"
 
     alg_name: str = "AlphaEdit"
 
@@ -331,6 +334,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
     regularizer: str = "nullspace"  # "covariance": λ·E[c cᵀ] + L2 instead of a hard null space; λ = mom2_update_weight
     l2_scale: str = "absolute"  # "auto": L2 times the mean squared norm of a key outside the protected directions, per layer
     solve: str = "full"  # and mask afterwards; "restricted": solve for the chosen neurons alone
+    key_contexts: str = "templates"  # what a key is averaged over; "relations": the locality_prompts too
     locality_factor: float = 0.0  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = field(default_factory=list)  # other relations, "{}" for the subject
     control: str = "none"  # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
@@ -366,7 +370,8 @@ class NMKEHyperParams(AlphaEditHyperParams):
         if preset not in PRESETS:
             hint = _did_you_mean(str(preset), PRESETS)
             raise ValueError(_report(source, [f"preset is {preset!r}{hint}; expected one of {', '.join(map(repr, PRESETS))}"]))
-        return super().from_dict({**PRESETS[preset], **content}, source)
+        defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in PRESETS[preset].items()}
+        return super().from_dict({**defaults, **content}, source)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -375,8 +380,10 @@ class NMKEHyperParams(AlphaEditHyperParams):
         prompts = self.locality_prompts
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) and p.count("{}") == 1 for p in prompts):
             found.append(f"locality_prompts must be a list of texts with one {{}} each for the subject, got {prompts!r}")
-        elif _is_number(self.locality_factor) and self.locality_factor > 0 and not prompts:
+        elif not prompts and _is_number(self.locality_factor) and self.locality_factor > 0:
             found.append(f"locality_factor is {self.locality_factor!r}, but locality_prompts is empty; give some, or set it to 0")
+        elif not prompts and self.key_contexts == "relations":
+            found.append("key_contexts: relations needs locality_prompts; give some, or set key_contexts: templates")
         for kind in ("general", "specific"):
             bias, scale = getattr(self, f"{kind}_bias"), getattr(self, f"{kind}_scale")
             if _is_number(bias) and _is_number(scale) and bias + scale > 1:
@@ -384,8 +391,8 @@ class NMKEHyperParams(AlphaEditHyperParams):
         return found
 
 
-# What `preset` stands for, in NMKE's files. Relations that most knowledge bases have; a prompt that asks for the edited fact itself
-# is left out by the editor.
+# What `preset` stands for, in NMKE's files. The prompts are relations that most knowledge bases have; one that asks for the edited
+# fact itself is left out when z is optimised.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "published": {},
@@ -393,11 +400,24 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "neurons": "all",
             "regularizer": "covariance",
             "l2_scale": "auto",
-            "nullspace_fraction": 0.5,
-            "mom2_update_weight": 100.0,
-            "L2": 0.1,
-            "locality_factor": 2.0,
-            "locality_prompts": (),
+            "nullspace_fraction": 0.1,
+            "mom2_update_weight": 2000.0,
+            "L2": 6.0,
+            "locality_factor": 1.5,
+            "locality_prompts": (
+                "{} was born in",
+                "{} works as a",
+                "{} lives in",
+                "{} speaks",
+                "{} is married to",
+                "{} studied at",
+                "{} is located in",
+                "{} was founded in",
+                "{} is famous for",
+                "{} belongs to",
+                "{} plays",
+                "The capital of {} is",
+            ),
         },
     }
 )

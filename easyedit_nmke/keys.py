@@ -9,66 +9,72 @@ import torch
 
 from .arch import ModelView
 from .hooks import record
-from .prompts import Request, encode, pad, position_before
+from .prompts import SUBJECT, Request, encode, pad, position_before
 
 ROWS_AT_A_TIME = 128
 
 
 @torch.no_grad()
 def subject_states(
-    view: ModelView,
-    tok,
-    requests: Sequence[Request],
-    templates: Sequence[str],
-    wanted: Mapping[str, tuple[torch.nn.Module, str]],
+    view: ModelView, tok, texts: Sequence[Sequence[tuple[str, int]]], wanted: Mapping[str, tuple[torch.nn.Module, str]]
 ) -> dict[str, torch.Tensor]:
-    """What modules see at the subject's last token, name -> [requests, templates, width] float32.
+    """What modules see at the subject's last token, name -> [requests, texts, width] float32.
 
-    `wanted` is `hooks.record`'s; the forward pass ends at the last of these modules.
+    texts: as many for each request, each with the character at which the subject ends. `wanted` is `hooks.record`'s; the forward
+    pass ends at the last of these modules.
     """
-    filled = [request.fill(template) for request in requests for template in templates]
-    positions = torch.tensor([position_before(tok, text, end) for text, end in filled])
+    flat = [pair for of_request in texts for pair in of_request]
+    positions = torch.tensor([position_before(tok, text, end) for text, end in flat])
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
-    for start in range(0, len(filled), ROWS_AT_A_TIME):
+    for start in range(0, len(flat), ROWS_AT_A_TIME):
         chunk = slice(start, start + ROWS_AT_A_TIME)
-        batch = pad([encode(tok, text) for text, _ in filled[chunk]], tok, view.device)
+        batch = pad([encode(tok, text) for text, _ in flat[chunk]], tok, view.device)
         with record(wanted, stop=True) as seen:
             view.model.base_model(**batch.inputs(), use_cache=False)
         for name, states in seen.items():
             rows = torch.arange(len(states), device=states.device)
             parts[name].append(states[rows, positions[chunk].to(states.device)].float())
-    return {name: torch.cat(p).unflatten(0, (len(requests), len(templates))) for name, p in parts.items()}
+    return {name: torch.cat(p).unflatten(0, (len(texts), -1)) for name, p in parts.items()}
 
 
-def group_mean(states: torch.Tensor, groups: Sequence[Sequence[str]]) -> torch.Tensor:
-    """Average [requests, templates, width] over templates -> [requests, width].
+@dataclass(frozen=True)
+class Contexts:
+    """The texts that a key is averaged over: context templates in groups, the bare prompt first, and other prompts of the same
+    subject ("{}" stands for it), one more group; these are read up to the subject."""
 
-    First within each group of templates, then over groups, as MEMIT and AlphaEdit do: the bare prompt weighs as much as all
-    generated contexts together.
-    """
-    means, start = [], 0
-    for group in groups:
-        means.append(states[:, start : start + len(group)].mean(1))
-        start += len(group)
-    return torch.stack(means).mean(0)
+    groups: Sequence[Sequence[str]]
+    prompts: Sequence[str] = ()
+
+    def texts(self, request: Request) -> list[tuple[str, int]]:
+        """Each text with the character at which the subject ends."""
+        filled = [request.fill(template) for group in self.groups for template in group]
+        others = [prompt[: prompt.index(SUBJECT)] + request.subject for prompt in self.prompts]
+        return filled + [(text, len(text)) for text in others]
+
+    def mean(self, states: torch.Tensor) -> torch.Tensor:
+        """Average [requests, texts, width] over texts -> [requests, width].
+
+        First within each group, then over groups, as MEMIT and AlphaEdit do: the bare prompt weighs as much as all generated
+        contexts together.
+        """
+        sizes = [len(group) for group in self.groups] + ([len(self.prompts)] if self.prompts else [])
+        return torch.stack([group.mean(1) for group in states.split(sizes, 1)]).mean(0)
 
 
-def keys_of(view: ModelView, tok, requests, groups, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Keys K [F, requests] of each layer: FFN coefficients at the subject's last token, averaged over context templates."""
+def keys_of(view: ModelView, tok, requests, contexts: Contexts, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Keys K [F, requests] of each layer: FFN coefficients at the subject's last token, averaged over contexts."""
     wanted = {str(layer): (view.down(layer), "input") for layer in layers}
-    states = subject_states(view, tok, requests, _flat(groups), wanted)
-    return {layer: group_mean(states[str(layer)], groups).T.contiguous() for layer in layers}
+    states = subject_states(view, tok, [contexts.texts(request) for request in requests], wanted)
+    return {layer: contexts.mean(states[str(layer)]).T.contiguous() for layer in layers}
 
 
-def key_and_value(view: ModelView, tok, requests, groups, layer: int, z_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def key_and_value(
+    view: ModelView, tok, requests, contexts: Contexts, layer: int, z_layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(K [F, requests] of `layer`, current output of block `z_layer` for the bare prompts [D, requests]), from one forward pass."""
     wanted = {"key": (view.down(layer), "input"), "value": (view.blocks[z_layer], "output")}
-    states = subject_states(view, tok, requests, _flat(groups), wanted)
-    return group_mean(states["key"], groups).T.contiguous(), states["value"][:, 0].T
-
-
-def _flat(groups: Sequence[Sequence[str]]) -> list[str]:
-    return [template for group in groups for template in group]
+    states = subject_states(view, tok, [contexts.texts(request) for request in requests], wanted)
+    return contexts.mean(states["key"]).T.contiguous(), states["value"][:, 0].T
 
 
 @dataclass(frozen=True)

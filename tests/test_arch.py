@@ -5,7 +5,7 @@ import torch
 
 from easyedit_nmke import hooks
 from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.keys import attribution_inputs, subject_states
+from easyedit_nmke.keys import Contexts, attribution_inputs, keys_of, subject_states
 from easyedit_nmke.prompts import Request
 
 
@@ -62,7 +62,7 @@ def test_recording_can_stop_early_and_leaves_no_hook(tiny):
     view, ran = ModelView(model), []
     handle = view.blocks[2].register_forward_hook(lambda *_: ran.append(1))
     request = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome")
-    states = subject_states(view, tok, [request], ["{}"], {"c": (view.down(1), "input")})
+    states = subject_states(view, tok, [[request.fill("{}")]], {"c": (view.down(1), "input")})
     assert states["c"].shape == (1, 1, 96) and not ran
     handle.remove()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -91,3 +91,22 @@ def test_large_half_precision_states_are_read_out_as_the_model_does(tiny, kind, 
         expected = view.head(view.norm(states)).float()
     found = view.readout.logits(states).float()
     assert expected.abs().max() > 0.5 and (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_key_is_the_mean_over_groups_of_templates_and_other_prompts_of_the_subject(tiny):
+    model, tok = tiny("llama")
+    view = ModelView(model)
+    request = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome")
+    contexts = Contexts([["{}"], ["I say. {}", "So. {}"]], ["{} speaks", "The home of {} is called"])
+
+    def at_subject(text):
+        end = text.index(request.subject) + len(request.subject)
+        return subject_states(view, tok, [[(text, end)]], {"c": (view.down(1), "input")})["c"][0, 0]
+
+    p = request.prompt
+    groups = [[p], [f"I say. {p}", f"So. {p}"], ["Mara Vosk speaks", "The home of Mara Vosk is called"]]
+    expected = torch.stack([torch.stack([at_subject(text) for text in group]).mean(0) for group in groups]).mean(0)
+    found = keys_of(view, tok, [request], contexts, [1])[1]
+    assert found.shape == (96, 1) and torch.allclose(found[:, 0], expected, rtol=1e-4, atol=1e-5)
+    plain = keys_of(view, tok, [request], Contexts(contexts.groups), [1])[1]
+    assert not torch.allclose(found, plain, rtol=1e-2)

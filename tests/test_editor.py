@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, apply_nmke_to_model, editor
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model, editor, nullspace
 from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.keys import key_and_value, keys_of
+from easyedit_nmke.keys import Contexts, key_and_value, keys_of
 from easyedit_nmke.prompts import Request
 from easyedit_nmke.solver import NullSpaceSolver
 from easyedit_nmke.values import Value
@@ -59,14 +59,14 @@ def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requ
         view = ModelView(other)
         masks = editor.neuron_masks(view, tok, request, [t for g in state.templates for t in g], settings)
         for index, layer in enumerate(settings.layers):
-            keys, current = key_and_value(view, tok, request, state.templates, layer, settings.layers[-1])
+            keys, current = key_and_value(view, tok, request, Contexts(state.templates), layer, settings.layers[-1])
             basis = state.solvers[layer].row_space.double()
             projector = torch.eye(96, dtype=torch.float64) - basis @ basis.T
             k, r = keys.double(), (z[:, None] - current).double() / (len(settings.layers) - index)
             left = projector @ (k @ k.T + past[layer] @ past[layer].T) + settings.L2 * torch.eye(96, dtype=torch.float64)
             update = torch.linalg.solve(left, projector @ k @ r.T)
             view.w_out(layer).add_((masks[layer].mask.double()[:, None] * update).T.float())
-        for layer, keys in keys_of(view, tok, request, state.templates, settings.layers).items():
+        for layer, keys in keys_of(view, tok, request, Contexts(state.templates), settings.layers).items():
             past[layer] = torch.cat([past[layer], keys.double()], 1)
         apply_nmke_to_model(model, tok, request, settings, state=state)
     for layer in settings.layers:
@@ -293,3 +293,52 @@ def test_bfloat16_models_are_edited(tiny, nmke_hparams, requests):
     apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
     assert ModelView(model).weight(0).dtype == torch.bfloat16
     assert not torch.equal(ModelView(model).weight(0), before[ModelView(model).weight_name(0)])
+
+
+@pytest.mark.parametrize("control", ["none", "random", "uniform"])
+def test_controls_have_the_masks_density_or_the_masked_updates_norm(tiny, nmke_hparams, requests, weights, control):
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok, control=control, mask_ties="exact")
+    before = weights(model, settings)
+    editor.apply_nmke_to_model(model, tok, requests(1), settings)
+    (report,) = model.nmke_state.reports
+    reference, _ = tiny("llama")
+    editor.apply_nmke_to_model(reference, tok, requests(1), nmke_hparams(reference, tok, mask_ties="exact"))
+    layer = settings.layers[0]  # from the second on, the residual depends on the first
+    change = weights(model, settings)[layer] - before[layer]
+    masked = weights(reference, settings)[layer] - before[layer]
+    touched, real = change.abs().sum(0) > 0, masked.abs().sum(0) > 0
+    assert report.density[layer] == reference.nmke_state.reports[0].density[layer] < 1
+    if control == "none":
+        assert torch.equal(change, masked)
+    elif control == "random":
+        assert touched.sum() == real.sum() and not torch.equal(touched, real)
+    else:
+        assert touched.all() and change.norm() == pytest.approx(masked.norm().item(), rel=1e-3)
+
+
+def test_a_soft_null_space_is_the_solution_of_its_equation(tiny, nmke_hparams, requests, monkeypatch):
+    """One edit against (λ·U s Uᵀ + L2·E||Pc||²·I + K Kᵀ)⁻¹ K rᵀ, dense in float64, from the statistics themselves."""
+    model, tok = tiny("llama")
+    soft = dict(neurons="all", regularizer="covariance", l2_scale="auto", nullspace_fraction=0.25, mom2_update_weight=40.0)
+    settings = nmke_hparams(model, tok, layers=[1], L2=2.0, **soft)
+    view = ModelView(model)
+    moment = nullspace.moments(view, tok, settings)[1].double()
+    values, vectors = torch.linalg.eigh(moment)
+    kept = vectors[:, 24:]
+    z = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(editor, "target_values", lambda *_: [Value(z, 0.0, 1)])
+    state = editor.open_state(model, tok, settings)
+    request = [Request.from_dict(r) for r in requests(1)]
+    keys, current = key_and_value(view, tok, request, Contexts(state.templates), 1, 1)
+    keys, residual = keys.double(), (z - current[:, 0]).double()
+    left = 40.0 * kept @ torch.diag(values[24:]) @ kept.T + 2.0 * values[:24].sum() * torch.eye(96) + keys @ keys.T
+    expected = torch.outer(residual, torch.linalg.solve(left, keys[:, 0]))
+    start = view.w_out(1).clone()
+    editor.apply_nmke_to_model(model, tok, request, settings, state=state)
+    assert torch.allclose((view.w_out(1) - start).double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    with pytest.raises(ValueError, match="P_loc names a projector"):
+        torch.save(torch.stack([torch.eye(96)]), settings.stats_dir + "/P.pt")
+        editor.open_state(
+            model, tok, nmke_hparams(model, tok, layers=[1], regularizer="covariance", P_loc=settings.stats_dir + "/P.pt")
+        )
