@@ -403,6 +403,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "nullspace_fraction": 0.1,
             "mom2_update_weight": 2000.0,
             "L2": 6.0,
+            "key_contexts": "relations",
             "locality_factor": 1.5,
             "locality_prompts": (
                 "{} was born in",
