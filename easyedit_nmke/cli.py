@@ -233,12 +233,13 @@ def _mean(values) -> float:
 def _run(args, console: Console) -> int:
     from . import compare
 
+    tasks = _tasks(args)
     overrides = {name: value for name, value in (("model_name", args.model), ("device", args.device)) if value is not None}
     settings = compare.changed(read(args.hparams), overrides)
     editor = compare.LifelongEditor.from_hparams(settings)
     stream = compare.stream(editor, args.data, args.edits, args.seed)
     method = compare.Method(settings.alg_name, settings, loaded=editor)
-    lines = _compared(args, [method], len(stream.requests), (args.seed,), keep_weights=True)
+    lines = _compared(args, tasks, [method], len(stream.requests), (args.seed,), keep_weights=True)
     table = _score_table(["s/edit"])
     for line in lines:
         edits = line["checkpoint"]
@@ -255,13 +256,14 @@ def _run(args, console: Console) -> int:
 def _compare(args, console: Console) -> int:
     from . import compare
 
+    tasks = _tasks(args)
     overrides = {name: value for name, value in (("model_name", args.model_path), ("device", args.device)) if value is not None}
     if args.ablation:
         (base,) = compare.methods(args.base or "NMKE", args.model, args.hparams_dir, overrides)
         methods = compare.ablation(args.ablation, base.settings)
     else:
         methods = compare.methods(args.methods or ", ".join(compare.METHODS), args.model, args.hparams_dir, overrides)
-    lines = _compared(args, methods, args.edits, tuple(range(args.seeds)))
+    lines = _compared(args, tasks, methods, args.edits, tuple(range(args.seeds)))
     try:
         _comparison(lines, [], console)
     except ImportError as error:
@@ -269,10 +271,8 @@ def _compare(args, console: Console) -> int:
     return 0
 
 
-def _compared(args, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
-    """Run a comparison under a progress bar; its lines."""
-    from . import compare
-
+def _tasks(args) -> tuple[str, ...]:
+    """The harness' tasks; an error before any model is loaded when they, or the folder for the results, cannot be used."""
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder for the results")
     tasks = tuple(name.strip() for name in (args.harness or "").split(",") if name.strip())
@@ -280,6 +280,13 @@ def _compared(args, methods, edits: int, seeds: tuple[int, ...], keep_weights: b
         from . import harness
 
         harness.check_tasks(tasks, args.harness_tasks, args.harness_allow_code)
+    return tasks
+
+
+def _compared(args, tasks, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
+    """Run a comparison under a progress bar; its lines."""
+    from . import compare
+
     plan = compare.Plan(
         tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, tasks=tasks,
         task_folder=args.harness_tasks, task_limit=args.harness_limit, allow_code=args.harness_allow_code,

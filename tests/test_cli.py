@@ -8,6 +8,7 @@ import yaml
 from conftest import tiny_model
 from safetensors.torch import load_file
 
+from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli
 
 SETTINGS = dict(
@@ -158,3 +159,41 @@ def test_a_state_that_cannot_be_opened_is_not_blamed_on_the_data(settings, tmp_p
     assert "mom2_dataset" in err and "records" not in err
     assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(data)]) == 1
     assert "is a file; give a folder" in capsys.readouterr().err
+
+
+def test_compare_prints_one_table_and_report_draws_it(settings, tmp_path, requests, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "hparams" / "NMKE"
+    folder.mkdir(parents=True)
+    content = yaml.safe_load(settings.read_text())
+    home = tmp_path / "model"
+    tiny_model("llama", 2048).save_pretrained(home)
+    embedded.load()[1].save_pretrained(home)
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**content, "model_name": str(home)}))
+    (tmp_path / "data.json").write_text(json.dumps(requests(3)))
+    argv = ["compare", "--model", "mine", "--hparams-dir", str(tmp_path / "hparams"), "--data", str(tmp_path / "data.json")]
+    argv += ["--edits", "2", "--checkpoints", "1,2", "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--ablation", "mask"]) == 0
+    out = capsys.readouterr().out
+    assert "Scores after 2 edits" in out and all(label in out for label in ("binary", "soft", "restricted", "none"))
+    assert cli.main(["report", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report" / "report.html").is_file()
+    lines = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert lines[1]["protocol"]["command"].startswith("nmke compare --model mine --hparams-dir")
+    assert cli.main([*argv, "--methods", "NMKE,NMKE[L3=1]"]) == 1
+    assert "unknown name 'L3'" in capsys.readouterr().err
+
+
+def test_a_task_that_the_harness_does_not_have_stops_everything_before_the_first_edit(settings, tmp_path, requests, capsys):
+    (tmp_path / "data.json").write_text(json.dumps(requests(1)))
+    out = tmp_path / "out"
+    argv = ["run", "--hparams", str(settings), "--data", str(tmp_path / "data.json"), "--out", str(out)]
+    assert cli.main([*argv, "--harness", "atlas_exercise"]) == 1
+    said = capsys.readouterr().err
+    assert not out.exists()
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        assert 'pip install "easyedit-nmke[harness]"' in said
+    else:
+        assert "did you mean 'atlas_exercises'" in said
