@@ -17,7 +17,7 @@ from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
 from .solver import NullSpaceSolver, RestrictedSolver
 from .state import EditReport, LifelongState
-from .values import target_values
+from .values import reference_norm, target_values
 
 
 def apply_nmke_to_model(
@@ -51,8 +51,12 @@ def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True)
     with evaluating(model):
         templates = context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
         spaces = row_spaces(view, tok, hparams, progress)
+        norm = None
+        if hparams.value_norm == "anchored":
+            flat = [template for group in templates for template in group]
+            norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
     solvers = {layer: _solver(space, hparams) for layer, space in spaces.items()}
-    return LifelongState(settings_of(hparams), solvers, templates)
+    return LifelongState(settings_of(hparams), solvers, templates, norm)
 
 
 def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver | RestrictedSolver:
@@ -77,6 +81,8 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
         values = target_values(view, tok, requests, flat, z_layer, hparams)
         report.value_loss = [value.loss for value in values]
         z = torch.stack([value.z for value in values], 1)
+        if state.value_norm is not None:
+            z = z * (state.value_norm / z.norm(dim=0))
     with phase(report, "attribution"):
         masks = neuron_masks(view, tok, requests, flat, hparams)
         if masks and hparams.control == "random":

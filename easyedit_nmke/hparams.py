@@ -37,6 +37,7 @@ CHOICES = {
     "regularizer": ("nullspace", "covariance"),
     "l2_scale": ("absolute", "auto"),
     "solve": ("full", "restricted"),
+    "value_norm": ("free", "anchored"),
     "key_contexts": ("templates", "relations"),
     "control": ("none", "random", "uniform"),
 }
@@ -72,6 +73,7 @@ RANGES = {
     "weight_decay": (0, math.inf, True),
     "norm_constraint": (0, math.inf, False),
     "locality_factor": (0, math.inf, True),
+    "value_norm_factor": (0, math.inf, False),
 }
 WHOLE = {"v_num_grad_steps", "v_loss_layer", "mom2_n_samples", "max_length", "batch_size", "template_length", "num_steps"}
 OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
@@ -297,6 +299,7 @@ class AlphaEditHyperParams(KeyValueHyperParams):
     regularizer: ClassVar[str] = "nullspace"
     l2_scale: ClassVar[str] = "absolute"
     solve: ClassVar[str] = "full"
+    value_norm: ClassVar[str] = "free"
     key_contexts: ClassVar[str] = "templates"
 
     alg_name: str = "AlphaEdit"
@@ -326,7 +329,15 @@ class NMKEHyperParams(AlphaEditHyperParams):
     The section 'Hyperparameters' of the README says which symbol of the paper each one is.
     """
 
-    STATE: ClassVar[tuple[str, ...]] = (*AlphaEditHyperParams.STATE, "regularizer", "l2_scale", "mom2_update_weight", "solve")
+    STATE: ClassVar[tuple[str, ...]] = (
+        *AlphaEditHyperParams.STATE,
+        "regularizer",
+        "l2_scale",
+        "mom2_update_weight",
+        "solve",
+        "value_norm",
+        "value_norm_factor",
+    )
 
     alg_name: str = "NMKE"
 
@@ -334,6 +345,8 @@ class NMKEHyperParams(AlphaEditHyperParams):
     regularizer: str = "nullspace"  # "covariance": λ·E[c cᵀ] + L2 instead of a hard null space; λ = mom2_update_weight
     l2_scale: str = "absolute"  # "auto": L2 times the mean squared norm of a key outside the protected directions, per layer
     solve: str = "full"  # and mask afterwards; "restricted": solve for the chosen neurons alone
+    value_norm: str = "free"  # "anchored": every z is rescaled to the mean norm of values solved on the unedited model
+    value_norm_factor: float = 1.0  # times this
     key_contexts: str = "templates"  # what a key is averaged over; "relations": the locality_prompts too
     locality_factor: float = 0.0  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = field(default_factory=list)  # other relations, "{}" for the subject
@@ -401,8 +414,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "regularizer": "covariance",
             "l2_scale": "auto",
             "nullspace_fraction": 0.1,
-            "mom2_update_weight": 2000.0,
-            "L2": 6.0,
+            "mom2_update_weight": 2500.0,
+            "L2": 7.5,
             "key_contexts": "relations",
             "locality_factor": 1.5,
             "locality_prompts": (

@@ -64,8 +64,11 @@ class LifelongState:
     `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own.
     """
 
-    def __init__(self, settings: Mapping[str, Any], solvers: Mapping[int, Any], templates: list[list[str]]):
+    def __init__(
+        self, settings: Mapping[str, Any], solvers: Mapping[int, Any], templates: list[list[str]], value_norm: float | None = None
+    ):
         self.settings, self.solvers, self.templates = dict(settings), dict(solvers), templates
+        self.value_norm = value_norm  # of every z; None: as they are
         self.reports: list[EditReport] = []
         self.masks: dict[int, torch.Tensor] = {}  # of the last edit, [F] bool
         self._digests: list[int] = []  # after each call; _digests[0] before the first

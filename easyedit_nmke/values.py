@@ -20,6 +20,21 @@ from .prompts import SUBJECT, Request, encode, position_before, target_tokens
 
 KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05
+# (prompt, subject, a new answer) of well-known facts of several kinds.
+CALIBRATION = (
+    ("{} was born in the city of", "Albert Einstein", "Lisbon"),
+    ("The mother tongue of {} is", "Victor Hugo", "Swedish"),
+    ("{} plays the", "Louis Armstrong", "violin"),
+    ("{} works as a", "Serena Williams", "painter"),
+    ("The capital of {} is", "Japan", "Madrid"),
+    ("{} is located in the country of", "The Eiffel Tower", "Canada"),
+    ("The headquarters of {} is in", "Toyota", "Chicago"),
+    ("{} was founded by", "Microsoft", "Walt Disney"),
+    ("{} was written by", "Hamlet", "Jane Austen"),
+    ("The official language of {} is", "Brazil", "Turkish"),
+    ("{} died in", "Napoleon", "Vienna"),
+    ("{} is a citizen of", "Marie Curie", "Mexico"),
+)
 REQUESTS_AT_A_TIME = 16  # in one batch; its activations are kept for the backward pass
 
 
@@ -87,6 +102,14 @@ def target_values(
         with torch.no_grad():
             delta.mul_((longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1))
     return reached
+
+
+def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int, hparams) -> float:
+    """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
+    value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
+    requests = [Request(prompt.format(subject), subject, target) for prompt, subject, target in CALIBRATION]
+    values = target_values(view, tok, requests, templates, z_layer, hparams)
+    return sum(value.z.norm().item() for value in values) / len(values)
 
 
 # ---- text

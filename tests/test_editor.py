@@ -11,7 +11,7 @@ from easyedit_nmke.arch import FAMILIES, ModelView
 from easyedit_nmke.keys import Contexts, key_and_value, keys_of
 from easyedit_nmke.prompts import Request
 from easyedit_nmke.solver import NullSpaceSolver
-from easyedit_nmke.values import Value
+from easyedit_nmke.values import CALIBRATION, Value, target_values
 
 
 def fingerprints(model):
@@ -342,3 +342,28 @@ def test_a_soft_null_space_is_the_solution_of_its_equation(tiny, nmke_hparams, r
         editor.open_state(
             model, tok, nmke_hparams(model, tok, layers=[1], regularizer="covariance", P_loc=settings.stats_dir + "/P.pt")
         )
+
+
+def test_anchored_values_have_the_norm_that_the_unedited_model_gives_them(tiny, nmke_hparams, requests, monkeypatch):
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok, neurons="all", value_norm="anchored", value_norm_factor=0.5)
+    view, state = ModelView(model), editor.open_state(model, tok, settings)
+    solved = [
+        target_values(view, tok, [Request(p.format(subject), subject, new)], state.flat_templates, 1, settings)[0].z.norm()
+        for p, subject, new in CALIBRATION
+    ]
+    assert state.value_norm == pytest.approx(0.5 * torch.stack(solved).mean().item(), rel=1e-3)
+    seen = []
+    update = NullSpaceSolver.update
+
+    def watch(self, keys, residual, mask=None):
+        seen.append(residual)
+        return update(self, keys, residual, mask)
+
+    monkeypatch.setattr(NullSpaceSolver, "update", watch)
+    request = [Request.from_dict(r) for r in requests(1)]
+    _, current = key_and_value(view, tok, request, Contexts(state.templates), 0, 1)
+    (free,) = target_values(view, tok, request, state.flat_templates, 1, settings)
+    editor.apply_nmke_to_model(model, tok, request, settings, state=state)
+    wanted = free.z * (state.value_norm / free.z.norm())
+    assert torch.allclose(seen[0][:, 0], (wanted - current[:, 0]) / 2, rtol=1e-3, atol=1e-4)
