@@ -1,11 +1,13 @@
 """NMKE for EasyEdit and on its own: neuron-specific masked knowledge editing that lasts thousands of edits.
 
-`LifelongEditor` edits without EasyEdit, `register()` puts NMKE into it, `apply_nmke_to_model` is the method itself.
+`LifelongEditor` edits without EasyEdit, `register()` puts NMKE into it, `accelerate_easyedit()` runs its AlphaEdit and MEMIT on this
+engine, `apply_nmke_to_model` is the method itself.
 """
 
 import importlib
 
-from .register import register  # eagerly: a function named as its module would be shadowed by the module's first import
+# Eagerly: a function named as its module would be shadowed by the module's first import.
+from .register import accelerate_easyedit, register
 
 __version__ = "0.1.0"
 
@@ -21,7 +23,7 @@ _HOMES = {
     "apply_to_model": "baselines",
     "open_state": "baselines",
 }
-__all__ = [*_HOMES, "register"]
+__all__ = [*_HOMES, "accelerate_easyedit", "register"]
 
 
 def __getattr__(name: str):

@@ -147,7 +147,7 @@ def _check(args, console: Console) -> int:
 
 
 def _demo(args, console: Console) -> int:
-    from . import atlas, generation
+    from . import atlas
     from .lifelong import LifelongEditor
     from .prompts import Request
     from .protocol import Scorer, Segment, stamp, write_json
@@ -163,16 +163,15 @@ def _demo(args, console: Console) -> int:
     for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit", "all")):
         editor = LifelongEditor.from_hparams(dataclasses.replace(settings, neurons=neurons))
         model, tok = editor.model, editor.tok
-        said = lambda: [generation.answer(t) for t in generation.greedy_texts(model, tok, [r.prompt for r in requests[:5]])]  # noqa: B023
         scorer = Scorer(model, tok, requests, atlas.exercises())
         if not answers:
-            answers.append(said())
+            answers.append(_answers(model, tok, requests[:5]))
             results["unedited"] = {"general": scorer.unedited(model, tok)["general"]}
             table.add_row("unedited", *_cells(results["unedited"]), "-", "-")
             mark = stamp(editor, {"name": "atlas, test half", "seed": args.seed, "edits": len(requests)})
         editor.state  # noqa: B018  the covariance's own progress bar comes before the one of the edits
         (line,) = _with_bar(Segment(editor, scorer, name, args.seed, mark).run([len(requests)]), len(requests), name)
-        answers.append(said())
+        answers.append(_answers(model, tok, requests[:5]))
         density = _mean(line["mask"]["density"].values())
         each = line["seconds"]["total"] / len(requests)
         results[name] = {**line["scores"], "seconds_per_edit": each, "density": density}
@@ -183,6 +182,12 @@ def _demo(args, console: Console) -> int:
     if args.out:
         write_json(args.out, {"command": f"nmke demo --edits {args.edits} --seed {args.seed}", **mark, "results": results})
     return 0
+
+
+def _answers(model, tok, requests) -> list[str]:
+    from . import generation
+
+    return [generation.answer(text) for text in generation.greedy_texts(model, tok, [request.prompt for request in requests])]
 
 
 def _with_bar(events, total: int, name: str) -> list[dict]:

@@ -26,7 +26,7 @@ from .edit import check_requests
 from .hparams import CLASSES, HyperParams, read, shipped
 from .lifelong import LifelongEditor, load_model
 from .prompts import Request
-from .protocol import Scorer, Segment, save_edited, settings_differ, stamp, whole, write_json
+from .protocol import Scorer, Segment, hparams_differ, save_edited, settings_differ, stamp, whole, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -270,9 +270,11 @@ def compare(plan: Plan, jobs: int = 1, on_edit: Callable[[int], None] = lambda e
     for seed in plan.seeds:
         for method in plan.methods:
             mine = [known[key] for c in plan.checkpoints if (key := (method.label, seed, c)) in known]
+            if mine and method.settings:
+                _refuse_others(plan, method, hparams_differ(mine[0]["protocol"]["hparams"], method.settings.to_dict()))
             on_edit(max([line["checkpoint"] for line in mine], default=0))
             if len(mine) < len(plan.checkpoints) or (plan.keep_weights and not weights_file(plan, method, seed).is_file()):
-                todo.append((method, seed, mine[0]["protocol"] if mine else None))
+                todo.append((method, seed, mine))
 
     def write(line: Mapping) -> None:
         key = (line["method"], line["seed"], line["checkpoint"])
@@ -294,27 +296,30 @@ def compare(plan: Plan, jobs: int = 1, on_edit: Callable[[int], None] = lambda e
 Event = int | dict  # how many more edits are done, or a result line
 
 
-def _segment(plan: Plan, method: Method, seed: int, earlier: Mapping | None) -> Iterator[Event]:
-    """Do what is left of one method on one stream. `earlier`: the stamp of its lines in the results, if there are any."""
-    editor = method.editor(seed)
-    asked = stream(editor, plan.source, plan.edits, seed)
-    mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
-    differences = settings_differ(earlier, mark) if earlier else []
+def _refuse_others(plan: Plan, method: Method, differences: Sequence[str]) -> None:
     if differences:
         raise ValueError(
             f"{plan.directory} holds results of {method.label} with other settings ({'; '.join(differences)}); "
             "give another folder, or remove it"
         )
+
+
+def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) -> Iterator[Event]:
+    """Do what is left of one method on one stream; `earlier`: its lines in the results."""
+    editor = method.editor(seed)
+    asked = stream(editor, plan.source, plan.edits, seed)
+    mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
+    _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
     exercises = atlas.exercises() if plan.source == "atlas" else ()
     scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan))
     if method is plan.methods[0] and not earlier:
         scores = scorer.unedited(editor.model, editor.tok)
         yield {"method": "unedited", "seed": seed, "checkpoint": 0, "scores": scores, "protocol": mark}
-    counted = 0
+    counted = max((line["checkpoint"] for line in earlier), default=0)
     segment = Segment(editor, scorer, method.label, seed, mark, _snapshot(plan, method, seed))
     for event in segment.run(plan.checkpoints):
         if isinstance(event, int):
-            event, counted = event - counted, event
+            event, counted = max(event - counted, 0), max(event, counted)
         yield event
     if plan.keep_weights and isinstance(editor, LifelongEditor):
         edits = [{"record": record, **edit} for record, edit in zip(asked.records, segment.edits(), strict=False)]

@@ -246,9 +246,13 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
 def settings_differ(one: Mapping, other: Mapping) -> list[str]:
     """What two stamps' results depend on and do not share, in words; versions, device and command aside."""
     found = [f"{key} {one[key]!r} -> {other[key]!r}" for key in ("method", "data", "model") if one[key] != other[key]]
-    mine, theirs = one["hparams"], other["hparams"]
-    names = (name for name in dict.fromkeys([*mine, *theirs]) if name not in ("device", "stats_dir"))
-    return found + [f"{name} {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names if mine.get(name) != theirs.get(name)]
+    return found + hparams_differ(one["hparams"], other["hparams"])
+
+
+def hparams_differ(one: Mapping, other: Mapping) -> list[str]:
+    """The hyperparameters that a result depends on and that are not the same, in words."""
+    names = (name for name in dict.fromkeys([*one, *other]) if name not in ("device", "stats_dir"))
+    return [f"{name} {one.get(name)!r} -> {other.get(name)!r}" for name in names if one.get(name) != other.get(name)]
 
 
 # ---- files

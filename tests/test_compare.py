@@ -116,7 +116,9 @@ def test_a_torn_line_and_a_lost_one_are_made_again(plan):
     file = plan().directory / "results.jsonl"
     texts = file.read_text().splitlines()
     file.write_text("\n".join([*texts[:3], texts[4][:100]]))
-    again = compare.compare(plan(seeds=(0,)))
+    told = []
+    again = compare.compare(plan(seeds=(0,)), on_edit=told.append)
+    assert sum(told) == 6
     assert [(line["method"], line["checkpoint"], line["scores"]) for line in again] == [
         (line["method"], line["checkpoint"], line["scores"]) for line in lines
     ]
@@ -127,6 +129,10 @@ def test_results_of_other_settings_are_not_mixed(plan, quick):
     compare.compare(plan("NMKE", seeds=(0,)))
     with pytest.raises(ValueError, match=r"holds results of NMKE with other settings \(data .*'edits': 3.*'edits': 4"):
         compare.compare(plan("NMKE", seeds=(0,), edits=4, checkpoints=(1, 4)))
+    other = plan("NMKE", seeds=(0,))
+    other.methods[0].settings.L2 = 0.7  # also where nothing is left to be done
+    with pytest.raises(ValueError, match=r"with other settings \(L2 5 -> 0.7\)"):
+        compare.compare(other)
 
 
 def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp_path, folder):
