@@ -1,7 +1,7 @@
 """NMKE for EasyEdit and on its own: neuron-specific masked knowledge editing that lasts thousands of edits.
 
-`LifelongEditor` edits without EasyEdit, `register()` puts NMKE into it, `accelerate_easyedit()` runs its AlphaEdit and MEMIT on this
-engine, `apply_nmke_to_model` is the method itself.
+`LifelongEditor` edits without EasyEdit, `register()` puts NMKE into it, `accelerate_easyedit()` runs its AlphaEdit and MEMIT on
+this engine, `apply_nmke_to_model` is the method itself.
 """
 
 import importlib
