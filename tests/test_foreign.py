@@ -227,19 +227,21 @@ def test_two_methods_in_turn_do_not_disturb_each_other_nor_anybody_else(easyedit
     monkeypatch.setattr(module, "P", mark, raising=False)
     monkeypatch.setattr(module, "P_loaded", True)
 
-    def edited(count):
-        """Weights of `count` methods that make two edits each, in turn."""
-        methods = [EasyEditMethod("AlphaEdit", path, known("llama")) for _ in range(count)]
+    pairs, original = [known("llama") for _ in range(3)], inside.parameters(known("llama")[0])
+
+    def edited(*some):
+        """Weights of methods that make two edits each, in turn."""
+        methods = [EasyEditMethod("AlphaEdit", path, pair) for pair in some]
         for request in edits[:2]:
             for method in methods:
                 method.apply([request])
         return [inside.parameters(method._original) for method in methods]
 
     outside = os.getcwd(), random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
-    (alone,), together = edited(1), edited(2)
+    (alone,), together = edited(pairs[0]), edited(*pairs[1:])
     for weights in together:
         inside.assert_same(weights, alone)
-    assert inside.changed(alone, inside.parameters(known("llama")[0]))
+    assert inside.changed(alone, original)
     assert module.P is mark and module.P_loaded is True and module.CONTEXT_TEMPLATES_CACHE is None
     assert (os.getcwd(), random.getstate(), numpy.random.get_state()[1].tolist()) == outside[:3]
     assert torch.equal(torch.get_rng_state(), outside[3])
