@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import foreign, metrics, nullspace
+from easyedit_nmke import foreign, generation, metrics, nullspace
 from easyedit_nmke.arch import ModelView
 from easyedit_nmke.foreign import EasyEditMethod, TextByText
 from easyedit_nmke.hparams import ModelPair, shipped
@@ -93,7 +93,7 @@ def test_an_editor_is_asked_text_by_text(tiny):
         for found, mask, wanted in zip(logits, padded["attention_mask"].bool(), expected, strict=True):
             assert torch.equal(found[mask], wanted) and not found[~mask].any()
     assert not torch.allclose(alone(input_ids=padded["input_ids"]).logits[1, -1], expected[1][-1]), "the padding would have told"
-    assert together.config is model.config and metrics.greedy_text(together, tok, "one two") is not None
+    assert together.config is model.config and generation.greedy_texts(together, tok, ["one two"])
 
 
 def test_what_a_module_remembers_is_read_from_its_source(tmp_path):

@@ -15,9 +15,9 @@ RANK = {
     "hooks": 1, "data": 1, "metrics": 1, "attribution": 1,
     "values": 2, "keys": 2, "nullspace": 2, "edit": 2, "generation": 2,
     "editor": 3,
-    "register": 4, "baselines": 4,
-    "lifelong": 5, "foreign": 5, "harness": 5, "figures": 5,
-    "protocol": 6, "report": 6,
+    "baselines": 4,
+    "register": 5, "lifelong": 5, "harness": 5, "figures": 5,
+    "foreign": 6, "protocol": 6, "report": 6,
     "compare": 7, "page": 7,
     "cli": 8, "__init__": 9,
 }  # fmt: skip
