@@ -60,8 +60,8 @@ def target_values(
     """z = z0 + δ of each request, for block `z_layer` at the subject's last token, by Adam on δ [D]; z0 is what its `part` puts
     out, the whole "block" (MEMIT and its kin) or the "ffn" (ROME). δ has the same effect on either.
 
-    Loss of a request: mean NLL of the target under all templates + kl_factor · KL at the subject of "{subject} is a" against
-    the unedited model + locality_factor · mean KL at the end of the `locality_prompts` that ask something else
+    Loss of a request: mean NLL of the target under all templates + kl_factor · KL(now || unedited) at the subject of
+    "{subject} is a" + locality_factor · mean KL(unedited || now) at the end of the `locality_prompts` that ask something else
     + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||; stops under 0.05. All requests share one batch and
     none changes another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
     comparison. FloatingPointError when a loss is not finite.
@@ -278,7 +278,7 @@ class _Kept:
 
     def loss(self, view: ModelView, final: torch.Tensor) -> torch.Tensor:
         """[R]"""
-        loss = self.kl_factor * _kl(self.subject, _log_probs(view, self.batch, final, self.batch.subject))
+        loss = self.kl_factor * _kl(_log_probs(view, self.batch, final, self.batch.subject), self.subject)
         if self.factors is None:
             return loss
         each = self.factors * _kl(self.other, _log_probs(view, self.batch, final, self.batch.other))
@@ -290,9 +290,9 @@ def _log_probs(view: ModelView, batch: _Batch, states: torch.Tensor, places) -> 
     return log_softmax(view.readout.logits(batch.at(states, places)).float(), -1)
 
 
-def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """KL(reference || log_probs) of each row."""
-    return (reference.exp() * (reference - log_probs)).sum(-1)
+def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(one || other) of each row of log-probabilities."""
+    return (one.exp() * (one - other)).sum(-1)
 
 
 def _nll(view: ModelView, states: torch.Tensor, batch: _Batch) -> torch.Tensor:
