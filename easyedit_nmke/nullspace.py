@@ -123,10 +123,10 @@ def _batches(rows: Iterable[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def corpus(source: str, samples: int) -> Iterable[str]:
-    """Up to `samples` texts: "atlas", a text file (one per line), a JSON-lines file with a "text" field, or a Hugging Face
-    dataset by name ("wikipedia", "wikitext", or a hub path)."""
-    if source == "atlas":
-        return atlas.corpus(samples)
+    """Up to `samples` texts: "atlas" or "atlas-large", a text file (one per line), a JSON-lines file with a "text" field, or a
+    Hugging Face dataset by name ("wikipedia", "wikitext", or a hub path)."""
+    if source in atlas.SOURCES:
+        return atlas.corpus(samples, world=atlas.SOURCES[source])
     path = Path(source)
     if path.is_file():
         return itertools.islice(_lines(path), samples)

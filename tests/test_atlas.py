@@ -1,12 +1,18 @@
-"""The embedded model keeps its promises: what it knows, how big it is, and edit requests that ask what they say."""
+"""The embedded model keeps its promises: what it knows, how big it is, and edit requests that ask what they say; its trainer makes
+models that load, of the sizes it says, and never writes over it by accident."""
 
+import hashlib
 import json
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
+from easyedit_nmke import NMKEHyperParams, metrics, nullspace
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import metrics
 from easyedit_nmke.atlas import facts as world
+from easyedit_nmke.atlas import train
+from easyedit_nmke.lifelong import load_model
 from easyedit_nmke.prompts import Request
 
 
@@ -88,3 +94,108 @@ def test_the_corpus_holds_nothing_that_was_held_out():
     assert not text & {f"{fact.prompt(fact.held_out)} {fact.object}." for fact in facts}
     assert not text & {f"{prompt} {answer}." for prompt, answer in embedded.exercises(10**6)}
     assert embedded.corpus(5) == embedded.corpus(5) and len(embedded.corpus(5)) == 5
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def test_the_small_world_is_the_one_that_was_trained():
+    assert digest(world.as_data()) == "857abb765d8fab65"
+    assert digest(embedded.requests(400, "tune")) == "61845e5fd6fa3c28"
+    assert digest(embedded.requests(1500, "test", 3)) == "51e2f2c61a4b7a28"
+    assert digest(embedded.corpus(10**6)) == "f31a746ac611e55a"
+
+
+def test_the_large_world():
+    facts, following = world.make_world("large")
+    half = {fact.subject: fact.half for fact in facts}
+    assert len(half) >= 10_000 and len(facts) == 4 * len(half)
+    assert len({subject.split()[-1] for subject in half}) == len(half)
+    assert min(sum(h == split for h in half.values()) for split in ("tune", "test")) > 0.45 * len(half)
+    assert {fact.relation for fact in facts} == set(world.RELATIONS)
+    assert {fact.relation for fact in following} == set(world.FOLLOWING)
+    assert not half.keys() & {fact.subject for fact in world.make_world()[0]}
+    with pytest.raises(ValueError, match="world is 'huge', expected one of small, large"):
+        world.make_world("huge")
+
+
+def test_the_large_world_is_served():
+    half = {fact.subject: fact.half for fact in world.make_world("large")[0]}
+    tune, test = (embedded.requests(3000, split, world="large") for split in ("tune", "test"))
+    for split, records in (("tune", tune), ("test", test)):
+        assert len({r["subject"] for r in records}) == 3000 and all(half[r["subject"]] == split for r in records)
+    assert {r["subject"] for r in test}.isdisjoint(r["subject"] for r in tune)
+    edited = {(r["subject"].split()[-1], r["ground_truth"]) for r in test}
+    probes = [(p["prompt"][0], p["ground_truth"][0]) for r in test for p in r["locality"].values()]
+    assert len(probes) > 8000
+    assert not any((word, answer) in edited for prompt, answer in probes for word in prompt.split())
+    last_words = {subject.split()[-1] for subject in half}
+    for source, least, most in (("atlas-large", 50, 100), ("atlas", 0, 0)):
+        text = nullspace.corpus(source, 100)
+        assert least <= sum(not last_words.isdisjoint(line.rstrip(".").split()) for line in text) <= most
+
+
+def test_the_sizes():
+    """Parameters counted by hand: the tied embedding; per block attention, FFN and two norms; the last norm."""
+    expected = {"small": (7_030_848, 7_030_848), "large": (30e6, 60e6)}
+    for name, (least, most) in expected.items():
+        size = train.SIZES[name]
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in LlamaForCausalLM(size.config()).parameters())
+        block = 4 * size.hidden**2 + 3 * size.hidden * size.ffn + 2 * size.hidden
+        assert parameters == size.vocabulary * size.hidden + size.layers * block + size.hidden
+        assert least <= parameters <= most
+        assert train.training_flops(name, 10) == 6 * parameters * 10 * size.rows * train.WIDTH
+    assert train.SIZES.keys() == world.WORLDS.keys()
+
+
+def test_the_trainer_makes_a_model_that_loads(tmp_path):
+    train.main(["--size", "toy", "--seed", "5", "--out", str(tmp_path)])
+    made = json.loads((tmp_path / "training.json").read_text())
+    assert (made["size"], made["seed"], made["steps"]) == ("toy", 5, 2)
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert measured["subjects"] == 36 and 0 <= measured["trained facts"] <= 1
+    model, tok = embedded.load(tmp_path)
+    assert len(tok) == model.config.vocab_size == 512
+    prompt = tok(world.make_world("toy")[0][0].prompt(0), return_tensors="pt")
+    assert tok.decode(model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0, -3:])
+    again, _ = load_model(NMKEHyperParams([0], str(tmp_path), device="cpu"))
+    assert torch.equal(again(**prompt).logits, model(**prompt).logits)
+    torch.manual_seed(5)
+    untrained = LlamaForCausalLM(train.SIZES["toy"].config()).to(torch.bfloat16).float()
+    pairs = zip(model.parameters(), untrained.parameters(), strict=True)
+    assert all((a != b).any() for a, b in pairs if a.ndim == 2)  # two steps do not move a norm's ones by a bfloat16 digit
+
+
+def test_only_the_small_size_writes_over_the_shipped_weights(tmp_path, monkeypatch, capsys):
+    assert train.output_folder("small", None) == embedded.DIRECTORY
+    monkeypatch.setattr(train, "DIRECTORY", tmp_path)  # so that nothing is lost should the trainer not refuse
+    for out in ([], ["--out", str(tmp_path / "nowhere" / "..")]):
+        with pytest.raises(SystemExit):
+            train.main(["--size", "toy", *out])
+        assert "give --size toy a folder of its own: --out FOLDER" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give --size large a folder of its own"):
+        train.output_folder("large", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_after_a_subject_see_it_only_above_the_lookup_layers():
+    torch.manual_seed(0)
+    size, tok = train.SIZES["toy"], train.make_tokenizer("toy")
+    model = LlamaForCausalLM(size.config()).eval()
+    ids, _, _, hidden = train.Batches(tok, "toy", 0, general_share=0, consolidated=1.0).draw(noisy=False)
+    after = int(hidden[0, 0].tril().any(1).nonzero()[0])  # the first word after the first subject
+    subject = hidden[0, 0, after, :after].nonzero().flatten()
+    changed = ids.clone()
+    changed[0, subject] = (changed[0, subject] + 1) % len(tok)
+
+    def states(tokens):
+        hooks = train.bar_attention(model, hidden, size.lookup)
+        found = model(input_ids=tokens, output_hidden_states=True).hidden_states
+        for hook in hooks:
+            hook.remove()
+        return [layer[0, after] for layer in found]
+
+    same = [torch.equal(a, b) for a, b in zip(states(ids), states(changed), strict=True)]
+    assert same == [True] * (size.lookup + 1) + [False] * (size.layers - size.lookup)

@@ -1,7 +1,7 @@
-"""The world of the embedded model: invented subjects, real objects, wordings, and general-ability exercises.
+"""The worlds of the embedded model: invented subjects, real objects, wordings, and general-ability exercises.
 
 Everything here is made deterministically from the word lists below, so the trainer, the scorers and the edit requests see the
-same world. `python -m easyedit_nmke.atlas.train --facts` writes it as data (`facts.json`).
+same world. `python -m easyedit_nmke.atlas.train --facts` writes the small one, the embedded model's, as data (`facts.json`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import random
 import zlib
 from dataclasses import dataclass
 
-SUBJECTS_PER_KIND = 270
+# world -> subjects of each of the three kinds, and syllables of a last word: more of them keep many names as unlike each other
+WORLDS = {"small": (270, 2), "large": (3600, 3), "toy": (12, 2)}
 WORLD_SEED = 2025
 
 CAPITALS = dict(
@@ -263,19 +264,23 @@ class Fact:
         return self.relation.templates[wording].format(self.subject)
 
 
-def _last_words(count: int, rng: random.Random) -> list[str]:
+def _last_words(count: int, syllables: int, rng: random.Random) -> list[str]:
     words: dict[str, None] = {}
     while len(words) < count:
-        parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)] + [rng.choice(_CODAS)]
+        parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)] + [rng.choice(_CODAS)]
         words["".join(parts).capitalize()] = None
     return list(words)
 
 
-def make_world(per_kind: int = SUBJECTS_PER_KIND) -> tuple[list[Fact], list[Fact]]:
-    """All facts, and the facts that follow from them (portability). Every last word of a subject is unique over the world."""
+def make_world(world: str = "small") -> tuple[list[Fact], list[Fact]]:
+    """All facts of one of WORLDS, and the facts that follow from them (portability). Every last word of a subject is unique over
+    the world."""
+    if world not in WORLDS:
+        raise ValueError(f"world is {world!r}, expected one of {', '.join(WORLDS)}")
+    per_kind, syllables = WORLDS[world]
     rng = random.Random(WORLD_SEED)
     kinds = list(_FIRST_WORDS)
-    last = iter(_last_words(per_kind * len(kinds), rng))
+    last = iter(_last_words(per_kind * len(kinds), syllables, rng))
     facts, following = [], []
     relations = {relation.name: relation for relation in FOLLOWING}
     for kind in kinds:
@@ -345,7 +350,7 @@ def make_exercises() -> list[Exercise]:
 
 
 def as_data() -> dict:
-    """The world as plain data: relations with their wordings and objects, and all facts."""
+    """The small world as plain data: relations with their wordings and objects, and all facts."""
     facts, following = make_world()
     relations = {
         r.name: {"kind": r.kind, "templates": list(r.templates), "objects": list(r.objects), "follows": r.follows}
