@@ -208,9 +208,9 @@ class Stream:
 def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
     """The first `edits` (None: all) facts of the embedded model's test half, or records of a file, in an order that the seed
     decides (0: as they are), without those that this model and its templates cannot be edited with or scored on."""
-    if source == "atlas":
-        requests = [Request.from_dict(r) for r in atlas.requests(edits or 200, "test", seed)]
-        return Stream(requests, list(range(len(requests))), [], {"name": "atlas, test half", "edits": len(requests)})
+    if source in atlas.SOURCES:
+        requests = [Request.from_dict(r) for r in atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])]
+        return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
     loaded = data.load(Path(source))
     order = list(range(len(loaded.requests)))
     if seed:
@@ -310,7 +310,7 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) 
     asked = stream(editor, plan.source, plan.edits, seed)
     mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
     _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
-    exercises = atlas.exercises() if plan.source == "atlas" else ()
+    exercises = atlas.exercises() if plan.source in atlas.SOURCES else ()
     scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan))
     if method is plan.methods[0] and not earlier:
         scores = scorer.unedited(editor.model, editor.tok)
