@@ -22,7 +22,7 @@ from .keys import Contexts, subject_states
 from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
-from .state import EditReport, LifelongState
+from .state import EditReport, LifelongState, Update
 from .values import target_values
 
 FT_LOSS_TO_STOP = 1e-2
@@ -83,7 +83,8 @@ def edit_rank_one(
                     u = state.solvers[layer].solve(u[:, None])[:, 0]
                 u = u / u.norm()
                 residual = value.z.to(current) - current
-                write(view.w_out(layer), torch.outer(residual / (keys[0] @ u), u), layer)
+                left, right = (residual / (keys[0] @ u))[:, None].float(), u[None].float()
+                write(view.w_out(layer), Update(layer, left, right), report)
             report.density[layer] = 1.0
             report.residual += residual.norm().item() / (len(requests) * len(hparams.layers))
         report.value_loss.append(value.loss)

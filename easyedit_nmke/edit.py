@@ -16,7 +16,7 @@ import torch
 from .arch import ModelView, evaluating
 from .hparams import HyperParams
 from .prompts import Request, encode, target_tokens
-from .state import EditReport, LifelongState
+from .state import EditReport, LifelongState, Update
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,13 @@ def edited_parameters(view: ModelView, hparams: HyperParams) -> dict[str, torch.
     return {prefixes[layer] + name: p for layer in hparams.layers for name, p in view.down(layer).named_parameters()}
 
 
-def write(weight: torch.Tensor, update: torch.Tensor, layer: int) -> None:
-    """weight += update in place, both [D, F], unless the sum is not finite."""
-    changed = weight + update.to(weight)
+def write(weight: torch.Tensor, update: Update, report: EditReport) -> None:
+    """weight [D, F] += update in place, and note it in the report, unless the sum is not finite."""
+    changed = weight + (update.left @ update.right).to(weight)
     if not torch.isfinite(changed).all():
-        raise FloatingPointError(f"the update of layer {layer} is not finite; the model is left as it was")
+        raise FloatingPointError(f"the update of layer {update.layer} is not finite; the model is left as it was")
     weight.copy_(changed)
+    report.updates.append(update)
 
 
 def check_model(view: ModelView, hparams: HyperParams) -> None:

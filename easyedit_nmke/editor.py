@@ -16,7 +16,7 @@ from .masks import NeuronMask, neuron_mask, shuffled
 from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
 from .solver import NullSpaceSolver, RestrictedSolver
-from .state import EditReport, LifelongState
+from .state import EditReport, LifelongState, Update
 from .values import reference_norm, target_values
 
 
@@ -96,7 +96,8 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
         with phase(report, "solve"):
             weight = view.w_out(layer)
             mask = masks[layer].mask.to(weight.device) if layer in masks else None
-            write(weight, _update(state.solvers[layer], keys, residual.to(weight.device), mask, hparams), layer)
+            right = _directions(state.solvers[layer], keys, mask, hparams).T.float().contiguous()
+            write(weight, Update(layer, residual.to(weight.device).float(), right), report)
         report.density[layer] = masks[layer].density if layer in masks else 1.0
         if layer in masks:
             chosen = masks[layer].mask != 0
@@ -110,13 +111,13 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
         return keys_of(view, tok, requests, contexts, hparams.layers), report
 
 
-def _update(solver, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:
-    """The solver's update; for the control "uniform" the unmasked one, scaled to the Frobenius norm of the masked one."""
-    masked = solver.update(keys, residual, mask)
+def _directions(solver, keys: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:
+    """The solver's; for the control "uniform" the unmasked ones, each scaled to the norm of the masked one."""
+    masked = solver.directions(keys, mask)
     if mask is None or hparams.control != "uniform":
         return masked
-    whole = solver.update(keys, residual)
-    return whole * (masked.norm() / whole.norm().clamp(min=1e-30))
+    whole = solver.directions(keys)
+    return whole * (masked.norm(dim=0) / whole.norm(dim=0).clamp(min=1e-30))
 
 
 def neuron_masks(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str], hparams) -> dict[int, NeuronMask]:

@@ -53,7 +53,12 @@ class NullSpaceSolver:
 
         Returned in residual's dtype. Leaves the solver as it was.
         """
-        _check(keys, residual, mask, self.neurons)
+        _check_residual(residual, keys)
+        return (residual.double() @ self.directions(keys, mask).T).to(residual.dtype)
+
+    def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
+        _check(keys, mask, self.neurons)
         new = self.project(keys)
         overlap, schur = self._border(new)
         past = self._keys[:, : self.count]
@@ -61,9 +66,7 @@ class NullSpaceSolver:
         directions = torch.cholesky_solve((new - past @ weights).T, schur).T  # [N, k]
         if self.strength is not None:
             directions = self.project(directions)
-        if mask is not None:
-            directions = directions * mask[:, None].to(directions)
-        return (residual.double() @ directions.T).to(residual.dtype)
+        return directions if mask is None else directions * mask[:, None].to(directions)
 
     def append(self, keys: torch.Tensor) -> None:
         """From now on, keep the outputs at `keys` [N, k]."""
@@ -155,7 +158,12 @@ class RestrictedSolver:
 
     def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The change of w_out [D, N] that moves the output at `keys` [N, k] by `residual` [D, k]; zero where `mask` [N] is."""
-        _check(keys, residual, mask, self.neurons)
+        _check_residual(residual, keys)
+        return (residual.double() @ self.directions(keys, mask).T).to(residual.dtype)
+
+    def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
+        _check(keys, mask, self.neurons)
         rows = torch.ones(self.neurons, dtype=torch.bool) if mask is None else mask != 0
         rows = rows.to(keys.device)
         new = keys[rows].double()
@@ -168,7 +176,7 @@ class RestrictedSolver:
             columns = torch.cat([basis * self.strength.to(new).sqrt(), past, new], 1)
         directions = torch.zeros(self.neurons, keys.shape[1], dtype=new.dtype, device=new.device)
         directions[rows] = _ridge(columns, new, self.l2)
-        return (residual.double() @ directions.T).to(residual.dtype)
+        return directions
 
     def append(self, keys: torch.Tensor) -> None:
         """From now on, keep the outputs at `keys` [N, k]."""
@@ -238,13 +246,16 @@ class CovarianceSolver:
 
         Returned in residual's dtype.
         """
-        _check(keys, residual, mask, self.neurons)
+        _check_residual(residual, keys)
+        return (residual.double() @ self.directions(keys, mask).T).to(residual.dtype)
+
+    def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
+        _check(keys, mask, self.neurons)
         solved = self.solve(keys)
         inner = torch.eye(keys.shape[1], dtype=solved.dtype, device=solved.device) + keys.to(solved).T @ solved
         directions = torch.linalg.solve(inner, solved, left=False)  # [N, k]
-        if mask is not None:
-            directions = directions * mask[:, None].to(directions)
-        return (residual.double() @ directions.T).to(residual.dtype)
+        return directions if mask is None else directions * mask[:, None].to(directions)
 
     def truncate(self, count: int) -> None:
         """Nothing is remembered, so there is nothing to forget."""
@@ -257,15 +268,19 @@ class CovarianceSolver:
         """Nothing."""
 
 
-def _check(keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, neurons: int) -> None:
+def _check(keys: torch.Tensor, mask: torch.Tensor | None, neurons: int) -> None:
     _check_keys(keys, neurons)
-    if residual.dim() != 2 or residual.shape[1] != keys.shape[1]:
-        raise ValueError(f"residual must be [hidden, {keys.shape[1]}] (one column per key), got shape {tuple(residual.shape)}")
     if mask is not None and mask.shape != (neurons,):
         raise ValueError(f"mask must be [{neurons}], got shape {tuple(mask.shape)}")
-    for name, tensor in (("residual", residual), ("mask", mask)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
+    if mask is not None and not torch.isfinite(mask).all():
+        raise ValueError("mask holds NaN or infinite values")
+
+
+def _check_residual(residual: torch.Tensor, keys: torch.Tensor) -> None:
+    if keys.dim() == 2 and (residual.dim() != 2 or residual.shape[1] != keys.shape[1]):
+        raise ValueError(f"residual must be [hidden, {keys.shape[1]}] (one column per key), got shape {tuple(residual.shape)}")
+    if not torch.isfinite(residual).all():
+        raise ValueError("residual holds NaN or infinite values")
 
 
 def _check_keys(keys: torch.Tensor, neurons: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,14 @@ def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:
     return digest
 
 
+class Update(NamedTuple):
+    """One low-rank change of a layer's w_out [D, F]: left [D, k] · right [k, F], in the dtype it is added in."""
+
+    layer: int
+    left: torch.Tensor
+    right: torch.Tensor
+
+
 @dataclass
 class EditReport:
     """What one call did: requests, mask density and ratios per layer, loss of the values, seconds by phase."""
@@ -46,6 +54,7 @@ class EditReport:
     peak_memory: dict[str, float] = field(default_factory=dict)  # MB by phase: of the process, on a GPU of its allocations
     overlap: dict[int, float] = field(default_factory=dict)  # Jaccard overlap of each layer's mask with the last edit's
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool; the state takes them over
+    updates: list[Update] = field(default_factory=list)  # what was added to the weights, in order; the state takes them over
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> EditReport:
@@ -54,8 +63,8 @@ class EditReport:
         return cls(**{k: {int(i): x for i, x in v.items()} if k in by_layer else v for k, v in content.items()})
 
     def to_dict(self) -> dict:
-        """Everything but the masks."""
-        return {name: value for name, value in vars(self).items() if name != "masks"}
+        """Everything but the tensors."""
+        return {name: value for name, value in vars(self).items() if name not in ("masks", "updates")}
 
 
 class LifelongState:
@@ -110,7 +119,7 @@ class LifelongState:
             for layer, count in columns.items():
                 self.solvers[layer].truncate(count)
             raise
-        self.masks, report.masks = report.masks, {}
+        self.masks, report.masks, report.updates = report.masks, {}, []
         self.reports.append(report)
         self._digests.append(fingerprint(weights))
 
