@@ -73,9 +73,19 @@ RANGES = {
     "weight_decay": (0, math.inf, True),
     "norm_constraint": (0, math.inf, False),
     "locality_factor": (0, math.inf, True),
+    "v_extra_steps": (0, math.inf, True),
     "value_norm_factor": (0, math.inf, False),
 }
-WHOLE = {"v_num_grad_steps", "v_loss_layer", "mom2_n_samples", "max_length", "batch_size", "template_length", "num_steps"}
+WHOLE = {
+    "v_num_grad_steps",
+    "v_extra_steps",
+    "v_loss_layer",
+    "mom2_n_samples",
+    "max_length",
+    "batch_size",
+    "template_length",
+    "num_steps",
+}
 OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
 
 
@@ -348,6 +358,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
     value_norm: str = "free"  # "anchored": every z is rescaled to the mean norm of values solved on the unedited model
     value_norm_factor: float = 1.0  # times this
     key_contexts: str = "templates"  # what a key is averaged over; "relations": the locality_prompts too
+    v_extra_steps: int = 0  # for a z that has not made the target the likelier answer after v_num_grad_steps
     locality_factor: float = 0.0  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = field(default_factory=list)  # other relations, "{}" for the subject
     control: str = "none"  # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
@@ -415,8 +426,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "l2_scale": "auto",
             "nullspace_fraction": 0.1,
             "mom2_update_weight": 2500.0,
-            "L2": 7.5,
+            "L2": 12.0,
             "key_contexts": "relations",
+            "v_extra_steps": 45,
             "locality_factor": 1.5,
             "locality_prompts": (
                 "{} was born in",
