@@ -15,11 +15,11 @@ from torch.nn.functional import log_softmax
 
 from . import editor
 from .arch import ModelView, evaluating
+from .covariance import moments
 from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import Contexts, subject_states
-from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
 from .state import EditReport, LifelongState, Update

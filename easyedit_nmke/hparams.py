@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16", "auto"),
+    "mom2_dtype": ("float32", "float64"),
     "fact_token": ("subject_last",),
     "attribution_strategy": ("lps", "psa", "mpc"),
     "attribution_target": ("predicted", "target_new"),
@@ -111,7 +113,8 @@ class HyperParams:
     alg_name: str = ""
     device: Any = 0  # a CUDA index, or any torch device name
     model_parallel: bool = False
-    fp16: bool = False
+    dtype: str = "float32"  # of a named model; "auto": as its files are stored
+    fp16: bool = False  # EasyEdit's name for dtype: float16
     batch_size: int = 1  # requests written by one update
     max_length: int = 40
     seed: int = 0  # of the context templates
@@ -182,6 +185,8 @@ class HyperParams:
         for name in ("model_parallel", "fp16"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.fp16 is True and self.dtype not in ("float32", "float16"):
+            found.append(f"fp16: true asks for float16, dtype for {self.dtype!r}; leave one of them out")
         numbered = _is_int(self.device) or self.device is None or isinstance(self.device, str)
         if not numbered and type(self.device).__name__ != "device":
             found.append(f"device must be a CUDA index or the name of a torch device, got {self.device!r}")
@@ -224,7 +229,7 @@ class KeyValueHyperParams(HyperParams):
     """For the methods that write a target value z for a key k: NMKE, AlphaEdit, MEMIT, ROME. Defaults are EasyEdit's."""
 
     STATE: ClassVar[tuple[str, ...]] = (
-        *HyperParams.STATE, "mom2_dataset", "mom2_n_samples", "seed", "template_prefixes",
+        *HyperParams.STATE, "mom2_dataset", "mom2_n_samples", "mom2_dtype", "seed", "template_prefixes",
     )  # fmt: skip
 
     # Target values z (Adam on δ at the last edited layer)
@@ -239,7 +244,7 @@ class KeyValueHyperParams(HyperParams):
     # Covariance of keys
     mom2_dataset: str = "wikipedia"
     mom2_n_samples: int = 100000
-    mom2_dtype: str = "float32"  # accepted for EasyEdit's files
+    mom2_dtype: str = "float32"  # of the sums over tokens
     mom2_adjustment: bool = True  # ROME's; accepted for EasyEdit's files of the others
     stats_dir: str | None = None  # None: the user's cache directory
 

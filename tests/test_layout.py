@@ -12,14 +12,15 @@ import easyedit_nmke
 ROOT = Path(easyedit_nmke.__file__).parent
 RANK = {
     "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "state": 0, "atlas": 0, "drift": 0,
-    "hooks": 1, "data": 1, "metrics": 1, "attribution": 1,
-    "values": 2, "keys": 2, "nullspace": 2, "edit": 2, "generation": 2,
-    "editor": 3,
-    "baselines": 4,
-    "register": 5, "lifelong": 5, "harness": 5, "figures": 5,
-    "foreign": 6, "protocol": 6, "report": 6,
-    "compare": 7, "page": 7,
-    "cli": 8, "__init__": 9,
+    "hooks": 1, "data": 1, "metrics": 1, "attribution": 1, "corpus": 1,
+    "values": 2, "keys": 2, "covariance": 2, "edit": 2, "generation": 2,
+    "nullspace": 3,
+    "editor": 4,
+    "baselines": 5,
+    "register": 6, "lifelong": 6, "harness": 6, "figures": 6,
+    "foreign": 7, "protocol": 7, "report": 7,
+    "compare": 8, "page": 8,
+    "cli": 9, "__init__": 10,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
