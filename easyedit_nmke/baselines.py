@@ -22,7 +22,9 @@ from .keys import Contexts, subject_states
 from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
-from .state import EditReport, LifelongState, Update
+from .log import EditReport
+from .state import LifelongState
+from .updates import Update
 from .values import target_values
 
 FT_LOSS_TO_STOP = 1e-2
@@ -69,7 +71,7 @@ def edit_rank_one(
     should put out at the subject, and v = (z - its output) / (k · u).
     """
     report = EditReport(len(requests))
-    for request in requests:
+    for number, request in enumerate(requests):
         for layer in hparams.layers:
             with phase(report, "values"):
                 (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
@@ -84,7 +86,7 @@ def edit_rank_one(
                 u = u / u.norm()
                 residual = value.z.to(current) - current
                 left, right = (residual / (keys[0] @ u))[:, None].float(), u[None].float()
-                write(view.w_out(layer), Update(layer, left, right), report)
+                write(view.w_out(layer), Update(layer, left, right, number), report, state.masters.get(layer))
             report.density[layer] = 1.0
             report.residual += residual.norm().item() / (len(requests) * len(hparams.layers))
         report.value_loss.append(value.loss)
@@ -97,7 +99,7 @@ def edit_rank_one(
 def open_ft(model, tok, hparams: FTHyperParams, progress: bool = True) -> LifelongState:
     """Nothing is kept from edit to edit but the account of them."""
     check_model(ModelView(model), hparams)
-    return LifelongState(settings_of(hparams), {}, [[SUBJECT]])
+    return LifelongState(settings_of(hparams), {}, [[SUBJECT]], factors=False)
 
 
 def fine_tune(

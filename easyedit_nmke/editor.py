@@ -16,7 +16,9 @@ from .masks import NeuronMask, neuron_mask, shuffled
 from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
 from .solver import NullSpaceSolver, RestrictedSolver
-from .state import EditReport, LifelongState, Update
+from .log import EditReport
+from .state import LifelongState
+from .updates import Update
 from .values import reference_norm, target_values
 
 
@@ -83,6 +85,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
         z = torch.stack([value.z for value in values], 1)
         if state.value_norm is not None:
             z = z * (state.value_norm / z.norm(dim=0))
+        report.z = z
     with phase(report, "attribution"):
         masks = neuron_masks(view, tok, requests, flat, hparams)
         if masks and hparams.control == "random":
@@ -97,7 +100,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
             weight = view.w_out(layer)
             mask = masks[layer].mask.to(weight.device) if layer in masks else None
             right = _directions(state.solvers[layer], keys, mask, hparams).T.float().contiguous()
-            write(weight, Update(layer, residual.to(weight.device).float(), right), report)
+            write(weight, Update(layer, residual.to(weight.device).float(), right), report, state.masters.get(layer))
         report.density[layer] = masks[layer].density if layer in masks else 1.0
         if layer in masks:
             chosen = masks[layer].mask != 0

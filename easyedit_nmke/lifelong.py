@@ -12,7 +12,7 @@ from tqdm import tqdm
 from . import atlas, metrics
 from .arch import ModelView
 from .baselines import apply_to_model, open_state
-from .edit import carried_state, check_model, check_requests, edited_parameters
+from .edit import carried_state, check_model, check_requests, followed
 from .hparams import HyperParams
 from .prompts import Request
 from .state import LifelongState
@@ -89,7 +89,7 @@ class LifelongEditor:
             for name, original in weights.items():
                 self.model.get_parameter(name).copy_(original)
         if self._state is not None:
-            self._state.follow(edited_parameters(ModelView(self.model), self.hparams))
+            self._state.follow(followed(ModelView(self.model), self.hparams))
 
     def edit(
         self,

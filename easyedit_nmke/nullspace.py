@@ -22,7 +22,7 @@ from . import atlas
 from .arch import ModelView
 from .hooks import record
 from .prompts import encode, pad
-from .state import fingerprint
+from .updates import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from .drift import weight_drift
 from .edit import edited_parameters, peak_memory
 from .lifelong import LifelongEditor
 from .prompts import Request
-from .state import fingerprint
+from .updates import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,17 @@ import easyedit_nmke
 
 ROOT = Path(easyedit_nmke.__file__).parent
 RANK = {
-    "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "state": 0, "atlas": 0, "drift": 0,
-    "hooks": 1, "data": 1, "metrics": 1, "attribution": 1,
-    "values": 2, "keys": 2, "nullspace": 2, "edit": 2, "generation": 2,
-    "editor": 3,
-    "baselines": 4,
-    "register": 5, "lifelong": 5, "harness": 5, "figures": 5,
-    "foreign": 6, "protocol": 6, "report": 6,
-    "compare": 7, "page": 7,
-    "cli": 8, "__init__": 9,
+    "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "updates": 0, "journal": 0, "atlas": 0, "drift": 0,
+    "hooks": 1, "data": 1, "metrics": 1, "attribution": 1, "log": 1,
+    "values": 2, "keys": 2, "nullspace": 2, "state": 2, "generation": 2,
+    "edit": 3,
+    "durable": 4,
+    "editor": 5,
+    "baselines": 6,
+    "register": 7, "lifelong": 7, "harness": 7, "figures": 7,
+    "foreign": 8, "protocol": 8, "report": 8,
+    "compare": 9, "page": 9,
+    "cli": 10, "__init__": 11,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from easyedit_nmke.solver import NullSpaceSolver
-from easyedit_nmke.state import EditReport, LifelongState, fingerprint
+from easyedit_nmke import updates
+from easyedit_nmke.log import EditReport
+from easyedit_nmke.state import LifelongState
+from easyedit_nmke.updates import fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -24,10 +27,8 @@ def test_a_fingerprint_sees_every_bit(dtype):
 
 
 def test_a_fingerprint_spans_chunks(monkeypatch):
-    from easyedit_nmke import state
-
     tensor = torch.arange(1000, dtype=torch.float32)
-    monkeypatch.setattr(state, "_CHUNK", 64)
+    monkeypatch.setattr(updates, "_CHUNK", 64)
     before = fingerprint({0: tensor})
     tensor[999] += 1
     assert fingerprint({0: tensor}) != before
