@@ -11,7 +11,7 @@ import easyedit_nmke
 
 ROOT = Path(easyedit_nmke.__file__).parent
 RANK = {
-    "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "state": 0, "atlas": 0, "drift": 0,
+    "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "state": 0, "journal": 0, "atlas": 0, "drift": 0,
     "hooks": 1, "data": 1, "metrics": 1, "attribution": 1,
     "values": 2, "keys": 2, "nullspace": 2, "edit": 2, "generation": 2,
     "editor": 3,
