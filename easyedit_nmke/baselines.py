@@ -14,15 +14,16 @@ from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
 from . import editor
-from .arch import ModelView, evaluating
+from .arch import ModelView
+from .durable import Ground, opened
 from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import Contexts, subject_states
+from .log import EditReport
 from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
-from .log import EditReport
 from .state import LifelongState
 from .updates import Update
 from .values import target_values
@@ -35,13 +36,26 @@ FT_LOSS_TO_STOP = 1e-2
 
 def open_memit(model, tok, hparams: MEMITHyperParams, progress: bool = True) -> LifelongState:
     """Context templates, and per layer the covariance of the keys of the model as it is now, times `mom2_update_weight`."""
-    view = ModelView(model)
-    check_model(view, hparams)
-    with evaluating(model):
-        templates = context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-        known = moments(view, tok, hparams, progress)
-    solvers = {layer: CovarianceSolver(moment, hparams.mom2_update_weight) for layer, moment in known.items()}
-    return LifelongState(settings_of(hparams), solvers, templates)
+    return opened(_measure_memit, _build_memit, model, tok, hparams, progress)
+
+
+def _measure_memit(view: ModelView, tok, hparams: MEMITHyperParams, progress: bool) -> Ground:
+    templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+    return Ground(templates, _named_by_layer(moments(view, tok, hparams, progress)))
+
+
+def _build_memit(view: ModelView, ground: Ground, hparams: MEMITHyperParams) -> LifelongState:
+    solvers = _covariance_solvers(view, ground, hparams.mom2_update_weight)
+    return LifelongState(settings_of(hparams), solvers, ground.templates)
+
+
+def _named_by_layer(tensors: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(layer): tensor for layer, tensor in tensors.items()}
+
+
+def _covariance_solvers(view: ModelView, ground: Ground, weight: float = 1.0) -> dict[int, CovarianceSolver]:
+    layers = sorted(map(int, ground.statistics))
+    return {layer: CovarianceSolver(ground.statistics[str(layer)].to(view.weight(layer).device), weight) for layer in layers}
 
 
 # ---- ROME
@@ -49,17 +63,20 @@ def open_memit(model, tok, hparams: MEMITHyperParams, progress: bool = True) -> 
 
 def open_rome(model, tok, hparams: ROMEHyperParams, progress: bool = True) -> LifelongState:
     """Context templates of all lengths in one group, and with `mom2_adjustment` the covariance of keys per layer."""
-    view = ModelView(model)
-    check_model(view, hparams)
+    return opened(_measure_rome, _build_rome, model, tok, hparams, progress)
+
+
+def _measure_rome(view: ModelView, tok, hparams: ROMEHyperParams, progress: bool) -> Ground:
     prefixes, texts = hparams.template_prefixes, []
-    with evaluating(model):
-        for number, (length, count) in enumerate(hparams.context_template_length_params if prefixes else []):
-            copies = count // len(prefixes)
-            groups = context_templates(model, tok, prefixes, length, hparams.seed + number, copies=copies)
-            texts += groups[1]
-        known = moments(view, tok, hparams, progress) if hparams.mom2_adjustment else {}
-    solvers = {layer: CovarianceSolver(moment) for layer, moment in known.items()}
-    return LifelongState(settings_of(hparams), solvers, [[SUBJECT, *texts]])
+    for number, (length, count) in enumerate(hparams.context_template_length_params if prefixes else []):
+        copies = count // len(prefixes)
+        texts += context_templates(view.model, tok, prefixes, length, hparams.seed + number, copies=copies)[1]
+    known = moments(view, tok, hparams, progress) if hparams.mom2_adjustment else {}
+    return Ground([[SUBJECT, *texts]], _named_by_layer(known))
+
+
+def _build_rome(view: ModelView, ground: Ground, hparams: ROMEHyperParams) -> LifelongState:
+    return LifelongState(settings_of(hparams), _covariance_solvers(view, ground), ground.templates)
 
 
 def edit_rank_one(

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .arch import ModelView, evaluating
-from .edit import check_finite, check_model, followed
+from .edit import check_model, followed
 from .hparams import HyperParams
-from .journal import Journal, Record, libraries
+from .journal import Journal, Record, installed
 from .log import Edit, EditReport, Event, Undo, check_undo
 from .state import LifelongState
 from .updates import Update, fingerprint
@@ -51,7 +51,6 @@ def opened(measure: Measures, build: Builds, model, tok, hparams: HyperParams, p
     """
     view = ModelView(model)
     check_model(view, hparams)
-    check_finite(model)
     kept = hparams.state_dir is not None
     if kept and Journal.exists(hparams.state_dir):
         return _continued(build, view, hparams)
@@ -91,7 +90,7 @@ class Book:
     """The journal of one state. Whatever is raised here, nothing was added."""
 
     def __init__(self, journal: Journal):
-        self.journal, self.directory, self.libraries = journal, journal.path, libraries()
+        self.journal, self.directory, self.libraries = journal, journal.path, installed()
 
     def __deepcopy__(self, memo) -> None:
         """A copy of a model is not the one that the journal is of."""
@@ -133,8 +132,16 @@ class Book:
         if not differ:
             return
         edited = {ModelView(model).weight_name(layer) for layer in hparams.layers}
-        what = f"{kind} instead of {was['type']}" if not now else f"{len(differ)} of {len(now)} weights differ: {', '.join(differ[:3])}"
-        hint = "it has been edited already: load the unedited model" if set(differ) <= edited else "load that model, or give another state_dir"
+        what = (
+            f"{kind} instead of {was['type']}"
+            if not now
+            else f"{len(differ)} of {len(now)} weights differ: {', '.join(differ[:3])}"
+        )
+        hint = (
+            "it has been edited already: load the unedited model"
+            if set(differ) <= edited
+            else "load that model, or give another state_dir"
+        )
         raise ValueError(f"the state in {self.directory} is of another model ({what}); {hint}")
 
 
@@ -154,7 +161,9 @@ def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[t
             del events[content["events"] :]
             notes = [note for note in notes if note[0] <= len(events)]
         else:
-            raise ValueError(f"{journal.path} holds a record of kind {content['kind']!r}; a newer release of easyedit_nmke wrote it")
+            raise ValueError(
+                f"{journal.path} holds a record of kind {content['kind']!r}; a newer release of easyedit_nmke wrote it"
+            )
     return events, notes
 
 

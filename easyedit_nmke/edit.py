@@ -15,8 +15,8 @@ import torch
 
 from .arch import ModelView, evaluating
 from .hparams import HyperParams
-from .prompts import Request, encode, target_tokens
 from .log import EditReport
+from .prompts import Request, encode, target_tokens
 from .state import LifelongState
 from .updates import Update, accumulate
 
@@ -63,6 +63,8 @@ def apply_method(
             state = carried_state(model, tok, hparams, opens)
         elif state.settings != settings_of(hparams):
             raise ValueError(_different_state(state, hparams))
+        elif state.book is not None:
+            state.book.check(hparams)
         setattr(model, _ATTRIBUTE, state)
         check_requests(view, tok, requests, state.flat_templates)
         weights = followed(view, hparams)
@@ -189,12 +191,22 @@ def _different_state(state: LifelongState, hparams: HyperParams) -> str:
 
 
 def carried_state(model, tok, hparams: HyperParams, opens: Opens) -> LifelongState:
-    """The state that the model carries from its last edit with the same settings, or a new one."""
+    """The state that the model carries from its last edit with the same settings, or a new one; with `state_dir` the one that is
+    kept there.
+
+    ValueError when the model's edits are kept on disk elsewhere or with other hyperparameters.
+    """
     state = getattr(model, _ATTRIBUTE, None)
-    if state is not None and state.settings == settings_of(hparams):
+    if state is not None and state.book is not None:
+        state.book.check(hparams)
+        if hparams.state_dir is None or Path(hparams.state_dir).resolve() == state.book.directory.resolve():
+            return state
+        raise ValueError(f"the edits of this model are kept in {state.book.directory}, not in {hparams.state_dir}")
+    if state is not None and state.settings == settings_of(hparams) and hparams.state_dir is None:
         return state
     if state is not None and state.edits:
-        logger.warning("%s; past keys are forgotten", _different_state(state, hparams).split(";")[0])
+        what = _different_state(state, hparams).split(";")[0] if hparams.state_dir is None else "the state was not kept on disk"
+        logger.warning("%s; past keys are forgotten", what)
     check_finite(model)
     return opens(model, tok, hparams)
 

@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .arch import ModelView, evaluating
+from .arch import ModelView
 from .attribution import neuron_scores
 from .drift import mask_overlap
-from .edit import apply_method, check_model, phase, require, settings_of, write
+from .durable import Ground, opened
+from .edit import apply_method, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
 from .keys import Contexts, attribution_inputs, key_and_value, keys_of
+from .log import EditReport
 from .masks import NeuronMask, neuron_mask, shuffled
 from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
 from .solver import NullSpaceSolver, RestrictedSolver
-from .log import EditReport
 from .state import LifelongState
 from .updates import Update
 from .values import reference_norm, target_values
@@ -47,18 +48,27 @@ def apply_nmke_to_model(
 
 
 def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True) -> LifelongState:
-    """A new state: context templates, and one solver per layer with the projector of the model as it is now."""
-    view = ModelView(model)
-    check_model(view, hparams)
-    with evaluating(model):
-        templates = context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-        spaces = row_spaces(view, tok, hparams, progress)
-        norm = None
-        if hparams.value_norm == "anchored":
-            flat = [template for group in templates for template in group]
-            norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
-    solvers = {layer: _solver(space, hparams) for layer, space in spaces.items()}
-    return LifelongState(settings_of(hparams), solvers, templates, norm)
+    """A new state: context templates, and one solver per layer with the projector of the model as it is now; with `state_dir` the
+    one that is kept there (see `durable.opened`)."""
+    return opened(_measure, _build, model, tok, hparams, progress)
+
+
+def _measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
+    templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+    spaces, norm = row_spaces(view, tok, hparams, progress), None
+    if hparams.value_norm == "anchored":
+        flat = [template for group in templates for template in group]
+        norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
+    statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
+    return Ground(templates, statistics, norm)
+
+
+def _build(view: ModelView, ground: Ground, hparams: AlphaEditHyperParams) -> LifelongState:
+    def space(layer: int) -> RowSpace:
+        return RowSpace(*(ground.statistics[f"{part}.{layer}"].to(view.weight(layer).device) for part in RowSpace._fields))
+
+    solvers = {layer: _solver(space(layer), hparams) for layer in hparams.layers}
+    return LifelongState(settings_of(hparams), solvers, ground.templates, ground.value_norm)
 
 
 def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver | RestrictedSolver:

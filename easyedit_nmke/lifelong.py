@@ -83,6 +83,11 @@ class LifelongEditor:
         _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
         return before
 
+    def close(self) -> None:
+        """Let another process go on with the state that `state_dir` keeps."""
+        if self._state is not None and self._state.book is not None:
+            self._state.book.close()
+
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put parameters back (as returned by `apply` and `edit`), and past keys with them."""
         with torch.no_grad():
@@ -129,7 +134,8 @@ class LifelongEditor:
         return self.edit(prompts, target_new, *args, sequential_edit=sequential_edit, **kwargs)
 
     def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
-        before = metrics.quality(self.model, self.tok, requests)
+        with self.state.as_of(self.state.claimed):  # a process that was stopped made later edits, which this one will claim
+            before = metrics.quality(self.model, self.tok, requests)
         results = [
             {"case_id": i, "requested_rewrite": request.to_dict(), "pre": pre}
             for i, (request, pre) in enumerate(zip(requests, before, strict=True))

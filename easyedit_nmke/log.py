@@ -56,6 +56,7 @@ class Edit:
     report: EditReport
     supersedes: Mapping[int, Sequence[int]]
     digest: int
+    made: str  # when, UTC
 
     def __deepcopy__(self, memo) -> Edit:
         return self  # nobody changes it
@@ -105,3 +106,17 @@ def standing(events: Iterable[Event]) -> dict[int, str]:
         replaced.update(event.supersedes)
         found.update(dict.fromkeys(event.ids, "effective"))
     return found
+
+
+def check_undo(events: Sequence[Event], edit: int) -> None:
+    """ValueError for an edit that cannot be taken out."""
+    now = standing(events)
+    if edit not in now:
+        raise ValueError(
+            f"there is no edit {edit}; " + (f"edits are {min(now)} to {max(now)}" if now else "nothing has been edited")
+        )
+    if now[edit] == "undone":
+        raise ValueError(f"edit {edit} is undone already")
+    if now[edit] != "effective":
+        newer = now[edit].split()[-1]
+        raise ValueError(f"edit {edit} is {now[edit]}; undo {newer} first, which brings {edit} back")

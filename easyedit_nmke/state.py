@@ -1,4 +1,4 @@
-"""What edits leave behind: the log of their updates, past keys, projector and templates, held by an object and never by a module."""
+"""What edits leave behind: a log of their updates, past keys, projector and templates; held by an object, never by a module."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
-from .log import Edit, EditReport, Event, Undo, fact, standing
+from .log import Edit, EditReport, Event, Undo, check_undo, fact, standing
 from .updates import HALF, accumulate, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,11 @@ class LifelongState:
         return max((event.ids[-1] for event in self.events if isinstance(event, Edit)), default=0)
 
     @property
+    def claimed(self) -> int:
+        """The last edit that this process knows of; later ones were read from disk (see `claim`)."""
+        return self._unclaimed[0].first - 1 if self._unclaimed else self.last
+
+    @property
     def flat_templates(self) -> list[str]:
         """All context templates, the bare prompt first."""
         return [template for group in self.templates for template in group]
@@ -82,7 +88,7 @@ class LifelongState:
         now, self._weights = fingerprint(weights), weights
         digests = [self._bases[0][1] if self._bases else now, *(event.digest for event in self.events)]
         for count, digest, _ in self._bases:
-            digests[count] = digest
+            digests[count] = digest  # an outside change took the place of what was there
         if now in digests:
             step = len(digests) - 1 - digests[::-1].index(now)
             if not self._bases:
@@ -98,8 +104,8 @@ class LifelongState:
             return
         if self.book:
             raise ValueError(
-                f"the edited weights were changed by something else since edit {self.last}, which the state in {self.book.directory} "
-                "does not know of; load the model anew"
+                f"the edited weights were changed by something else since edit {self.last}, of which the state in "
+                f"{self.book.directory} knows nothing; load the model anew"
             )
         logger.warning("the edited weights were changed by something else since edit %d; past keys are kept", self.last)
         self._begin(now)
@@ -124,7 +130,7 @@ class LifelongState:
             if now[old] == "effective":
                 self._replaces.setdefault(facts[about], []).append(old)
         try:
-            self._forget(sum(self._replaces.values(), []))
+            self._forget([old for olds in self._replaces.values() for old in olds])
             yield
         except BaseException:
             if self._replaces:
@@ -134,16 +140,23 @@ class LifelongState:
             self._replaces = {}
 
     def advance(
-        self, weights: Mapping[Any, torch.Tensor], keys: Mapping[int, torch.Tensor], report: EditReport, requests: Sequence[Any] = ()
+        self,
+        weights: Mapping[Any, torch.Tensor],
+        keys: Mapping[int, torch.Tensor],
+        report: EditReport,
+        requests: Sequence[Any] = (),
     ) -> None:
         """Record one finished call: keys [F, requests] of each layer become past keys (none, for methods without a memory)."""
-        keys = {layer: k.to(weights[layer].dtype if weights[layer].dtype in HALF else torch.float32).cpu() for layer, k in keys.items()}
+        keys = {
+            layer: k.to(weights[layer].dtype if weights[layer].dtype in HALF else torch.float32).cpu() for layer, k in keys.items()
+        }
         updates = tuple(u._replace(left=u.left.cpu(), right=u.right.cpu()) for u in report.updates)
         z = None if report.z is None else report.z.float().cpu()
         masks = {layer: mask.cpu() for layer, mask in report.masks.items()}
         told = replace(report, masks={}, updates=[], z=None)
         asked = tuple(request.to_dict() for request in requests)
-        edit = Edit(self.last + 1, asked, updates, keys, z, masks, told, self._replaces, fingerprint(weights))
+        made = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        edit = Edit(self.last + 1, asked, updates, keys, z, masks, told, self._replaces, fingerprint(weights), made)
         counts, known = {layer: self.solvers[layer].count for layer in keys}, len(self._columns)
         try:
             self._append(edit.ids, keys)
@@ -201,13 +214,7 @@ class LifelongState:
 
         The other updates stay as they were solved. An edit that superseded another brings that one back. Errors are ValueErrors.
         """
-        now = standing(self.events)
-        if edit not in now:
-            raise ValueError(f"there is no edit {edit}; edits are 1 to {self.last}" if now else f"there is no edit {edit}, nor any other")
-        if now[edit] == "undone":
-            raise ValueError(f"edit {edit} is undone already")
-        if now[edit] != "effective":
-            raise ValueError(f"edit {edit} is {now[edit]}; undo {now[edit].split()[-1]} first, that brings {edit} back")
+        check_undo(self.events, edit)
         (place,) = (i for i, event in enumerate(self.events) if isinstance(event, Edit) and edit in event.ids)
         self._check_replays(place)
         with self._unchanged_on_error():
@@ -221,11 +228,13 @@ class LifelongState:
     @contextmanager
     def as_of(self, edit: int) -> Iterator[None]:
         """Inside it, the weights are as after edit `edit`; no editing there."""
+        if edit == self.last:
+            yield
+            return
         step = self._step(edit)
         now = {layer: weight.clone() for layer, weight in self._weights.items()}
         try:
-            if step < len(self.events):
-                self._write(self.events[:step], masters=False)
+            self._write(self.events[:step], masters=False)
             yield
         finally:
             for layer, weight in now.items():
@@ -239,11 +248,10 @@ class LifelongState:
         self._unclaimed = [event for event in self.events[noted:] if isinstance(event, Edit)]
         self._write()
         self._recall()
-        known = [i for i, event in enumerate(self.events) if event.digest is not None]
-        if known and known[-1] == len(self.events) - 1 and self._digest() != self.events[-1].digest:
+        if self.events and self.events[-1].digest not in (None, self._digest()):
             raise ValueError(f"the updates up to edit {self.last} do not give the weights that were recorded")
-        if self.events and isinstance(self.events[-1], Undo):
-            self.events[-1] = Undo(self.events[-1].edit, self._digest())
+        if self.events:
+            self.events[-1] = replace(self.events[-1], digest=self._digest())
         self.masks = next((event.masks for event in reversed(self.events) if isinstance(event, Edit)), {})
 
     def _step(self, edit: int) -> int:
@@ -253,7 +261,9 @@ class LifelongState:
             whole = next((event.ids for event in self.events if isinstance(event, Edit) and edit in event.ids), None)
             if whole is None:
                 raise ValueError(f"there is no edit {edit}; edits are 1 to {self.last}, 0 is before the first")
-            raise ValueError(f"edits {whole[0]} to {whole[-1]} share one update; go to {whole[0] - 1} or {whole[-1]}, or undo single ones")
+            raise ValueError(
+                f"edits {whole[0]} to {whole[-1]} share one update; go to {whole[0] - 1} or {whole[-1]}, or undo single ones"
+            )
         self._check_replays(ends[edit], going=True)
         return ends[edit]
 
@@ -326,7 +336,7 @@ class LifelongState:
 
     def _retake(self, event: Event) -> None:
         if isinstance(event, Edit):
-            self._forget(sum(map(list, event.supersedes.values()), []))
+            self._forget([old for olds in event.supersedes.values() for old in olds])
             self._append(event.ids, event.keys)
             return
         self._forget([event.edit])

@@ -89,7 +89,7 @@ class Journal:
         path = Path(directory)
         data = save(_on_cpu(tensors))
         base = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        about = {"format": FORMAT, "version": VERSION, "libraries": _libraries(), "header": dict(header), "base": base}
+        about = {"format": FORMAT, "version": VERSION, "libraries": installed(), "header": dict(header), "base": base}
         text, mark = seal(about, "")
         with explained(f"no journal could be made in {path}"):
             os.makedirs(path, exist_ok=True)
@@ -330,7 +330,8 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _libraries() -> dict[str, str]:
+def installed() -> dict[str, str]:
+    """Versions of the libraries that edits depend on, as they are here."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
