@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.func import functional_call
@@ -20,7 +21,7 @@ from .edit import Opens, Writes, apply_method, check_model, edited_parameters, p
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import Contexts, subject_states
-from .log import EditReport
+from .log import Edit, EditReport, Undo, check_undo, standing
 from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
@@ -228,6 +229,32 @@ def apply_to_model(
 def open_state(model, tok, hparams: HyperParams, progress: bool = True) -> LifelongState:
     """A new state for the method that `hparams` are of, with the statistics of the model as it is now."""
     return METHODS[hparams.alg_name][0](model, tok, hparams, progress)
+
+
+def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, resolve: bool = False) -> None:
+    """Take edit `edit` out of the model: `LifelongState.undo`. With `resolve`, later edits are solved again without it, from
+    their recorded values z; they are made anew, so their numbers move up. All or nothing, also on disk."""
+    if not resolve:
+        state.undo(edit)
+        return
+    opens, writes = METHODS[hparams.alg_name]
+    if writes is not edit_layers:
+        raise ValueError(f"edits of {hparams.alg_name} cannot be solved again from their values; undo them without resolve")
+    check_undo(state.events, edit)
+    (place,) = (i for i, event in enumerate(state.events) if isinstance(event, Edit) and edit in event.ids)
+    later, now = state.events[place:], standing(state.events)
+    with state.together():
+        state.rewind(place)
+        for event in later:
+            if isinstance(event, Undo):
+                if event.edit < later[0].first:
+                    state.undo(event.edit)
+                continue
+            kept = [i for i, number in enumerate(event.ids) if number != edit and now[number] != "undone"]
+            if kept:
+                requests = [event.requests[i] for i in kept]
+                again = partial(edit_layers, z=event.z[:, kept])
+                apply_method(opens, again, model, tok, requests, hparams, state=state)
 
 
 def _named(name: str, method: str) -> Callable:

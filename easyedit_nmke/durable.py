@@ -1,7 +1,8 @@
 """A state on disk: an edit counts when its record is there, and another process goes on from the last one, bit for bit.
 
-The journal's header holds what the method measured on the unedited model (templates, projector), the model's fingerprints and the
-hyperparameters; its records are edits, undone edits, rollbacks and a driver's notes, only ever appended.
+The journal's header holds what the method measured on the unedited model (templates, projector), the model's fingerprints and
+the hyperparameters; its records are edits, undone edits, rollbacks and a driver's notes, only ever appended. Records between
+"begin" and "commit" count together.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,9 @@ class Book:
 
     def __init__(self, journal: Journal):
         self.journal, self.directory, self.libraries = journal, journal.path, installed()
+        groups = [kind for record in journal.records() if (kind := record.content["kind"]) in ("begin", "commit", "abandon")]
+        if groups and groups[-1] == "begin":  # a process was stopped within it
+            self.journal.append({"kind": "abandon"}, {})
 
     def __deepcopy__(self, memo) -> None:
         """A copy of a model is not the one that the journal is of."""
@@ -110,6 +115,20 @@ class Book:
 
     def note(self, content: Mapping[str, Any]) -> None:
         self.journal.append({"kind": "note", "note": dict(content)}, {})
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Records made inside it count when it has ended well, all of them or none."""
+        self.journal.append({"kind": "begin"}, {})
+        try:
+            yield
+            self.journal.append({"kind": "commit"}, {})
+        except BaseException:
+            try:
+                self.journal.append({"kind": "abandon"}, {})
+            except OSError:  # what would be added now would not count
+                self.close()
+            raise
 
     def close(self) -> None:
         self.journal.close()
@@ -149,9 +168,16 @@ def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[t
     """(events, notes with the number of events before each) that count, of a journal. tensors: with what replays need."""
     events: list[Event] = []
     notes: list[tuple[int, dict]] = []
+    before = None  # while a group is not complete
     for record in journal.records():
         content = record.content
-        if content["kind"] == "edit":
+        if content["kind"] == "begin":
+            before = list(events), list(notes)
+        elif content["kind"] == "commit":
+            before = None
+        elif content["kind"] == "abandon":
+            (events, notes), before = before, None
+        elif content["kind"] == "edit":
             events.append(_edit(record, tensors))
         elif content["kind"] == "undo":
             events.append(Undo(content["edit"], content["digest"]))

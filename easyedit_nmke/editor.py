@@ -83,19 +83,22 @@ def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver |
     return solver(space.basis, l2, hparams.mom2_update_weight * space.eigenvalues if soft else None)
 
 
-def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -> tuple[dict[int, torch.Tensor], EditReport]:
+def edit_layers(
+    view: ModelView, tok, requests, hparams, state: LifelongState, z: torch.Tensor | None = None
+) -> tuple[dict[int, torch.Tensor], EditReport]:
     """Compute and write the update layer by layer; returns the keys of the edited model, if they are to be remembered, and what
-    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT."""
+    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT. z [D, requests]: values that were found before."""
     report, z_layer = EditReport(len(requests)), hparams.layers[-1]
     flat = state.flat_templates
     contexts = Contexts(state.templates, hparams.locality_prompts if hparams.key_contexts == "relations" else ())
     with phase(report, "values"):
-        values = target_values(view, tok, requests, flat, z_layer, hparams)
-        report.value_loss = [value.loss for value in values]
-        z = torch.stack([value.z for value in values], 1)
-        if state.value_norm is not None:
-            z = z * (state.value_norm / z.norm(dim=0))
-        report.z = z
+        if z is None:
+            values = target_values(view, tok, requests, flat, z_layer, hparams)
+            report.value_loss = [value.loss for value in values]
+            z = torch.stack([value.z for value in values], 1)
+            if state.value_norm is not None:
+                z = z * (state.value_norm / z.norm(dim=0))
+        report.z = z = z.to(view.weight(z_layer).device)
     with phase(report, "attribution"):
         masks = neuron_masks(view, tok, requests, flat, hparams)
         if masks and hparams.control == "random":

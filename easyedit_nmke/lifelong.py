@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from . import atlas, metrics
 from .arch import ModelView
-from .baselines import apply_to_model, open_state
+from .baselines import apply_to_model, open_state, undo
 from .edit import carried_state, check_model, check_requests, followed
 from .hparams import HyperParams
 from .prompts import Request
@@ -82,6 +82,10 @@ class LifelongEditor:
         """Write one batch of requests; returns the edited parameters as they were before, by name."""
         _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
         return before
+
+    def undo(self, edit: int, resolve: bool = False) -> None:
+        """Take one edit out (see `LifelongState.undo`); with `resolve`, later ones are solved again without it."""
+        undo(self.model, self.tok, self.hparams, self.state, edit, resolve)
 
     def close(self) -> None:
         """Let another process go on with the state that `state_dir` keeps."""

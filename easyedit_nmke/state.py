@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -200,7 +200,10 @@ class LifelongState:
 
         What came later, undone edits among it, is as if it had never been.
         """
-        step = self._step(to)
+        self.rewind(self._step(to))
+
+    def rewind(self, step: int) -> None:
+        """`rollback` to the first `step` events of the log."""
         if step == len(self.events):
             return
         with self._unchanged_on_error():
@@ -224,6 +227,14 @@ class LifelongState:
             self.events[-1] = Undo(edit, self._digest())
             if self.book:
                 self.book.undo(self.events[-1])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Changes inside it are made, and recorded, all or none."""
+        with self._unchanged_on_error(), self.book.together() if self.book else nullcontext():
+            unclaimed, self._unclaimed = self._unclaimed, []
+            yield
+            self._unclaimed = [edit for edit in unclaimed if edit in self.events]
 
     @contextmanager
     def as_of(self, edit: int) -> Iterator[None]:

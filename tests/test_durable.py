@@ -196,7 +196,7 @@ def test_a_full_disk_says_what_happened_and_what_to_do(begin, requests, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="could not be added to .*No space left on device.*The model is as it was before this edit"):
+    with pytest.raises(OSError, match=r"could not be added to .*No space left on device.*The model is as it was before this edit"):
         editor.apply(requests(2)[1:])
     monkeypatch.undo()
     editor.apply(requests(2)[1:])
@@ -230,7 +230,7 @@ def test_a_model_has_one_state(begin, requests, tmp_path, tiny):
     editor.apply(requests(1))
     second = LifelongEditor.from_hparams(editor.hparams)
     assert second.state is editor.state
-    with pytest.raises(ValueError, match="edits of this model are kept in .*state, not in elsewhere"):
+    with pytest.raises(ValueError, match=r"edits of this model are kept in .*state, not in elsewhere"):
         LifelongEditor.from_hparams(dataclasses.replace(editor.hparams, state_dir="elsewhere")).state  # noqa: B018
     second.hparams = dataclasses.replace(editor.hparams, v_lr=0.7)
     with pytest.raises(ValueError, match=r"other hyperparameters \(v_lr"):

@@ -248,6 +248,37 @@ def test_small_updates_are_not_rounded_away(begin, requests, monkeypatch):
         assert lost["masters"] < 0.1 < 0.5 < lost["none"], lost
 
 
+def test_later_edits_are_solved_again_without_the_one_that_is_taken_out(begin, requests, tmp_path, monkeypatch):
+    from easyedit_nmke import editor as page
+
+    records = requests(5)
+    editor = begin(state_dir=str(tmp_path / "state"))
+    for record in records:
+        editor.apply([record])
+    editor.undo(1)
+    values = [event.z for event in editor.state.events if hasattr(event, "z")]
+    before = picture(editor)
+    monkeypatch.setattr(page, "keys_of", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
+    with pytest.raises(MemoryError):
+        editor.undo(3, resolve=True)
+    monkeypatch.undo()
+    assert_same(picture(editor), before)
+    editor.undo(3, resolve=True)
+    state = editor.state
+    assert standing(state.events) == {1: "undone", 2: "effective", 3: "effective", 4: "effective"}
+    assert [event.requests[0]["prompt"] for event in state.events if hasattr(event, "z")] == [
+        records[i]["prompt"] for i in (0, 1, 3, 4)
+    ]
+    made = [event.z for event in state.events if hasattr(event, "z")]
+    assert all(torch.equal(made[i], values[j]) for i, j in ((0, 0), (1, 1), (2, 3), (3, 4)))
+    end = picture(editor)
+    editor.close()
+    again = begin(state_dir=str(tmp_path / "state"))
+    again.state.as_of(0)
+    assert_same(picture(again), end)
+    again.close()
+
+
 # ---- on the embedded model
 
 
