@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
 from . import editor
-from .arch import ModelView, evaluating
+from .arch import ModelView
 from .covariance import moments
+from .durable import Ground, opened
 from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import Contexts, subject_states
+from .log import Edit, EditReport, Undo, check_undo, standing
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
-from .state import EditReport, LifelongState, Update
+from .state import LifelongState
+from .updates import Update
 from .values import target_values
 
 FT_LOSS_TO_STOP = 1e-2
@@ -33,13 +37,26 @@ FT_LOSS_TO_STOP = 1e-2
 
 def open_memit(model, tok, hparams: MEMITHyperParams, progress: bool = True) -> LifelongState:
     """Context templates, and per layer the covariance of the keys of the model as it is now, times `mom2_update_weight`."""
-    view = ModelView(model)
-    check_model(view, hparams)
-    with evaluating(model):
-        templates = context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-        known = moments(view, tok, hparams, progress)
-    solvers = {layer: CovarianceSolver(moment, hparams.mom2_update_weight) for layer, moment in known.items()}
-    return LifelongState(settings_of(hparams), solvers, templates)
+    return opened(_measure_memit, _build_memit, model, tok, hparams, progress)
+
+
+def _measure_memit(view: ModelView, tok, hparams: MEMITHyperParams, progress: bool) -> Ground:
+    templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+    return Ground(templates, _named_by_layer(moments(view, tok, hparams, progress)))
+
+
+def _build_memit(view: ModelView, ground: Ground, hparams: MEMITHyperParams) -> LifelongState:
+    solvers = _covariance_solvers(view, ground, hparams.mom2_update_weight)
+    return LifelongState(settings_of(hparams), solvers, ground.templates)
+
+
+def _named_by_layer(tensors: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(layer): tensor for layer, tensor in tensors.items()}
+
+
+def _covariance_solvers(view: ModelView, ground: Ground, weight: float = 1.0) -> dict[int, CovarianceSolver]:
+    layers = sorted(map(int, ground.statistics))
+    return {layer: CovarianceSolver(ground.statistics[str(layer)].to(view.weight(layer).device), weight) for layer in layers}
 
 
 # ---- ROME
@@ -47,17 +64,20 @@ def open_memit(model, tok, hparams: MEMITHyperParams, progress: bool = True) -> 
 
 def open_rome(model, tok, hparams: ROMEHyperParams, progress: bool = True) -> LifelongState:
     """Context templates of all lengths in one group, and with `mom2_adjustment` the covariance of keys per layer."""
-    view = ModelView(model)
-    check_model(view, hparams)
+    return opened(_measure_rome, _build_rome, model, tok, hparams, progress)
+
+
+def _measure_rome(view: ModelView, tok, hparams: ROMEHyperParams, progress: bool) -> Ground:
     prefixes, texts = hparams.template_prefixes, []
-    with evaluating(model):
-        for number, (length, count) in enumerate(hparams.context_template_length_params if prefixes else []):
-            copies = count // len(prefixes)
-            groups = context_templates(model, tok, prefixes, length, hparams.seed + number, copies=copies)
-            texts += groups[1]
-        known = moments(view, tok, hparams, progress) if hparams.mom2_adjustment else {}
-    solvers = {layer: CovarianceSolver(moment) for layer, moment in known.items()}
-    return LifelongState(settings_of(hparams), solvers, [[SUBJECT, *texts]])
+    for number, (length, count) in enumerate(hparams.context_template_length_params if prefixes else []):
+        copies = count // len(prefixes)
+        texts += context_templates(view.model, tok, prefixes, length, hparams.seed + number, copies=copies)[1]
+    known = moments(view, tok, hparams, progress) if hparams.mom2_adjustment else {}
+    return Ground([[SUBJECT, *texts]], _named_by_layer(known))
+
+
+def _build_rome(view: ModelView, ground: Ground, hparams: ROMEHyperParams) -> LifelongState:
+    return LifelongState(settings_of(hparams), _covariance_solvers(view, ground), ground.templates)
 
 
 def edit_rank_one(
@@ -69,7 +89,7 @@ def edit_rank_one(
     should put out at the subject, and v = (z - its output) / (k · u).
     """
     report = EditReport(len(requests))
-    for request in requests:
+    for number, request in enumerate(requests):
         for layer in hparams.layers:
             with phase(report, "values"):
                 (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
@@ -84,7 +104,7 @@ def edit_rank_one(
                 u = u / u.norm()
                 residual = value.z.to(current) - current
                 left, right = (residual / (keys[0] @ u))[:, None].float(), u[None].float()
-                write(view.w_out(layer), Update(layer, left, right), report)
+                write(view.w_out(layer), Update(layer, left, right, number), report, state.masters.get(layer))
             report.density[layer] = 1.0
             report.residual += residual.norm().item() / (len(requests) * len(hparams.layers))
         report.value_loss.append(value.loss)
@@ -97,7 +117,7 @@ def edit_rank_one(
 def open_ft(model, tok, hparams: FTHyperParams, progress: bool = True) -> LifelongState:
     """Nothing is kept from edit to edit but the account of them."""
     check_model(ModelView(model), hparams)
-    return LifelongState(settings_of(hparams), {}, [[SUBJECT]])
+    return LifelongState(settings_of(hparams), {}, [[SUBJECT]], factors=False)
 
 
 def fine_tune(
@@ -209,6 +229,32 @@ def apply_to_model(
 def open_state(model, tok, hparams: HyperParams, progress: bool = True) -> LifelongState:
     """A new state for the method that `hparams` are of, with the statistics of the model as it is now."""
     return METHODS[hparams.alg_name][0](model, tok, hparams, progress)
+
+
+def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, resolve: bool = False) -> None:
+    """Take edit `edit` out of the model: `LifelongState.undo`. With `resolve`, later edits are solved again without it, from
+    their recorded values z; they are made anew, so their numbers move up. All or nothing, also on disk."""
+    if not resolve:
+        state.undo(edit)
+        return
+    opens, writes = METHODS[hparams.alg_name]
+    if writes is not edit_layers:
+        raise ValueError(f"edits of {hparams.alg_name} cannot be solved again from their values; undo them without resolve")
+    check_undo(state.events, edit)
+    (place,) = (i for i, event in enumerate(state.events) if isinstance(event, Edit) and edit in event.ids)
+    later, now = state.events[place:], standing(state.events)
+    with state.together():
+        state.rewind(place)
+        for event in later:
+            if isinstance(event, Undo):
+                if event.edit < later[0].first:
+                    state.undo(event.edit)
+                continue
+            kept = [i for i, number in enumerate(event.ids) if number != edit and now[number] != "undone"]
+            if kept:
+                requests = [event.requests[i] for i in kept]
+                again = partial(edit_layers, z=event.z[:, kept])
+                apply_method(opens, again, model, tok, requests, hparams, state=state)
 
 
 def _named(name: str, method: str) -> Callable:

@@ -6,7 +6,11 @@ import argparse
 import dataclasses
 import logging
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -55,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nmke {args.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"nmke {args.verb}: interrupted", file=sys.stderr)
+        more = "; the same command goes on from there" if args.verb in ("run", "compare") else ""
+        print(f"nmke {args.verb}: interrupted{more}", file=sys.stderr)
         return 130
 
 
@@ -242,10 +247,15 @@ def _run(args, console: Console) -> int:
     tasks = _tasks(args)
     overrides = _overrides(args, args.model)
     settings = compare.changed(read(args.hparams), overrides)
+    if settings.alg_name != "FT":
+        settings.state_dir = str(compare.state_directory(args.out, settings.alg_name, args.seed))
     editor = compare.LifelongEditor.from_hparams(settings)
-    stream = compare.stream(editor, args.data, args.edits, args.seed)
-    method = compare.Method(settings.alg_name, settings, loaded=editor)
-    lines = _compared(args, tasks, [method], len(stream.requests), (args.seed,), keep_weights=True)
+    try:
+        stream = compare.stream(editor, args.data, args.edits, args.seed)
+        method = compare.Method(settings.alg_name, settings, loaded=editor)
+        lines = _compared(args, tasks, [method], len(stream.requests), (args.seed,), keep_weights=True)
+    finally:
+        editor.close()
     table = _score_table(["s/edit"])
     for line in lines:
         edits = line["checkpoint"]
@@ -304,8 +314,40 @@ def _compared(args, tasks, methods, edits: int, seeds: tuple[int, ...], keep_wei
         task_folder=args.harness_tasks, task_limit=args.harness_limit, allow_code=args.harness_allow_code,
         command=args.command, keep_weights=keep_weights,
     )  # fmt: skip
-    with tqdm(total=len(methods) * len(seeds) * edits, desc="editing", unit="edit", smoothing=0.02) as bar:
-        return compare.compare(plan, getattr(args, "jobs", 1), bar.update)
+    total = len(methods) * len(seeds) * edits
+    with tqdm(total=total, desc="editing", unit="edit", smoothing=0.02) as bar, _asked_to_stop() as asked:
+
+        def on_edit(more: int) -> None:
+            bar.update(more)
+            if asked:
+                raise KeyboardInterrupt
+
+        def on_line(line) -> None:
+            if line["checkpoint"]:
+                bar.set_postfix(Rel=f"{line['scores']['rel']:.2f}")
+
+        return compare.compare(plan, getattr(args, "jobs", 1), on_edit, on_line)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list]:
+    """A list that is no longer empty once Ctrl-C was pressed; pressed again, it interrupts."""
+    asked: list[int] = []
+
+    def ask(number, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nfinishing the edit in hand (Ctrl-C again: at once)", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _report(args, console: Console) -> int:

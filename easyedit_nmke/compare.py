@@ -11,7 +11,12 @@ import os
 import queue
 import random
 import re
+import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,11 +96,13 @@ class Method:
     base: HyperParams | None = None  # says which model EasyEdit's method edits, and where
     loaded: Any = None  # an editor on an unedited model, for the only segment of a plan
 
-    def editor(self, seed: int):
+    def editor(self, seed: int, state_dir: Path):
+        """state_dir: where a segment is kept while it is made, for those methods that can go on from any edit."""
         if self.loaded is not None:
             return self.loaded
         if self.settings is not None:
-            return LifelongEditor.from_hparams(self.settings)
+            kept = {} if self.settings.alg_name == "FT" else {"state_dir": str(state_dir)}
+            return LifelongEditor.from_hparams(dataclasses.replace(self.settings, **kept))
         from .foreign import EasyEditMethod
 
         return EasyEditMethod(self.easyedit, self.file, load_model(self.base), seed=seed)
@@ -253,11 +260,17 @@ def read_lines(file: Path) -> list[dict]:
     return lines
 
 
-def compare(plan: Plan, jobs: int = 1, on_edit: Callable[[int], None] = lambda edits: None) -> list[dict]:
-    """Run what is missing of the plan and return all its lines; `on_edit` is told how many edits have come to be done.
+def compare(
+    plan: Plan,
+    jobs: int = 1,
+    on_edit: Callable[[int], None] = lambda edits: None,
+    on_line: Callable[[Mapping], None] = lambda line: None,
+) -> list[dict]:
+    """Run what is missing of the plan and return all its lines; `on_edit` is told how many edits have come to be done, `on_line`
+    each result.
 
     Results are appended to directory/results.jsonl at every checkpoint. A comparison that was stopped goes on, each segment from
-    its last checkpoint (EasyEdit's methods from the start of theirs). ValueError when the folder holds results of other
+    its last edit (FT and EasyEdit's methods from the start of theirs). ValueError when the folder holds results of other
     settings. jobs: segments at a time, each in a process of its own with its share of the cores.
     """
     plan.directory.mkdir(parents=True, exist_ok=True)
@@ -277,6 +290,7 @@ def compare(plan: Plan, jobs: int = 1, on_edit: Callable[[int], None] = lambda e
                 todo.append((method, seed, mine))
 
     def write(line: Mapping) -> None:
+        on_line(line)
         key = (line["method"], line["seed"], line["checkpoint"])
         if key not in known:
             known[key] = line
@@ -289,7 +303,7 @@ def compare(plan: Plan, jobs: int = 1, on_edit: Callable[[int], None] = lambda e
     for event in _in_processes(segments, jobs) if jobs > 1 else (event for segment in segments for event in segment()):
         on_edit(event) if isinstance(event, int) else write(event)
     for method, seed, _ in todo:
-        _snapshot(plan, method, seed).unlink(missing_ok=True)
+        shutil.rmtree(plan.directory / "segments" / _name(method.label, seed), ignore_errors=True)
     return list(known.values())
 
 
@@ -306,26 +320,32 @@ def _refuse_others(plan: Plan, method: Method, differences: Sequence[str]) -> No
 
 def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) -> Iterator[Event]:
     """Do what is left of one method on one stream; `earlier`: its lines in the results."""
-    editor = method.editor(seed)
-    asked = stream(editor, plan.source, plan.edits, seed)
-    mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
-    _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
-    exercises = atlas.exercises() if plan.source in atlas.SOURCES else ()
-    scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan))
-    if method is plan.methods[0] and not earlier:
-        scores = scorer.unedited(editor.model, editor.tok)
-        yield {"method": "unedited", "seed": seed, "checkpoint": 0, "scores": scores, "protocol": mark}
-    counted = max((line["checkpoint"] for line in earlier), default=0)
-    segment = Segment(editor, scorer, method.label, seed, mark, _snapshot(plan, method, seed))
-    for event in segment.run(plan.checkpoints):
-        if isinstance(event, int):
-            event, counted = max(event - counted, 0), max(event, counted)
-        yield event
-    if plan.keep_weights and isinstance(editor, LifelongEditor):
-        edits = [{"record": record, **edit} for record, edit in zip(asked.records, segment.edits(), strict=False)]
-        refused = [{"record": refusal.index, "reason": refusal.reason} for refusal in asked.refused]
-        write_json(plan.directory / f"edits-{_slug(method.label)}-{seed}.json", {"edits": edits, "refused": refused})
-        save_edited(editor, weights_file(plan, method, seed))
+    editor = method.editor(seed, plan.directory / "segments" / _name(method.label, seed))
+    ours = isinstance(editor, LifelongEditor)
+    try:
+        with editor.state.as_of(0) if ours else nullcontext():
+            asked = stream(editor, plan.source, plan.edits, seed)
+            mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
+            _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
+            exercises = atlas.exercises() if plan.source in atlas.SOURCES else ()
+            scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan))
+            if method is plan.methods[0] and not earlier:
+                scores = scorer.unedited(editor.model, editor.tok)
+                yield {"method": "unedited", "seed": seed, "checkpoint": 0, "scores": scores, "protocol": mark}
+            segment = Segment(editor, scorer, method.label, seed, mark)
+        counted = max((line["checkpoint"] for line in earlier), default=0)
+        for event in segment.run(plan.checkpoints):
+            if isinstance(event, int):
+                event, counted = max(event - counted, 0), max(event, counted)
+            yield event
+        if plan.keep_weights and ours:
+            edits = [{"record": record, **edit} for record, edit in zip(asked.records, segment.edits(), strict=False)]
+            refused = [{"record": refusal.index, "reason": refusal.reason} for refusal in asked.refused]
+            write_json(plan.directory / f"edits-{_name(method.label, seed)}.json", {"edits": edits, "refused": refused})
+            save_edited(editor, weights_file(plan, method, seed))
+    finally:
+        if ours:
+            editor.close()
 
 
 def _tasks(plan: Plan) -> Callable | None:
@@ -342,17 +362,18 @@ def _tasks(plan: Plan) -> Callable | None:
     return scores
 
 
-def _snapshot(plan: Plan, method: Method, seed: int) -> Path:
-    return plan.directory / "segments" / f"{_slug(method.label)}-{seed}.safetensors"
-
-
 def weights_file(plan: Plan, method: Method, seed: int) -> Path:
     """Where `keep_weights` puts the edited parameters."""
-    return plan.directory / f"edited-{_slug(method.label)}-{seed}.safetensors"
+    return plan.directory / f"edited-{_name(method.label, seed)}.safetensors"
 
 
-def _slug(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9+.=-]+", "_", label)
+def state_directory(directory: Path, label: str, seed: int) -> Path:
+    """Where `nmke run` keeps its state."""
+    return directory / f"state-{_name(label, seed)}"
+
+
+def _name(label: str, seed: int) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9+.=-]+', '_', label)}-{seed}"
 
 
 def _in_processes(segments: Sequence[Callable[[], Iterator[Event]]], jobs: int) -> Iterator[Event]:
@@ -389,11 +410,18 @@ def _in_processes(segments: Sequence[Callable[[], Iterator[Event]]], jobs: int) 
 
 def _work(segment: Callable[[], Iterator[Event]], told, parent: int, threads: int) -> None:
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is told to all of a shell's processes; the parent decides
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         for event in segment():
-            if os.getppid() != parent:  # it was killed; whoever starts it again does this segment anew
-                return
             told.put((os.getpid(), event))
         told.put((os.getpid(), None))
     except Exception as error:
         told.put((os.getpid(), error))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: whoever starts it again needs the states that it holds."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)

@@ -28,7 +28,7 @@ from .corpus import SELF, Corpus, corpus, identity, own_texts
 from .hooks import record
 from .metrics import batches
 from .prompts import pad, without_end
-from .state import fingerprint
+from .updates import fingerprint
 
 logger = logging.getLogger(__name__)
 

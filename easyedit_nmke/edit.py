@@ -15,8 +15,10 @@ import torch
 
 from .arch import ModelView, evaluating
 from .hparams import HyperParams
+from .log import EditReport
 from .prompts import Request, encode, target_tokens
-from .state import EditReport, LifelongState, Update
+from .state import LifelongState
+from .updates import Update, accumulate
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +58,22 @@ def apply_method(
     if copy:
         model = deepcopy(model)
         view = ModelView(model)
-    weights = edited_parameters(view, hparams)
-    with evaluating(model), _unchanged_on_error(weights) as originals:
+    with evaluating(model):
         if state is None:
             state = carried_state(model, tok, hparams, opens)
         elif state.settings != settings_of(hparams):
             raise ValueError(_different_state(state, hparams))
+        elif state.book is not None:
+            state.book.check(hparams)
+        setattr(model, _ATTRIBUTE, state)
         check_requests(view, tok, requests, state.flat_templates)
+        weights = followed(view, hparams)
         state.follow(weights)
-        keys, report = writes(view, tok, requests, hparams, state)
-        state.advance(weights, keys, report)
-    setattr(model, _ATTRIBUTE, state)
+        with _unchanged_on_error(edited_parameters(view, hparams)) as originals:
+            if not state.claim(requests):
+                with state.superseding(requests):
+                    keys, report = writes(view, tok, requests, hparams, state)
+                    state.advance(weights, keys, report, requests)
     return model, originals if return_orig_weights else {}
 
 
@@ -86,13 +93,41 @@ def edited_parameters(view: ModelView, hparams: HyperParams) -> dict[str, torch.
     return {prefixes[layer] + name: p for layer in hparams.layers for name, p in view.down(layer).named_parameters()}
 
 
-def write(weight: torch.Tensor, update: Update, report: EditReport) -> None:
-    """weight [D, F] += update in place, and note it in the report, unless the sum is not finite."""
-    changed = weight + (update.left @ update.right).to(weight)
-    if not torch.isfinite(changed).all():
-        raise FloatingPointError(f"the update of layer {update.layer} is not finite; the model is left as it was")
-    weight.copy_(changed)
+class DownProjections(Mapping):
+    """layer -> w_out [D, F] of a model as it is at the moment, wherever it has been moved to."""
+
+    def __init__(self, view: ModelView, layers: Sequence[int]):
+        self.view, self.layers = view, tuple(layers)
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return self.view.w_out(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def followed(view: ModelView, hparams: HyperParams) -> Mapping:
+    """What a state follows: the edited down projections, by layer; of FT, which has no log to replay, all that it trains."""
+    return edited_parameters(view, hparams) if hparams.alg_name == "FT" else DownProjections(view, hparams.layers)
+
+
+def write(weight: torch.Tensor, update: Update, report: EditReport, master: torch.Tensor | None = None) -> None:
+    """weight [D, F] += update in place, and note it in the report as it was added (see `Update.rounded`).
+
+    With a float32 `master`, weight = master + all updates of its layer in the report, rounded once; the master itself is left
+    to `LifelongState.advance`. FloatingPointError when the sum is not finite; the caller puts the weight back.
+    """
+    update = update.rounded(weight.dtype)
     report.updates.append(update)
+    if master is None:
+        accumulate(weight, weight, [update])
+    else:
+        accumulate(weight, master, [u for u in report.updates if u.layer == update.layer])
+    if not torch.isfinite(weight).all():
+        raise FloatingPointError(f"the update of layer {update.layer} is not finite; the model is left as it was")
 
 
 def check_model(view: ModelView, hparams: HyperParams) -> None:
@@ -156,12 +191,22 @@ def _different_state(state: LifelongState, hparams: HyperParams) -> str:
 
 
 def carried_state(model, tok, hparams: HyperParams, opens: Opens) -> LifelongState:
-    """The state that the model carries from its last edit with the same settings, or a new one."""
+    """The state that the model carries from its last edit with the same settings, or a new one; with `state_dir` the one that is
+    kept there.
+
+    ValueError when the model's edits are kept on disk elsewhere or with other hyperparameters.
+    """
     state = getattr(model, _ATTRIBUTE, None)
-    if state is not None and state.settings == settings_of(hparams):
+    if state is not None and state.book is not None:
+        state.book.check(hparams)
+        if hparams.state_dir is None or Path(hparams.state_dir).resolve() == state.book.directory.resolve():
+            return state
+        raise ValueError(f"the edits of this model are kept in {state.book.directory}, not in {hparams.state_dir}")
+    if state is not None and state.settings == settings_of(hparams) and hparams.state_dir is None:
         return state
     if state is not None and state.edits:
-        logger.warning("%s; past keys are forgotten", _different_state(state, hparams).split(";")[0])
+        what = _different_state(state, hparams).split(";")[0] if hparams.state_dir is None else "the state was not kept on disk"
+        logger.warning("%s; past keys are forgotten", what)
     check_finite(model)
     return opens(model, tok, hparams)
 

@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .arch import ModelView, evaluating
+from .arch import ModelView
 from .attribution import neuron_scores
 from .drift import mask_overlap
-from .edit import apply_method, check_model, phase, require, settings_of, write
+from .durable import Ground, opened
+from .edit import apply_method, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
 from .keys import Contexts, attribution_inputs, key_and_value, keys_of
+from .log import EditReport
 from .masks import NeuronMask, neuron_mask, shuffled
 from .nullspace import RowSpace, row_spaces
 from .prompts import Request, context_templates, target_tokens
 from .solver import NullSpaceSolver, RestrictedSolver
-from .state import EditReport, LifelongState, Update
+from .state import LifelongState
+from .updates import Update
 from .values import reference_norm, target_values
 
 
@@ -45,18 +48,27 @@ def apply_nmke_to_model(
 
 
 def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True) -> LifelongState:
-    """A new state: context templates, and one solver per layer with the projector of the model as it is now."""
-    view = ModelView(model)
-    check_model(view, hparams)
-    with evaluating(model):
-        templates = context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-        spaces = row_spaces(view, tok, hparams, progress)
-        norm = None
-        if hparams.value_norm == "anchored":
-            flat = [template for group in templates for template in group]
-            norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
-    solvers = {layer: _solver(space, hparams) for layer, space in spaces.items()}
-    return LifelongState(settings_of(hparams), solvers, templates, norm)
+    """A new state: context templates, and one solver per layer with the projector of the model as it is now; with `state_dir` the
+    one that is kept there (see `durable.opened`)."""
+    return opened(_measure, _build, model, tok, hparams, progress)
+
+
+def _measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
+    templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+    spaces, norm = row_spaces(view, tok, hparams, progress), None
+    if hparams.value_norm == "anchored":
+        flat = [template for group in templates for template in group]
+        norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
+    statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
+    return Ground(templates, statistics, norm)
+
+
+def _build(view: ModelView, ground: Ground, hparams: AlphaEditHyperParams) -> LifelongState:
+    def space(layer: int) -> RowSpace:
+        return RowSpace(*(ground.statistics[f"{part}.{layer}"].to(view.weight(layer).device) for part in RowSpace._fields))
+
+    solvers = {layer: _solver(space(layer), hparams) for layer in hparams.layers}
+    return LifelongState(settings_of(hparams), solvers, ground.templates, ground.value_norm)
 
 
 def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver | RestrictedSolver:
@@ -71,18 +83,22 @@ def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver |
     return solver(space.basis, l2, hparams.mom2_update_weight * space.eigenvalues if soft else None)
 
 
-def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -> tuple[dict[int, torch.Tensor], EditReport]:
+def edit_layers(
+    view: ModelView, tok, requests, hparams, state: LifelongState, z: torch.Tensor | None = None
+) -> tuple[dict[int, torch.Tensor], EditReport]:
     """Compute and write the update layer by layer; returns the keys of the edited model, if they are to be remembered, and what
-    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT."""
+    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT. z [D, requests]: values that were found before."""
     report, z_layer = EditReport(len(requests)), hparams.layers[-1]
     flat = state.flat_templates
     contexts = Contexts(state.templates, hparams.locality_prompts if hparams.key_contexts == "relations" else ())
     with phase(report, "values"):
-        values = target_values(view, tok, requests, flat, z_layer, hparams)
-        report.value_loss = [value.loss for value in values]
-        z = torch.stack([value.z for value in values], 1)
-        if state.value_norm is not None:
-            z = z * (state.value_norm / z.norm(dim=0))
+        if z is None:
+            values = target_values(view, tok, requests, flat, z_layer, hparams)
+            report.value_loss = [value.loss for value in values]
+            z = torch.stack([value.z for value in values], 1)
+            if state.value_norm is not None:
+                z = z * (state.value_norm / z.norm(dim=0))
+        report.z = z = z.to(view.weight(z_layer).device)
     with phase(report, "attribution"):
         masks = neuron_masks(view, tok, requests, flat, hparams)
         if masks and hparams.control == "random":
@@ -97,7 +113,7 @@ def edit_layers(view: ModelView, tok, requests, hparams, state: LifelongState) -
             weight = view.w_out(layer)
             mask = masks[layer].mask.to(weight.device) if layer in masks else None
             right = _directions(state.solvers[layer], keys, mask, hparams).T.float().contiguous()
-            write(weight, Update(layer, residual.to(weight.device).float(), right), report)
+            write(weight, Update(layer, residual.to(weight.device).float(), right), report, state.masters.get(layer))
         report.density[layer] = masks[layer].density if layer in masks else 1.0
         if layer in masks:
             chosen = masks[layer].mask != 0

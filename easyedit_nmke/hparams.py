@@ -118,6 +118,7 @@ class HyperParams:
     batch_size: int = 1  # requests written by one update
     max_length: int = 40
     seed: int = 0  # of the context templates
+    state_dir: str | None = None  # a folder: every edit is kept there, and a new process goes on from the last
 
     # Accepted for EasyEdit's files
     rewrite_module_tmp: str | None = None
@@ -192,6 +193,8 @@ class HyperParams:
             found.append(f"device must be a CUDA index or the name of a torch device, got {self.device!r}")
         if not _is_int(self.seed):
             found.append(f"seed must be a whole number, got {self.seed!r}")
+        if self.state_dir is not None and not isinstance(self.state_dir, (str, Path)):
+            found.append(f"state_dir must be a folder or null, got {self.state_dir!r}")
         return found
 
     def _out_of_range(self, name: str) -> list[str]:
@@ -216,8 +219,8 @@ class HyperParams:
             raise ValueError(_report("hyperparameters", found))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain data; a (model, tokenizer) tuple is named by its model's name."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """All fields as plain data but `state_dir`; a (model, tokenizer) tuple is named by its model's name."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "state_dir"}
         if isinstance(self.model_name, tuple):
             content["model_name"] = getattr(getattr(self.model_name[0], "config", None), "_name_or_path", "") or "(model, tok)"
         content["device"] = self.device if isinstance(self.device, (int, str)) or self.device is None else str(self.device)
@@ -465,6 +468,12 @@ class FTHyperParams(HyperParams):
     norm_constraint: float | bool = False  # false: none
     objective_optimization: str = "prompt_last"  # every target token from the prompt's last; "target_new": one after the other
     kl_factor: float = 0.0  # accepted for EasyEdit's files
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.state_dir is not None:
+            found.append("state_dir is set, but FT changes whole weights, which are too large to keep for every edit; remove it")
+        return found
 
 
 CLASSES = {

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from . import atlas, metrics
 from .arch import ModelView
-from .baselines import apply_to_model, open_state
-from .edit import carried_state, check_model, check_requests, edited_parameters
+from .baselines import apply_to_model, open_state, undo
+from .edit import carried_state, check_model, check_requests, followed
 from .hparams import HyperParams
 from .prompts import Request
 from .state import LifelongState
@@ -83,13 +83,22 @@ class LifelongEditor:
         _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
         return before
 
+    def undo(self, edit: int, resolve: bool = False) -> None:
+        """Take one edit out (see `LifelongState.undo`); with `resolve`, later ones are solved again without it."""
+        undo(self.model, self.tok, self.hparams, self.state, edit, resolve)
+
+    def close(self) -> None:
+        """Let another process go on with the state that `state_dir` keeps."""
+        if self._state is not None and self._state.book is not None:
+            self._state.book.close()
+
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put parameters back (as returned by `apply` and `edit`), and past keys with them."""
         with torch.no_grad():
             for name, original in weights.items():
                 self.model.get_parameter(name).copy_(original)
         if self._state is not None:
-            self._state.follow(edited_parameters(ModelView(self.model), self.hparams))
+            self._state.follow(followed(ModelView(self.model), self.hparams))
 
     def edit(
         self,
@@ -129,7 +138,8 @@ class LifelongEditor:
         return self.edit(prompts, target_new, *args, sequential_edit=sequential_edit, **kwargs)
 
     def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
-        before = metrics.quality(self.model, self.tok, requests)
+        with self.state.as_of(self.state.claimed):  # a process that was stopped made later edits, which this one will claim
+            before = metrics.quality(self.model, self.tok, requests)
         results = [
             {"case_id": i, "requested_rewrite": request.to_dict(), "pre": pre}
             for i, (request, pre) in enumerate(zip(requests, before, strict=True))

@@ -1,7 +1,7 @@
 """The lifelong protocol: edit all, score all at checkpoints, against the unedited model; in segments that can be taken up again.
 
 A segment is one editor over one stream of requests. Its editor is anything with `model`, `tok`, `alg_name`, `hparams` and
-`apply(requests)`. With a folder, a `LifelongEditor`'s segment leaves a snapshot at each checkpoint and continues from it.
+`apply(requests)`. A `LifelongEditor` whose state is kept on disk (`state_dir`) goes on from its last edit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import generation, metrics
@@ -27,7 +26,7 @@ from .drift import weight_drift
 from .edit import edited_parameters, peak_memory
 from .lifelong import LifelongEditor
 from .prompts import Request
-from .state import fingerprint
+from .updates import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +96,16 @@ class Scorer:
 
 @dataclass
 class Segment:
-    """One editor over one stream, as far as it has come. `immediate`: each edit's Rel right after it; `lines`: the results."""
+    """One editor over one stream, as far as it has come. `immediate`: each edit's Rel right after it; `lines`: the results.
+
+    Made on the unedited model: of a state that goes on, inside `as_of(0)`. ValueError when that was begun with other settings.
+    """
 
     editor: LifelongEditor
     scorer: Scorer
     label: str
     seed: int
     stamp: dict
-    snapshot: Path | None = None
 
     def __post_init__(self):
         self.lines: list[dict] = []
@@ -114,9 +115,13 @@ class Segment:
         ours = isinstance(self.editor, LifelongEditor)
         self.weights = edited_parameters(ModelView(self.editor.model), self.editor.hparams) if ours else {}
         self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.kept = self.editor.state if ours and self.editor.state.book else None
+        notes = [note["segment"] for _, note in self.kept.notes if "segment" in note] if self.kept else []
         self.first = self.editor.state.edits if ours else 0
-        if self.snapshot and ours and self.snapshot.is_file():
-            self._resume()
+        if notes:
+            self._resume(notes)
+        elif self.kept:
+            self.kept.note({"segment": {"stamp": self.stamp, "first": self.first}})
 
     def run(self, checkpoints: Sequence[int]) -> Iterator[int | dict]:
         """Edit to the last checkpoint, yielding how many edits are done after each, and a result line at each checkpoint; those
@@ -124,25 +129,50 @@ class Segment:
         yield from self.lines
         yield len(self.immediate)
         requests, size = self.scorer.requests, getattr(self.editor.hparams, "batch_size", 1)
-        while len(self.immediate) < max(checkpoints):
+        while True:
             done = len(self.immediate)
-            stop = min(done + size, min(c for c in checkpoints if c > done))
-            batch = requests[done:stop]
-            started = time.perf_counter()
-            try:
-                self.editor.apply(batch)
-            except FloatingPointError as error:  # a model worn out by its edits: those that cannot be written count as failed
-                logger.warning("%s, edit %d: %s", self.label, done + 1, error)
-                self.failed += len(batch)
-            self.seconds += time.perf_counter() - started
-            pairs = [(request.prompt, request.target_new) for request in batch]
-            self.immediate += metrics.token_accuracy(self.editor.model, self.editor.tok, pairs)
-            yield stop
-            if stop in checkpoints:
-                self.lines.append(self._line(stop))
-                if self.snapshot and self.weights:
-                    self._save()
+            if done in checkpoints and done not in [line["checkpoint"] for line in self.lines]:
+                self._count(line=self._line(done))
                 yield self.lines[-1]
+            if done >= max(checkpoints):
+                return
+            stop = min(done + size, min(c for c in checkpoints if c > done))
+            self._edit(requests[done:stop])
+            yield stop
+
+    def _edit(self, batch: Sequence[Request]) -> None:
+        started, failed = time.perf_counter(), 0
+        try:
+            self.editor.apply(batch)
+        except FloatingPointError as error:  # a model worn out by its edits: those that cannot be written count as failed
+            logger.warning("%s, edit %d: %s", self.label, len(self.immediate) + 1, error)
+            failed = len(batch)
+        seconds = time.perf_counter() - started
+        pairs = [(request.prompt, request.target_new) for request in batch]
+        right = metrics.token_accuracy(self.editor.model, self.editor.tok, pairs)
+        self._count(immediate=right, failed=failed, seconds=seconds)
+
+    def _count(self, **progress) -> None:
+        if self.kept:
+            self.kept.note({"segment": progress})
+        self._add(progress)
+
+    def _add(self, progress: Mapping) -> None:
+        self.immediate += progress.get("immediate", [])
+        self.failed += progress.get("failed", 0)
+        self.seconds += progress.get("seconds", 0.0)
+        self.lines += [progress["line"]] if "line" in progress else []
+
+    def _resume(self, notes: Sequence[Mapping]) -> None:
+        begun, *progress = notes
+        if differences := settings_differ(begun["stamp"], self.stamp):
+            raise ValueError(
+                f"{self.kept.book.directory} was begun with other settings ({'; '.join(differences)}); "
+                "give another folder, or remove it"
+            )
+        self.first = begun["first"]
+        for made in progress:
+            self._add(made)
 
     def _line(self, edits: int) -> dict:
         peak_memory(reset=True)
@@ -178,27 +208,6 @@ class Segment:
             pair = (before.T, after.T) if view.family.transposed else (before, after)
             drift[str(layer)] = weight_drift(*pair)
         return drift
-
-    def _save(self) -> None:
-        tensors, state = self.editor.state.snapshot()
-        tensors = {**tensors, **{f"weight.{name}": weight.detach() for name, weight in self.weights.items()}}
-        progress = {name: getattr(self, name) for name in ("stamp", "lines", "immediate", "failed", "seconds")}
-        with whole(self.snapshot) as temporary:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, temporary, metadata={"segment": json.dumps({**progress, "state": state})})
-
-    def _resume(self) -> None:
-        with safe_open(self.snapshot, "pt") as file:
-            content = json.loads(file.metadata()["segment"])
-            if settings_differ(content["stamp"], self.stamp):
-                return  # of other settings; it will be written over
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(tensors.pop(f"weight.{name}"))
-        self.editor.state.resume(tensors, content["state"])
-        for name in ("lines", "immediate", "failed", "seconds"):
-            setattr(self, name, content[name])
 
     def edits(self) -> list[dict]:
         """Each edit so far: the request, and EasyEdit's scores of it on the unedited model ("pre") and now ("post")."""

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli
+from easyedit_nmke.journal import Journal
+from easyedit_nmke.protocol import Segment
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,
@@ -53,7 +57,12 @@ def test_run_writes_results_edits_and_weights(settings, tmp_path, requests, caps
     assert cli.main(["run", "--hparams", str(settings), "--data", str(data), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "2 edits, 3 records refused" in printed and "unedited" in printed
-    assert {file.name for file in out.iterdir()} == {"results.jsonl", "edits-NMKE-0.json", "edited-NMKE-0.safetensors", "segments"}
+    assert {file.name for file in out.iterdir()} == {
+        "results.jsonl",
+        "edits-NMKE-0.json",
+        "edited-NMKE-0.safetensors",
+        "state-NMKE-0",
+    }
     content = json.loads((out / "edits-NMKE-0.json").read_text())
     assert [entry["record"] for entry in content["edits"]] == [0, 2]
     assert [entry["record"] for entry in content["refused"]] == [1, 3, 4]
@@ -70,6 +79,50 @@ def test_run_writes_results_edits_and_weights(settings, tmp_path, requests, caps
     stored = load_file(out / "edited-NMKE-0.safetensors")
     assert set(stored) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
     assert all(not torch.equal(tensor, model.get_parameter(name)) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("stop", ["before", "after", "ctrl-c", "scoring"])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, requests, capsys, monkeypatch, stop):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(requests(4)))
+
+    def run(folder):
+        argv = ["run", "--hparams", str(settings), "--data", str(data), "--out", str(tmp_path / folder), "--checkpoints", "2,4"]
+        return cli.main(argv)
+
+    assert run("whole") == 0
+    edit, line = Segment._edit, Segment._line
+
+    def stopped(self, batch):
+        third = len(self.immediate) == 2
+        if third and stop == "before":
+            raise KeyboardInterrupt
+        if third and stop == "ctrl-c":
+            os.kill(os.getpid(), signal.SIGINT)
+        if third and stop == "after":
+            monkeypatch.setattr(self.editor.state, "note", lambda content: (_ for _ in ()).throw(KeyboardInterrupt))
+        edit(self, batch)
+
+    def unscored(self, edits):
+        if stop == "scoring" and edits == 4:
+            raise KeyboardInterrupt
+        return line(self, edits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "_edit", stopped)
+        patch.setattr(Segment, "_line", unscored)
+        assert run("parts") == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    with Journal.open(tmp_path / "parts" / "state-NMKE-0") as journal:
+        assert len([r for r in journal.records() if r.content["kind"] == "edit"]) == {"before": 2, "scoring": 4}.get(stop, 3)
+    assert run("parts") == 0
+    results = [list(map(json.loads, (tmp_path / f / "results.jsonl").read_text().splitlines())) for f in ("whole", "parts")]
+    assert [line["checkpoint"] for line in results[1]] == [0, 2, 4]
+    for one, other in zip(*results, strict=True):
+        assert all(one.get(name) == other.get(name) for name in ("scores", "drift", "retention", "mask"))
+    edited = [load_file(tmp_path / f / "edited-NMKE-0.safetensors") for f in ("whole", "parts")]
+    assert all(torch.equal(edited[0][name], edited[1][name]) for name in edited[0])
+    assert (tmp_path / "whole" / "edits-NMKE-0.json").read_text() == (tmp_path / "parts" / "edits-NMKE-0.json").read_text()
 
 
 def test_what_cannot_be_done_is_one_sentence_on_stderr(settings, tmp_path, capsys, requests):

@@ -372,6 +372,21 @@ def test_a_non_sequential_edit_leaves_no_trace(easyeditor, known, nmke_hparams, 
 
 
 @pytest.mark.easyedit
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_state_on_disk_goes_on_where_a_stopped_process_was(easyeditor, known, nmke_hparams, edits, family, tmp_path):
+    whole = base_editor(easyeditor, nmke_hparams(*known(family)))
+    expected, _, _ = whole.edit(**arguments(edits[:4]), sequential_edit=True)
+    for count in (2, 4):  # the same script again, from its first request
+        editor = base_editor(easyeditor, nmke_hparams(*known(family), state_dir=str(tmp_path / "state")))
+        scores, _, _ = editor.edit(**arguments(edits[:count]), sequential_edit=True)
+        editor.model.nmke_state.book.close()
+    assert_same(parameters(editor.model), parameters(whole.model))
+    assert editor.model.nmke_state.last == 4
+    assert [score["pre"]["rewrite_acc"] for score in scores] == [score["pre"]["rewrite_acc"] for score in expected]
+    assert scores[3]["post"]["rewrite_acc"] == expected[3]["post"]["rewrite_acc"]
+
+
+@pytest.mark.easyedit
 @pytest.mark.parametrize("pair", [("atlas", "atlas"), ("atlas", "qwen2"), ("llama", "gpt2")])
 def test_two_editors_do_not_disturb_each_other(easyeditor, known, nmke_hparams, edits, pair):
     def make(family):

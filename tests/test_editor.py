@@ -355,9 +355,9 @@ def test_anchored_values_have_the_norm_that_the_unedited_model_gives_them(tiny, 
     assert state.value_norm == pytest.approx(0.5 * torch.stack(solved).mean().item(), rel=1e-3)
     seen, write = [], editor.write
 
-    def watch(weight, update, report):
+    def watch(weight, update, *others):
         seen.append(update.left)
-        write(weight, update, report)
+        write(weight, update, *others)
 
     monkeypatch.setattr(editor, "write", watch)
     request = [Request.from_dict(r) for r in requests(1)]

@@ -17,14 +17,15 @@ from easyedit_nmke.protocol import Scorer, Segment
 
 @pytest.fixture
 def begin(tiny, nmke_hparams, requests):
-    """begin(kind="llama", snapshot=None, edits=4, **overrides) -> a segment on a fresh model; segment.told: its events."""
+    """begin(kind="llama", edits=4, **overrides) -> a segment on a fresh model."""
 
-    def make(kind="llama", snapshot=None, edits=4, **overrides):
+    def make(kind="llama", edits=4, **overrides):
         model, tok = tiny(kind)
         editor = LifelongEditor.from_hparams(nmke_hparams(model, tok, v_num_grad_steps=2, **overrides))
         asked = [Request.from_dict(r) for r in requests(edits)]
-        scorer = Scorer(model, tok, asked, [("copy a b :", "a b")])
-        return Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor, {"name": "x"}), snapshot)
+        with editor.state.as_of(0):
+            scorer = Scorer(model, tok, asked, [("copy a b :", "a b")])
+            return Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor, {"name": "x"}))
 
     return make
 
@@ -80,30 +81,43 @@ def test_the_unedited_model_scores_itself(begin):
 
 
 @pytest.mark.parametrize("solve", ["full", "restricted"])
-def test_a_stopped_segment_goes_on_from_its_last_checkpoint_bit_for_bit(begin, tmp_path, solve):
+@pytest.mark.parametrize("stop", [1, 2, 3], ids=["between", "before a score", "after a score"])
+def test_a_stopped_segment_goes_on_from_its_last_edit_bit_for_bit(begin, tmp_path, solve, stop):
     whole = begin(solve=solve)
     expected = [event for event in whole.run([2, 4]) if isinstance(event, dict)]
-    snapshot = tmp_path / "segments" / "one.safetensors"
-    stopped = begin(solve=solve, snapshot=snapshot).run([2, 4])
+    kept = str(tmp_path / "state")
+    first = begin(solve=solve, state_dir=kept)
+    stopped = first.run([2, 4])
     for event in stopped:
-        if event == 3:  # one edit beyond the checkpoint, lost
+        if event == stop:
             break
     stopped.close()
-    again = begin(solve=solve, snapshot=snapshot)
+    first.editor.close()
+    again = begin(solve=solve, state_dir=kept)
     events = list(again.run([2, 4]))
-    assert [event for event in events if isinstance(event, int)] == [2, 3, 4]
-    for found, line in zip([event for event in events if isinstance(event, dict)], expected, strict=True):
-        assert found["scores"] == line["scores"] and found["drift"] == line["drift"] and found["mask"] == line["mask"]
+    assert [event for event in events if isinstance(event, int)] == list(range(stop, 5))
+    lines = [event for event in events if isinstance(event, dict)]
+    assert len(lines) == 2
+    for found, line in zip(lines, expected, strict=True):
+        assert all(found[name] == line[name] for name in ("scores", "drift", "mask", "retention"))
     for name, weight in weights_of(again).items():
         assert torch.equal(weight, weights_of(whole)[name])
-    *_, last = [event for event in begin(solve=solve, snapshot=snapshot).run([2, 4]) if isinstance(event, dict)]
-    assert last == events[-1]  # a finished one only tells its lines
+    again.editor.close()
+    last = begin(solve=solve, state_dir=kept)
+    assert [event for event in last.run([2, 4]) if isinstance(event, dict)] == lines  # a finished one only tells its lines
+    last.editor.close()
 
 
-def test_a_snapshot_of_other_settings_is_not_taken_up(begin, tmp_path):
-    snapshot = tmp_path / "one.safetensors"
-    list(begin(snapshot=snapshot).run([4]))
-    assert [event for event in begin(snapshot=snapshot, L2=0.2).run([4]) if isinstance(event, int)] == [0, 1, 2, 3, 4]
+def test_a_segment_of_other_settings_is_not_taken_up(begin, tmp_path):
+    first = begin(state_dir=str(tmp_path / "state"))
+    next(first.run([4]))
+    first.editor.close()
+    with pytest.raises(ValueError, match=r"other hyperparameters \(L2 0.1 -> 0.2\)"):
+        begin(state_dir=str(tmp_path / "state"), L2=0.2)
+    again = begin(state_dir=str(tmp_path / "state"))
+    with pytest.raises(ValueError, match=r"begun with other settings \(data .*'x'.*'y'"):
+        Segment(again.editor, again.scorer, "NMKE", 0, {**again.stamp, "data": {"name": "y"}})
+    again.editor.close()
 
 
 def test_batches_do_not_run_over_a_checkpoint(begin):

@@ -3,34 +3,9 @@ import logging
 import pytest
 import torch
 
+from easyedit_nmke.log import EditReport
 from easyedit_nmke.solver import NullSpaceSolver
-from easyedit_nmke.state import EditReport, LifelongState, fingerprint
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_fingerprint_sees_every_bit(dtype):
-    tensor = torch.randn(37, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = fingerprint({0: tensor})
-    assert fingerprint({0: tensor.clone()}) == before
-    for index in (0, 200, 406):
-        changed = tensor.clone().view(-1)
-        changed[index] = (
-            torch.nextafter(changed[index].float(), torch.tensor(1e9)).to(dtype) if dtype == torch.float32 else -changed[index]
-        )
-        assert fingerprint({0: changed.view_as(tensor)}) != before
-    swapped = tensor.clone().view(-1)
-    swapped[[3, 4]] = swapped[[4, 3]]
-    assert fingerprint({0: swapped.view_as(tensor)}) != before
-
-
-def test_a_fingerprint_spans_chunks(monkeypatch):
-    from easyedit_nmke import state
-
-    tensor = torch.arange(1000, dtype=torch.float32)
-    monkeypatch.setattr(state, "_CHUNK", 64)
-    before = fingerprint({0: tensor})
-    tensor[999] += 1
-    assert fingerprint({0: tensor}) != before
+from easyedit_nmke.state import LifelongState
 
 
 @pytest.fixture

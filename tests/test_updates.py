@@ -1,0 +1,80 @@
+"""How updates are rounded and added: bits that depend on nothing but the numbers."""
+
+import pytest
+import torch
+
+from easyedit_nmke import updates
+from easyedit_nmke.updates import Update, accumulate, fingerprint
+
+
+def some(k=1, rows=5, columns=7, seed=0, layer=0):
+    g = torch.Generator().manual_seed(seed)
+    return Update(layer, torch.randn(rows, k, generator=g), torch.randn(k, columns, generator=g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_fingerprint_sees_every_bit(dtype):
+    tensor = torch.randn(37, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = fingerprint({0: tensor})
+    assert fingerprint({0: tensor.clone()}) == before
+    for index in (0, 200, 406):
+        changed = tensor.clone().view(-1)
+        changed[index] = (
+            torch.nextafter(changed[index].float(), torch.tensor(1e9)).to(dtype) if dtype == torch.float32 else -changed[index]
+        )
+        assert fingerprint({0: changed.view_as(tensor)}) != before
+    swapped = tensor.clone().view(-1)
+    swapped[[3, 4]] = swapped[[4, 3]]
+    assert fingerprint({0: swapped.view_as(tensor)}) != before
+
+
+def test_a_fingerprint_spans_chunks(monkeypatch):
+    tensor = torch.arange(1000, dtype=torch.float32)
+    monkeypatch.setattr(updates, "_CHUNK", 64)
+    before = fingerprint({0: tensor})
+    tensor[999] += 1
+    assert fingerprint({0: tensor}) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_are_the_same_bits_in_any_blocks_and_batches(dtype, transposed, monkeypatch):
+    start = torch.randn(63, 31, generator=torch.Generator().manual_seed(1)).to(dtype)
+    start = start.T.contiguous().T if transposed else start
+    several = [some(k, 63, 31, k).rounded(dtype) for k in (1, 3, 2)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = start.to(wide).clone()
+    for update in several:
+        for i in range(update.left.shape[1]):
+            expected += torch.outer(update.left[:, i].to(wide), update.right[i].to(wide))
+    found = start.clone()
+    accumulate(found, start, several)
+    assert torch.equal(found, expected.to(dtype))
+    monkeypatch.setattr(updates, "_BLOCK", 100)
+    once = torch.zeros_like(start)
+    accumulate(once, start, several)
+    assert torch.equal(once, found)
+    if dtype != torch.bfloat16:  # one at a time, in place; 16-bit weights have masters for that
+        for update in several:
+            accumulate(start, start, [update])
+        assert torch.equal(start, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_directions_of_16_bit_weights_are_16_bit_and_scaled(dtype):
+    update = some(2)._replace(right=torch.tensor([[1e-9, -2e-9, 0.0, 3e-11], [3.0, 7e4, -0.0, 1.0]]))
+    rounded = update.rounded(dtype)
+    assert rounded.right.dtype == dtype and rounded.left.dtype == torch.float32
+    assert rounded.right.abs().amax(1).tolist() == [1.0, 1.0] and not torch.signbit(rounded.right[1, 2])
+    exact, found = update.left @ update.right, rounded.left @ rounded.right.float()
+    assert torch.allclose(found, exact, rtol=0, atol=2 * torch.finfo(dtype).eps * exact.abs().max().item())
+    assert torch.equal(some().rounded(torch.float32).right, some().right)
+    assert not some()._replace(right=torch.zeros(1, 7)).rounded(dtype).right.any()
+
+
+def test_columns_of_single_requests_are_taken_out():
+    update = some(3)._replace(first=4)
+    assert update.without({1, 9}) is update
+    left = update.without({5})
+    assert torch.equal(left.left, update.left[:, [0, 2]]) and torch.equal(left.right, update.right[[0, 2]])
+    assert update.without({4, 5, 6}).left.shape == (5, 0)
