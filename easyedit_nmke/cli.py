@@ -29,6 +29,7 @@ EXAMPLES = {
     "report": "nmke report results",
     "log": "nmke log results",
     "undo": "nmke undo results 17",
+    "rollback": "nmke rollback results 100",
     "export": "nmke export results --to lora --rank 64",
 }
 COLUMNS = {
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 2
-    if argv in (["check"], ["run"], ["report"], ["log"], ["undo"], ["export"]):
+    if argv in (["check"], ["run"], ["report"], ["log"], ["undo"], ["rollback"], ["export"]):
         verbs[argv[0]].print_help()
         return 2
     args = parser.parse_args(argv)
@@ -131,17 +132,19 @@ def _add_kept(verb) -> None:
     """The verbs for a state that `nmke run` left."""
     log = verb("log", _log, "list the edits that are kept in a folder: what was asked, when, and whether it still counts")
     undo = verb("undo", _undo, "take one edit out, wherever it lies; the others stay")
+    rollback = verb("rollback", _rollback, "take all edits after one out, as if they had never been")
     export = verb("export", _export, "write the edited model for others: a checkpoint, a delta, or a LoRA adapter")
-    for sub in (log, undo, export):
+    for sub in (log, undo, rollback, export):
         sub.add_argument("folder", type=Path, metavar="DIR", help="where `nmke run` keeps its edits, or a state_dir")
+        sub.add_argument("--model", metavar="NAME", help="where the base model lies now, if it was moved")
+        sub.add_argument("--device", metavar="NAME", help="instead of the one that the edits were made on")
     log.add_argument("--check", action="store_true", help="also load the model and ask it")
     undo.add_argument("edit", type=_positive, metavar="ID", help="its number in `nmke log`")
+    undo.add_argument("--resolve", action="store_true", help="solve the later edits again without it (loads the model)")
+    rollback.add_argument("to", type=int, metavar="ID", help="the last edit that stays, 0 for none")
     export.add_argument("--to", required=True, choices=("model", "delta", "lora"), help="a whole checkpoint, factors, an adapter")
     export.add_argument("--rank", type=_positive, metavar="R", help="of the adapter (default: that of all edits together)")
     export.add_argument("--out", type=Path, metavar="PATH", help="where it goes, a new folder (default DIR/model, delta or lora)")
-    for sub in (log, export):
-        sub.add_argument("--model", metavar="NAME", help="where the base model lies now, if it was moved")
-        sub.add_argument("--device", metavar="NAME", help="instead of the one that the edits were made on")
 
 
 def _positive(text: str) -> int:
@@ -423,9 +426,17 @@ def _log(args, console: Console) -> int:
 def _undo(args, console: Console) -> int:
     from . import kept
 
-    edit = kept.take_out(args.folder, args.edit)
+    edit = kept.take_out(args.folder, args.edit, args.resolve, args.model, args.device)
     told = f"{edit['prompt']} -> {edit['target_new']}"
     console.print(f"Edit {args.edit} is taken out: {told}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _rollback(args, console: Console) -> int:
+    from . import kept
+
+    gone = kept.roll_back(args.folder, args.to, args.model, args.device)
+    console.print(f"Back at edit {args.to}: {gone} {'edit' if gone == 1 else 'edits'} taken out", highlight=False)
     return 0
 
 

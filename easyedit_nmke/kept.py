@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 
@@ -15,8 +16,6 @@ from .hparams import CLASSES
 from .journal import Journal
 from .lifelong import LifelongEditor
 from .log import Edit, standing
-
-KINDS = ("model", "delta", "lora")
 
 
 def find(folder: str | Path) -> Path:
@@ -51,11 +50,25 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     return found
 
 
-def take_out(folder: str | Path, edit: int) -> dict:
-    """Undo one edit, without a model: who opens the state next finds the model without it. Returns it as `edits` tells it."""
+def take_out(folder: str | Path, edit: int, resolve: bool = False, model: str | None = None, device: str | None = None) -> dict:
+    """Undo one edit, and return it as `edits` tells it. Without a model: who opens the state next finds the model without the edit.
+    resolve: load the model, and solve all later edits again, from which their numbers move up by one."""
     where = find(folder)
-    undo(where, edit)
-    return next(told for told in edits(where) if told["id"] == edit)
+    told = {entry["id"]: entry for entry in edits(where)}
+    if resolve:
+        with closing(open_editor(where, model, device)) as editor:
+            editor.undo(edit, resolve=True)
+    else:
+        undo(where, edit)
+    return told[edit]
+
+
+def roll_back(folder: str | Path, to: int, model: str | None = None, device: str | None = None) -> int:
+    """Make the state what it was after edit `to`; returns how many edits that took away."""
+    with closing(open_editor(find(folder), model, device)) as editor:
+        last = editor.state.last
+        editor.state.rollback(to)
+        return last - to
 
 
 def open_editor(folder: Path, model: str | None = None, device: str | None = None) -> LifelongEditor:
@@ -75,13 +88,12 @@ def export(
     folder: str | Path, to: str, out: Path, columns: Mapping[str, str], rank: int | None = None, model: str | None = None,
     device: str | None = None,
 ) -> LoraReport | None:  # fmt: skip
-    """Write the edited model of a state to `out`, as one of `KINDS`; returns a LoRA adapter's report. columns: the scores that the
-    card shows, and their headings."""
+    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora". columns: the
+    scores that the card shows, and their headings."""
     if rank is not None and to != "lora":
         raise ValueError(f"--rank is for --to lora, not for --to {to}")
     check_new(out)
-    editor = open_editor(find(folder), model, device)
-    try:
+    with closing(open_editor(find(folder), model, device)) as editor:
         card = _card(editor, columns)
         originals, updates = editor.state.changes()
         if to == "model":
@@ -89,8 +101,6 @@ def export(
         if to == "delta":
             return export_delta(editor.model, updates, originals, out, card)
         return export_lora(editor.model, updates, out, card, rank)
-    finally:
-        editor.close()
 
 
 def _card(editor: LifelongEditor, columns: Mapping[str, str]) -> Card:

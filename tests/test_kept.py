@@ -71,11 +71,16 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     card = (results / "model" / "README.md").read_text()
     assert "# atlas with 2 edits" in card and "None were taken." in card
 
+    assert asked[0]["prompt"] in run(capsys, "undo", results, 1, "--resolve")
+    assert [edit["prompt"] for edit in kept.edits(results)] == [asked[2]["prompt"]]
+    assert "1 edit taken out" in run(capsys, "rollback", results, 0) and not kept.edits(results)
+
 
 def test_what_cannot_be_done_is_said(results, tmp_path, capsys):
     for argv, said in (
         (["log", tmp_path / "nowhere"], "holds no state of edits"),
         (["undo", results, "9"], "there is no edit 9"),
+        (["rollback", results, "7"], "there is no edit 7"),
         (["export", results, "--to", "delta", "--rank", "3"], "--rank is for --to lora"),
         (["export", results, "--to", "model", "--out", results], "not an empty folder"),
     ):
