@@ -19,6 +19,7 @@ _HOMES = {
     "FTHyperParams": "hparams",
     "LifelongEditor": "lifelong",
     "LifelongState": "state",
+    "load_delta": "delta",
     "apply_nmke_to_model": "editor",
     "apply_to_model": "baselines",
     "open_state": "baselines",

@@ -27,6 +27,10 @@ EXAMPLES = {
     "run": "nmke run --hparams atlas --data requests.json --out results --edits 100",
     "compare": "nmke compare --model atlas --edits 400 --checkpoints 1,100,400 --seeds 3 --jobs 2 --out results",
     "report": "nmke report results",
+    "log": "nmke log results",
+    "undo": "nmke undo results 17",
+    "rollback": "nmke rollback results 100",
+    "export": "nmke export results --to lora --rank 64",
 }
 COLUMNS = {
     "rel": "Rel",
@@ -45,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 2
-    if argv in (["check"], ["run"], ["report"]):
+    if argv in (["check"], ["run"], ["report"], ["log"], ["undo"], ["rollback"], ["export"]):
         verbs[argv[0]].print_help()
         return 2
     args = parser.parse_args(argv)
@@ -120,7 +124,27 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` wrote results.jsonl")
     report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and its figures go (default DIR/report)")
     report.add_argument("--markdown", action="store_true", help="only print the table, as Markdown")
+    _add_kept(verb)
     return parser, verbs.choices
+
+
+def _add_kept(verb) -> None:
+    """The verbs for a state that `nmke run` left."""
+    log = verb("log", _log, "list the edits that are kept in a folder: what was asked, when, and whether it still counts")
+    undo = verb("undo", _undo, "take one edit out, wherever it lies; the others stay")
+    rollback = verb("rollback", _rollback, "take all edits after one out, as if they had never been")
+    export = verb("export", _export, "write the edited model for others: a checkpoint, a delta, or a LoRA adapter")
+    for sub in (log, undo, rollback, export):
+        sub.add_argument("folder", type=Path, metavar="DIR", help="where `nmke run` keeps its edits, or a state_dir")
+        sub.add_argument("--model", metavar="NAME", help="where the base model lies now, if it was moved")
+        sub.add_argument("--device", metavar="NAME", help="instead of the one that the edits were made on")
+    log.add_argument("--check", action="store_true", help="also load the model and ask it")
+    undo.add_argument("edit", type=_positive, metavar="ID", help="its number in `nmke log`")
+    undo.add_argument("--resolve", action="store_true", help="solve the later edits again without it (loads the model)")
+    rollback.add_argument("to", type=int, metavar="ID", help="the last edit that stays, 0 for none")
+    export.add_argument("--to", required=True, choices=("model", "delta", "lora"), help="a whole checkpoint, factors, an adapter")
+    export.add_argument("--rank", type=_positive, metavar="R", help="of the adapter (default: that of all edits together)")
+    export.add_argument("--out", type=Path, metavar="PATH", help="where it goes, a new folder (default DIR/model, delta or lora)")
 
 
 def _positive(text: str) -> int:
@@ -380,3 +404,50 @@ def _comparison(lines: list[dict], notes: list[str], console: Console) -> None:
     console.print(table)
     for sentence in [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines)]:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _log(args, console: Console) -> int:
+    from . import kept
+
+    table = Table(title=f"Edits in {args.folder}", title_justify="left", box=SIMPLE)
+    table.add_column("Edit", justify="right")
+    names = ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if args.check else []), "When", "Now")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for edit in kept.edits(args.folder, args.model, args.device, args.check):
+        style = "" if edit["now"] == "effective" else "dim"
+        said = [Text(edit["said"], "green" if edit["said"] == edit["target_new"] else "red")] if args.check else []
+        asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
+        table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
+    console.print(table)
+    return 0
+
+
+def _undo(args, console: Console) -> int:
+    from . import kept
+
+    edit = kept.take_out(args.folder, args.edit, args.resolve, args.model, args.device)
+    told = f"{edit['prompt']} -> {edit['target_new']}"
+    console.print(f"Edit {args.edit} is taken out: {told}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _rollback(args, console: Console) -> int:
+    from . import kept
+
+    gone = kept.roll_back(args.folder, args.to, args.model, args.device)
+    console.print(f"Back at edit {args.to}: {gone} {'edit' if gone == 1 else 'edits'} taken out", highlight=False)
+    return 0
+
+
+def _export(args, console: Console) -> int:
+    from . import kept
+
+    out = args.out or args.folder / args.to
+    report = kept.export(args.folder, args.to, out, COLUMNS, args.rank, args.model, args.device)
+    if report:
+        each = ", ".join(f"layer {layer} {error:.2%}" for layer, error in report.errors.items())
+        told = f"Rank {report.rank} leaves out {report.total:.2%} of the updates (Frobenius norm): {each}"
+        console.print(told, highlight=False, soft_wrap=True)
+    console.print(f"{out}: README.md in it says how to load it", highlight=False, markup=False, soft_wrap=True)
+    return 0

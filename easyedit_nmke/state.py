@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .log import Edit, EditReport, Event, Undo, check_undo, fact, standing
-from .updates import HALF, accumulate, fingerprint
+from .updates import HALF, Update, accumulate, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +265,19 @@ class LifelongState:
             self.events[-1] = replace(self.events[-1], digest=self._digest())
         self.masks = next((event.masks for event in reversed(self.events) if isinstance(event, Edit)), {})
 
+    def changes(self, events: Sequence[Event] | None = None) -> tuple[dict[Any, torch.Tensor], list[Update]]:
+        """What the weights after `events`, by default all, are made of: (layer -> w_out [D, F] on the CPU, updates added to it)."""
+        events = self.events if events is None else events
+        count, _, base = [base for base in self._bases if base[0] <= len(events)][-1]
+        undone = {event.edit for event in events if isinstance(event, Undo)}
+        made = [
+            update.without({i - event.first for i in undone})
+            for event in events[count:]
+            if isinstance(event, Edit)
+            for update in event.updates
+        ]
+        return base, made
+
     def _step(self, edit: int) -> int:
         """How many events there are up to `edit`; ValueError when weights at it cannot be had."""
         ends = {0: 0, **{event.ids[-1]: i + 1 for i, event in enumerate(self.events) if isinstance(event, Edit)}}
@@ -290,17 +303,9 @@ class LifelongState:
     @torch.no_grad()
     def _write(self, events: Sequence[Event] | None = None, masters: bool = True) -> None:
         """Set weights (and masters) to what `events`, by default all, made of them."""
-        events = self.events if events is None else events
-        count, _, base = [base for base in self._bases if base[0] <= len(events)][-1]
-        undone = {event.edit for event in events if isinstance(event, Undo)}
+        base, made = self.changes(events)
         for layer, weight in self._weights.items():
-            updates = [
-                update.without({i - event.first for i in undone})
-                for event in events[count:]
-                if isinstance(event, Edit)
-                for update in event.updates
-                if update.layer == layer
-            ]
+            updates = [update for update in made if update.layer == layer]
             if masters and layer in self.masters:
                 accumulate(self.masters[layer], base[layer], updates)
                 weight.copy_(self.masters[layer])

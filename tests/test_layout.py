@@ -12,7 +12,7 @@ import easyedit_nmke
 ROOT = Path(easyedit_nmke.__file__).parent
 RANK = {
     "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "solver": 0, "updates": 0, "journal": 0, "atlas": 0, "drift": 0,
-    "hooks": 1, "data": 1, "metrics": 1, "attribution": 1, "corpus": 1, "log": 1,
+    "hooks": 1, "data": 1, "metrics": 1, "attribution": 1, "corpus": 1, "log": 1, "delta": 1,
     "values": 2, "keys": 2, "covariance": 2, "state": 2, "generation": 2,
     "nullspace": 3, "edit": 3,
     "durable": 4,
@@ -20,8 +20,9 @@ RANK = {
     "baselines": 6,
     "register": 7, "lifelong": 7, "harness": 7, "figures": 7,
     "foreign": 8, "protocol": 8, "report": 8,
-    "compare": 9, "page": 9,
-    "cli": 10, "__init__": 11,
+    "compare": 9, "page": 9, "export": 9,
+    "kept": 10,
+    "cli": 11, "__init__": 12,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

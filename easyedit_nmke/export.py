@@ -1,0 +1,239 @@
+"""An edited model for others: the whole of it, a delta of update factors, or a LoRA adapter; each a folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from .arch import ModelView
+from .delta import FILE, joined, save_delta, short
+from .updates import Update
+
+_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader of an export must know: the base model (hub name, folder, or "atlas"), the hash of its weights before any
+    edit, and scores after the last one (rows of a table: column -> value)."""
+
+    base: str
+    weights: str
+    method: str
+    edits: int
+    date: str
+    evaluation: Sequence[Mapping[str, object]] = ()
+
+
+class LoraReport(NamedTuple):
+    """The rank of an adapter, and the share of the updates it leaves out (||lost|| / ||whole||, Frobenius), by layer and in all."""
+
+    rank: int
+    errors: dict[int, float]
+    total: float
+
+
+def export_model(model, tok, folder: str | Path, card: Card) -> None:
+    """A `save_pretrained` folder: weights, configuration, tokenizer, card. ValueError when `folder` holds anything."""
+    kind, name = short(model.dtype), Path(folder).name
+    with _new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tok.save_pretrained(temporary)
+        code = f"{_AUTO}\nfolder = {name!r}  # where this file lies\n{_loaded('folder', kind)}"
+        _write_card(temporary, card, "transformers", f"the whole edited model, {kind}, and its tokenizer", code)
+
+
+def export_delta(model, updates: Sequence[Update], originals: Mapping[int, torch.Tensor], folder: str | Path, card: Card) -> None:
+    """A folder for `load_delta`: factors of all updates, card. ValueError when `folder` holds anything.
+
+    model: as edited. originals: layer -> w_out [D, F] before the first update.
+    """
+    with _new_folder(folder) as temporary:
+        about = {"base": card.base, "weights": card.weights, "method": card.method, "edits": card.edits, "date": card.date}
+        save_delta(temporary / FILE, model, updates, originals, about)
+        code = (
+            f"{_base(card.base, short(model.dtype))}\nimport easyedit_nmke\n\n"
+            f"folder = {Path(folder).name!r}  # where this file lies\n"
+            "originals = easyedit_nmke.load_delta(model, folder)  # the parameters as they were, by name"
+        )
+        _write_card(temporary, card, "easyedit_nmke", "a delta: the factors of every update of the base model's weights", code)
+
+
+def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card, rank: int | None = None) -> LoraReport:
+    """A folder for `peft.PeftModel.from_pretrained`: a float32 LoRA adapter on the edited down projections, card.
+
+    rank: by default that of all updates together, which leaves nothing out. A lower one keeps the largest singular values of each
+    layer's sum of updates. ValueError when `folder` holds anything.
+
+    All layers get one rank and lora_alpha = r, so that servers which know neither rank_pattern nor alpha_pattern (vLLM) read the
+    adapter as PEFT does; a layer of lower rank is filled up with zeros.
+    """
+    view, factors = ModelView(model), joined(updates)
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}, expected 1 or more")
+    full = min(max(len(right) for _, right in factors.values()), *view.w_out(next(iter(factors))).shape)
+    rank = full if rank is None else min(rank, full)
+    tensors, lost, whole = {}, {}, {}
+    for layer, (left, right) in factors.items():
+        whole[layer] = ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum().clamp(min=0).sqrt().item()
+        left, right, lost[layer] = low_rank(left, right, rank)
+        module = f"base_model.model.{view.weight_name(layer).removesuffix('.weight')}"
+        tensors |= {f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left}
+    errors = {layer: lost[layer] / whole[layer] if lost[layer] else 0.0 for layer in factors}
+    total = math.hypot(*lost.values()) / math.hypot(*whole.values()) if any(lost.values()) else 0.0
+    report = LoraReport(rank, errors, total)
+    with _new_folder(folder) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.dumps(_lora_config(view, list(factors), rank, card.base), indent=2)
+        (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        what = f"a LoRA adapter of rank {rank} on the down projections of layers {', '.join(map(str, factors))}"
+        left_out = f"; it leaves out {report.total:.2%} of the updates (Frobenius norm)" if report.total else ""
+        code = (
+            f"{_base(card.base, short(model.dtype))}\nfrom peft import PeftModel\n\n"
+            f"folder = {Path(folder).name!r}  # where this file lies\nmodel = PeftModel.from_pretrained(model, folder)"
+        )
+        _write_card(temporary, card, "peft", what + left_out, code, _serving(card.base, Path(folder).name, rank))
+    return report
+
+
+def low_rank(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """left [D, R] · right [R, F] as a product of [D, rank] and [rank, F] that is nearest to it, and the Frobenius norm of what
+    that leaves out. By the singular values of the [min(D, R), min(F, R)] core between two QR factors, in float64: the product
+    itself is never made. Where R <= rank the factors are the given ones, filled up with zeros.
+    """
+    lost, (hidden, given), right = 0.0, left.shape, right.float()
+    if given > rank:
+        q, core_left = torch.linalg.qr(left.double())
+        p, core_right = torch.linalg.qr(right.T.double())
+        u, s, vh = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+        root, lost = s[:rank].sqrt(), s[rank:].norm().item()
+        left, right = q @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ p.T
+    # Both of one size, so that half precision can hold either.
+    ratio = (right.norm(dim=1).clamp(min=1e-30) / left.norm(dim=0).clamp(min=1e-30)).sqrt()
+    left, right = (left * ratio).float(), (right / ratio[:, None]).float()
+    if given < rank:
+        left = torch.cat([left, left.new_zeros(hidden, rank - given)], 1)
+        right = torch.cat([right, right.new_zeros(rank - given, right.shape[1])])
+    return left.contiguous(), right.contiguous(), lost
+
+
+def _lora_config(view: ModelView, layers: list[int], rank: int, base: str) -> dict:
+    """adapter_config.json. The last word of the module's name where that is enough to find it in a block: servers look it up."""
+    name = view.family.down
+    short_name = name.rsplit(".", 1)[-1]
+    same = [module for module, _ in view.blocks[0].named_modules() if module.rsplit(".", 1)[-1] == short_name]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": view.family.transposed,
+        "target_modules": [short_name if len(same) == 1 else name],
+        "layers_to_transform": layers,
+    }
+
+
+# ---- folders and cards
+
+
+def check_new(folder: str | Path) -> Path:
+    """Its full path. ValueError when it is a file, or a folder that holds anything."""
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder; give another name, or remove it")
+    return folder
+
+
+@contextmanager
+def _new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not. What an earlier attempt
+    that was killed has left is removed."""
+    folder = check_new(folder)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+_AUTO = "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+
+
+def _loaded(source: str, kind: str) -> str:
+    return (
+        f"model = AutoModelForCausalLM.from_pretrained({source}, dtype=torch.{kind})\ntok = AutoTokenizer.from_pretrained({source})"
+    )
+
+
+def _base(base: str, kind: str) -> str:
+    """Code that loads the base model, and its tokenizer."""
+    if base == "atlas":
+        return "from easyedit_nmke import atlas\n\nmodel, tok = atlas.load()\n"
+    return f"{_AUTO}\n{_loaded(repr(base), kind)}\n"
+
+
+def _serving(base: str, name: str, rank: int) -> str:
+    if rank > _SERVED_RANKS[-1]:
+        return f"vLLM serves adapters up to rank {_SERVED_RANKS[-1]}: export with `--rank {_SERVED_RANKS[-1]}` for it."
+    allowed = next(each for each in _SERVED_RANKS if each >= rank)
+    options = f"--enable-lora --max-lora-rank {allowed} --lora-modules edited={name}"
+    return f"With vLLM, for the architectures whose adapters it takes:\n\n```bash\nvllm serve {base} {options}\n```"
+
+
+def _write_card(folder: Path, card: Card, library: str, what: str, code: str, more: str = "") -> None:
+    head = [f"library_name: {library}", "tags: [knowledge-editing]"]
+    if card.base != "atlas" and not Path(card.base).exists():
+        head.append(f"base_model: {card.base}")
+    facts = {
+        "Base model": card.base,
+        "Hash of its weights": card.weights,
+        "Method": card.method,
+        "Edits": card.edits,
+        "Date": card.date,
+        "This folder": what,
+    }
+    parts = [
+        "\n".join(["---", *head, "---"]),
+        f"# {card.base} with {card.edits} {'edit' if card.edits == 1 else 'edits'}",
+        _table([{"": name, " ": value} for name, value in facts.items()]),
+        f"## Load it\n\n```python\n{code}\n```",
+        *([more] if more else []),
+        "## Scores after the last edit\n\n" + (_table(card.evaluation) if card.evaluation else "None were taken."),
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")

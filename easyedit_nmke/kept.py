@@ -1,0 +1,118 @@
+"""What the shell does with a state on disk: tell its edits, take some out, export the edited model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+
+from . import generation
+from .durable import history, undo
+from .export import Card, LoraReport, check_new, export_delta, export_lora, export_model
+from .hparams import CLASSES
+from .journal import Journal
+from .lifelong import LifelongEditor
+from .log import Edit, standing
+
+
+def find(folder: str | Path) -> Path:
+    """The folder of the state that is in `folder` or below it. ValueError when there is none, or more than one."""
+    folder = Path(folder)
+    found = sorted(path.parent for path in folder.rglob("header.json") if Journal.exists(path.parent)) if folder.is_dir() else []
+    if len(found) != 1:
+        what = f"{len(found)} states ({', '.join(map(str, found[:5]))}); give one of them" if found else "no state of edits"
+        raise ValueError(f"{folder} holds {what}" + ("" if found else "; give the --out of `nmke run`, or a state_dir"))
+    return found[0]
+
+
+def edits(folder: str | Path, model: str | None = None, device: str | None = None, check: bool = False) -> list[dict]:
+    """Every edit of a state: id, subject, prompt, old and new answer, when it was made, and what has become of it. Loads no model,
+    unless `check`: then "said" is what the edited model answers now.
+    """
+    where = find(folder)
+    with Journal.open(where, write=False) as journal:
+        events, _ = history(journal, tensors=False)
+    now, found = standing(events), []
+    for event in events:
+        if isinstance(event, Edit):
+            for number, request in zip(event.ids, event.requests, strict=True):
+                told = {name: request.get(name) for name in ("subject", "prompt", "ground_truth", "target_new")}
+                found.append({"id": number, **told, "made": event.made, "now": now[number]})
+    if check and found:
+        editor = open_editor(where, model, device)
+        editor.close()  # it is only asked
+        said = generation.greedy_texts(editor.model, editor.tok, [edit["prompt"] for edit in found])
+        for edit, text in zip(found, said, strict=True):
+            edit["said"] = generation.answer(text)
+    return found
+
+
+def take_out(folder: str | Path, edit: int, resolve: bool = False, model: str | None = None, device: str | None = None) -> dict:
+    """Undo one edit, and return it as `edits` tells it. Without a model: who opens the state next finds the model without the edit.
+    resolve: load the model, and solve all later edits again, from which their numbers move up by one."""
+    where = find(folder)
+    told = {entry["id"]: entry for entry in edits(where)}
+    if resolve:
+        with closing(open_editor(where, model, device)) as editor:
+            editor.undo(edit, resolve=True)
+    else:
+        undo(where, edit)
+    return told[edit]
+
+
+def roll_back(folder: str | Path, to: int, model: str | None = None, device: str | None = None) -> int:
+    """Make the state what it was after edit `to`; returns how many edits that took away."""
+    with closing(open_editor(find(folder), model, device)) as editor:
+        last = editor.state.last
+        editor.state.rollback(to)
+        return last - to
+
+
+def open_editor(folder: Path, model: str | None = None, device: str | None = None) -> LifelongEditor:
+    """The editor of a state, its model brought to the last edit. model, device: instead of those that it was started with."""
+    with Journal.open(folder, write=False) as journal:
+        content = journal.header["hparams"]
+    changes = {name: value for name, value in (("model_name", model), ("device", device)) if value is not None}
+    hparams = CLASSES[content["alg_name"]].from_dict(
+        {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
+    )
+    editor = LifelongEditor.from_hparams(hparams)
+    editor.state  # noqa: B018  opening it brings the model to the last edit
+    return editor
+
+
+def export(
+    folder: str | Path, to: str, out: Path, columns: Mapping[str, str], rank: int | None = None, model: str | None = None,
+    device: str | None = None,
+) -> LoraReport | None:  # fmt: skip
+    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora". columns: the
+    scores that the card shows, and their headings."""
+    if rank is not None and to != "lora":
+        raise ValueError(f"--rank is for --to lora, not for --to {to}")
+    check_new(out)
+    with closing(open_editor(find(folder), model, device)) as editor:
+        card = _card(editor, columns)
+        originals, updates = editor.state.changes()
+        if to == "model":
+            return export_model(editor.model, editor.tok, out, card)
+        if to == "delta":
+            return export_delta(editor.model, updates, originals, out, card)
+        return export_lora(editor.model, updates, out, card, rank)
+
+
+def _card(editor: LifelongEditor, columns: Mapping[str, str]) -> Card:
+    """Scores are those that were taken on the way, if no edit was taken out since."""
+    state, now = editor.state, list(standing(editor.state.events).values())
+    weights = json.dumps(state.book.journal.header["model"]["weights"], sort_keys=True)
+    lines = [note["segment"]["line"] for _, note in state.notes if "line" in note.get("segment", {})]
+    scores = [
+        {"Edits": line["checkpoint"], **{heading: line["scores"].get(name) for name, heading in columns.items()}}
+        for line in lines
+        if "undone" not in now
+    ]
+    name = editor.hparams.to_dict()["model_name"]
+    digest = hashlib.sha256(weights.encode()).hexdigest()[:16]
+    return Card(name, digest, editor.alg_name, now.count("effective"), date.today().isoformat(), scores)

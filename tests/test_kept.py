@@ -1,0 +1,92 @@
+"""The shell on a state that `nmke run` left: log, undo, export."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from easyedit_nmke import atlas as embedded
+from easyedit_nmke import cli, kept, load_delta
+
+SETTINGS = dict(
+    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,
+    nullspace_fraction=0.9,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a run of three edits, scored after the last."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "settings.yaml").write_text(yaml.safe_dump({**SETTINGS, "stats_dir": str(folder / "stats")}))
+    (folder / "data.json").write_text(json.dumps(embedded.requests(3)))
+    argv = ["run", "--hparams", str(folder / "settings.yaml"), "--data", str(folder / "data.json")]
+    assert cli.main([*argv, "--out", str(folder / "results")]) == 0
+    return folder / "results"
+
+
+@pytest.fixture
+def results(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "results")
+
+
+def run(capsys, *argv) -> str:
+    capsys.readouterr()
+    assert cli.main(list(map(str, argv))) == 0
+    return capsys.readouterr().out
+
+
+def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "400")
+    asked = requests(3)
+    listed = run(capsys, "log", results)
+    for number, request in enumerate(asked, 1):
+        (line,) = (line for line in listed.splitlines() if line.split()[:1] == [str(number)])
+        for part in (request["subject"], request["prompt"], request["ground_truth"], request["target_new"], "effective"):
+            assert part in line
+    assert "The model says" in run(capsys, "log", results, "--check")
+
+    assert "delta: README.md in it" in run(capsys, "export", results, "--to", "delta")
+    card = (results / "delta" / "README.md").read_text()
+    assert "# atlas with 3 edits" in card and "| Edits | Rel | Gen | Loc | Same | Port | General |" in card
+    model, _ = embedded.load()
+    load_delta(model, results / "delta")
+    editor = kept.open_editor(kept.find(results))
+    editor.close()
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in editor.model.named_parameters())
+
+    shown = run(capsys, "export", results, "--to", "lora", "--rank", 2, "--out", tmp_path / "small")
+    report = kept.export(results, "lora", tmp_path / "again", {}, rank=2)
+    assert f"Rank 2 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
+    assert "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
+
+    assert asked[1]["prompt"] in run(capsys, "undo", results, 2)
+    listed = run(capsys, "log", results)
+    assert [line.split()[-1] for line in listed.splitlines() if line.split()[:1] in (["1"], ["2"], ["3"])] == [
+        "effective", "undone", "effective",
+    ]  # fmt: skip
+    run(capsys, "export", results, "--to", "model")
+    card = (results / "model" / "README.md").read_text()
+    assert "# atlas with 2 edits" in card and "None were taken." in card
+
+    assert asked[0]["prompt"] in run(capsys, "undo", results, 1, "--resolve")
+    assert [edit["prompt"] for edit in kept.edits(results)] == [asked[2]["prompt"]]
+    assert "1 edit taken out" in run(capsys, "rollback", results, 0) and not kept.edits(results)
+
+
+def test_what_cannot_be_done_is_said(results, tmp_path, capsys):
+    for argv, said in (
+        (["log", tmp_path / "nowhere"], "holds no state of edits"),
+        (["undo", results, "9"], "there is no edit 9"),
+        (["rollback", results, "7"], "there is no edit 7"),
+        (["export", results, "--to", "delta", "--rank", "3"], "--rank is for --to lora"),
+        (["export", results, "--to", "model", "--out", results], "not an empty folder"),
+    ):
+        assert cli.main(list(map(str, argv))) == 1
+        assert said in capsys.readouterr().err
+    (state,) = results.glob("state-*")
+    shutil.copytree(state, results / "other")
+    assert cli.main(["log", str(results)]) == 1
+    assert "holds 2 states" in capsys.readouterr().err
