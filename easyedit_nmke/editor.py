@@ -79,8 +79,12 @@ def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver |
             "remove it, or set regularizer: nullspace and l2_scale: absolute"
         )
     l2 = hparams.L2 * space.energy.item() if relative else hparams.L2
-    solver = RestrictedSolver if hparams.solve == "restricted" and hparams.neurons != "all" else NullSpaceSolver
-    return solver(space.basis, l2, hparams.mom2_update_weight * space.eigenvalues if soft else None)
+    strength = hparams.mom2_update_weight * space.eigenvalues if soft else None
+    if hparams.solve == "restricted" and hparams.neurons != "all":
+        return RestrictedSolver(space.basis, l2, strength)
+    if space.null.shape[1] and not soft:
+        return NullSpaceSolver(space.null, l2, null=True)
+    return NullSpaceSolver(space.basis, l2, strength)
 
 
 def edit_layers(

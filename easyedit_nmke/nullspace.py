@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 class RowSpace(NamedTuple):
     """Where old keys lie: eigenvectors U [F, r] of E[c cᵀ], their eigenvalues [r], and E||P c||² = the sum of the other
-    eigenvalues, P = I - U Uᵀ. Eigenvalues and energy are NaN where only a projector is known."""
+    eigenvalues, P = I - U Uᵀ. Eigenvalues and energy are NaN where only a projector is known. null: the other eigenvectors V
+    [F, F - r], P = V Vᵀ, where they are fewer; else [F, 0]."""
 
     basis: torch.Tensor
     eigenvalues: torch.Tensor
     energy: torch.Tensor
+    null: torch.Tensor
 
 
 def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, RowSpace]:
@@ -59,7 +61,7 @@ def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = N
     (1 - fraction)·F eigenvalues, which suits layers whose keys are of different sizes."""
     values, vectors = torch.linalg.eigh(moment)  # ascending
     first = _first(values, threshold, fraction)
-    return _above(values, vectors[:, first:], first)
+    return _above(values, vectors[:, first:], vectors[:, : _fewer(first, len(values))], first)
 
 
 def _decompose(moment: torch.Tensor, file: Path) -> dict[str, torch.Tensor]:
@@ -77,15 +79,21 @@ def _first(values: torch.Tensor, threshold: float, fraction: float | None) -> in
     return int((values < threshold).sum()) if fraction is None else round(fraction * len(values))
 
 
-def _above(values: torch.Tensor, basis: torch.Tensor, first: int) -> RowSpace:
-    return RowSpace(basis.contiguous(), values[first:].clamp(min=0), values[:first].clamp(min=0).sum())
+def _fewer(first: int, count: int) -> int:
+    """How many eigenvectors of the null space to keep: all `first` where they are fewer than the others, else none."""
+    return first if first < count - first else 0
+
+
+def _above(values: torch.Tensor, basis: torch.Tensor, null: torch.Tensor, first: int) -> RowSpace:
+    energy = values[:first].clamp(min=0).sum()
+    return RowSpace(basis.contiguous(), values[first:].clamp(min=0), energy, null.contiguous())
 
 
 def _cut(stored: Mapping, hparams) -> RowSpace:
     """From `_decompose`'s tensors, or from slices of its file, of which only the rows asked for are read."""
-    values = stored["eigenvalues"][:]
+    values, rows = stored["eigenvalues"][:], stored["eigenvectors"]
     first = _first(values, hparams.nullspace_threshold, hparams.nullspace_fraction)
-    return _above(values, stored["eigenvectors"][first:].T, first)
+    return _above(values, rows[first:].T, rows[: _fewer(first, len(values))].T, first)
 
 
 def _read(file: Path, hparams) -> RowSpace:
@@ -113,6 +121,8 @@ def _from_projector(view: ModelView, hparams) -> dict[int, RowSpace]:
     for layer, projector in zip(hparams.layers, projectors, strict=True):
         device = view.weight(layer).device
         values, vectors = torch.linalg.eigh(torch.eye(neurons, device=device) - projector.float().to(device))
-        basis = vectors[:, values > 0.5].contiguous()
-        bases[layer] = RowSpace(basis, basis.new_full(basis.shape[1:], torch.nan), basis.new_tensor(torch.nan))
+        first = int((values <= 0.5).sum())
+        space = _above(values, vectors[:, first:], vectors[:, : _fewer(first, neurons)], first)
+        unknown = {name: torch.full_like(getattr(space, name), torch.nan) for name in ("eigenvalues", "energy")}
+        bases[layer] = space._replace(**unknown)
     return bases

@@ -1,52 +1,26 @@
 """The closed-form updates: in the null space of old knowledge (AlphaEdit, NMKE), or weighed by its covariance (MEMIT, ROME).
 
 The first never forms an [N, N] matrix. AlphaEdit's update for keys K and residual r, with all past keys C = past·pastᵀ and
-P = I - UUᵀ, is
+P = I - UUᵀ = VVᵀ, is
 
     X = solve(P (K Kᵀ + C) + L2·I,  P K rᵀ)      [N, D],   w_out += (mask · X)ᵀ
 
-X lies in range(P), so with B = P·[past, K] (t columns) it is X = B (BᵀB + L2·I)⁻¹ E rᵀ, E picking the columns of K. Of
-M = BᵀB + L2·I only a Cholesky factor over the past keys is kept and grown by each append; the current keys enter through their
-Schur complement. An update costs O(t² + t·N) instead of N³.
+X lies in range(P), so with B = P·past and b = P·K it is X = (B Bᵀ + b bᵀ + L2·I)⁻¹ b rᵀ: `Ridge` finds it, in the N coordinates of
+P·k, or in the N - r of Vᵀk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 
-COLUMNS_AT_A_TIME = 512
+from .ridge import Ridge, kept_columns, times, transposed_times
 
 
-class NullSpaceSolver:
-    """Past keys of one layer, and the update they allow.
-
-    row_space [N, r]: orthonormal columns U that no update may touch (r may be 0); l2 > 0. Keys are kept projected, in float64:
-    N·t·8 bytes plus a t·t factor (14336 neurons, 2000 edits: 229 MB + 32 MB a layer).
-
-    strength [r] (soft null space): U are eigenvectors of E[c cᵀ] and `strength` their eigenvalues s times λ. Directions are then
-    weighed instead of forbidden: X = solve(U·diag(λs)·Uᵀ + L2·I + C + K Kᵀ, K rᵀ). In place of P stands the square root
-    G = I - U·diag(1 - sqrt(L2 / (L2 + λs)))·Uᵀ, applied to the keys and once more to X; P is its limit.
-    """
-
-    def __init__(self, row_space: torch.Tensor, l2: float, strength: torch.Tensor | None = None):
-        if row_space.dim() != 2 or row_space.shape[1] > len(row_space):
-            raise ValueError(f"row_space must be [neurons, rank] with rank <= neurons, got shape {tuple(row_space.shape)}")
-        if not torch.isfinite(row_space).all():
-            raise ValueError("row_space holds NaN or infinite values")
-        if not l2 > 0:
-            raise ValueError(f"l2 must be more than 0, got {l2!r}")
-        if strength is not None and (strength.shape != row_space.shape[1:] or not (strength >= 0).all()):
-            raise ValueError(f"strength must be [{row_space.shape[1]}] and not negative, got shape {tuple(strength.shape)}")
-        self.row_space, self.l2, self.count = row_space, float(l2), 0
-        self.strength = None if strength is None else strength.double()
-        self._keys = row_space.new_zeros((len(row_space), 0), dtype=torch.float64)
-        self._factor = row_space.new_zeros((0, 0), dtype=torch.float64)
-
-    @property
-    def neurons(self) -> int:
-        return len(self.row_space)
+class _Solver:
+    """An update is residual·directionsᵀ, whatever finds the directions."""
 
     def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The change of w_out [D, N] that moves the output at `keys` [N, k] by `residual` [D, k]; zero where `mask` [N] is.
@@ -54,86 +28,89 @@ class NullSpaceSolver:
         Returned in residual's dtype. Leaves the solver as it was.
         """
         _check_residual(residual, keys)
-        return (residual.double() @ self.directions(keys, mask).T).to(residual.dtype)
+        dtype = torch.promote_types(residual.dtype, torch.float32)  # not float64: [D, N] is large, and rounded once suffices
+        return (residual.to(dtype) @ self.directions(keys, mask).T.to(dtype)).to(residual.dtype)
+
+
+class NullSpaceSolver(_Solver):
+    """Past keys of one layer, and the update they allow.
+
+    basis [N, r]: orthonormal columns U that no update may touch (r may be 0), or with `null` columns V that span all the rest,
+    which is less work where they are fewer. l2 > 0. Keys are kept projected, in the basis' dtype but no less than float32; every
+    product is float64 (why: `ridge`). An update reads the basis twice and past keys twice, `append` the basis twice (V: once) and
+    past keys once. Past N/2 keys, (N - r)/2 with `null`, `Ridge` switches to the primal and says so.
+
+    strength [r] (soft null space): U are eigenvectors of E[c cᵀ] and `strength` their eigenvalues s times λ. Directions are then
+    weighed instead of forbidden: X = solve(U·diag(λs)·Uᵀ + L2·I + C + K Kᵀ, K rᵀ). In place of P stands the square root
+    G = I - U·diag(1 - sqrt(L2 / (L2 + λs)))·Uᵀ, applied to the keys and once more to X; P is its limit.
+    """
+
+    def __init__(self, basis: torch.Tensor, l2: float, strength: torch.Tensor | None = None, null: bool = False):
+        _check_arguments(basis, l2, strength)
+        if null and strength is not None:
+            raise ValueError("a soft null space weighs the row space; give its basis, not the null space's")
+        self.basis, self.null, self.l2 = basis, null, float(l2)
+        self.strength = None if strength is None else strength.double()
+        self._past = Ridge(basis.shape[1] if null else len(basis), self.l2, basis)
+
+    @property
+    def neurons(self) -> int:
+        return len(self.basis)
+
+    @property
+    def count(self) -> int:
+        """How many past keys."""
+        return self._past.count
 
     def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
         _check(keys, mask, self.neurons)
-        new = self.project(keys)
-        overlap, schur = self._border(new)
-        past = self._keys[:, : self.count]
-        weights = torch.linalg.solve_triangular(self._past_factor().mT, overlap, upper=True)
-        directions = torch.cholesky_solve((new - past @ weights).T, schur).T  # [N, k]
-        if self.strength is not None:
-            directions = self.project(directions)
+        directions = self._past.solve(self._coordinates(keys))
+        if self.null:
+            directions = times(self.basis, directions)
+        elif self.strength is not None:
+            directions = self._coordinates(directions)
         return directions if mask is None else directions * mask[:, None].to(directions)
 
     def append(self, keys: torch.Tensor) -> None:
-        """From now on, keep the outputs at `keys` [N, k]."""
+        """From now on, keep the outputs at `keys` [N, k]. When this fails, nothing has changed."""
         _check_keys(keys, self.neurons)
-        new = self.project(keys)
-        overlap, schur = self._border(new)
-        start, stop = self.count, self.count + new.shape[1]
-        self._make_room(stop)
-        self._keys[:, start:stop] = new
-        self._factor[start:stop, :start] = overlap.T
-        self._factor[start:stop, start:stop] = schur
-        self.count = stop
+        self._past.append(self._coordinates(keys))
 
     def truncate(self, count: int) -> None:
         """Forget all but the first `count` past keys."""
-        if not 0 <= count <= self.count:
-            raise ValueError(f"count must be from 0 to {self.count}, got {count}")
-        self.count = count
-        self._make_room(count)
+        self._past.truncate(count)
+
+    def without(self, columns: Sequence[int]) -> NullSpaceSolver:
+        """A new solver on the same basis that remembers all past keys but those numbered `columns` (from 0), in their order.
+
+        Bit for bit what a solver would hold that was never given them, as long as keys appended together are dropped together;
+        else the same up to the rounding of a projection (1e-15 before keys are rounded to the basis' dtype).
+        """
+        twin = copy(self)
+        twin._past = self._past.without(columns)
+        return twin
 
     def memory(self) -> dict[str, torch.Tensor]:
         """All that `append` has left, to be given to `remember` of a solver made from the same arguments."""
-        return {"keys": self._keys[:, : self.count], "factor": self._past_factor()}
+        return self._past.memory()
 
     def remember(self, memory: Mapping[str, torch.Tensor]) -> None:
         """Take the place of the solver that `memory` comes from."""
-        count = memory["keys"].shape[1]
-        self._make_room(count)
-        self._keys[:, :count], self._factor[:count, :count] = memory["keys"], memory["factor"]
-        self.count = count
+        self._past.remember(memory)
 
-    def project(self, keys: torch.Tensor) -> torch.Tensor:
-        """P·keys (G·keys in a soft null space), float64."""
-        keys = keys.to(self._keys)
-        inside = torch.zeros_like(keys)
-        for start in range(0, self.row_space.shape[1], COLUMNS_AT_A_TIME):  # a float64 copy of all of U would double its memory
-            part = slice(start, start + COLUMNS_AT_A_TIME)
-            basis = self.row_space[:, part].to(keys)
-            share = basis.T @ keys
-            if self.strength is not None:
-                share = share * (1 - (self.l2 / (self.l2 + self.strength[part])).sqrt())[:, None]
-            inside += basis @ share
-        return keys - inside
-
-    def _past_factor(self) -> torch.Tensor:
-        return self._factor[: self.count, : self.count]
-
-    def _border(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows that `new` [N, k] adds to the Cholesky factor: L⁻¹(pastᵀ new) [t, k] and the factor of the Schur complement."""
-        overlap = torch.linalg.solve_triangular(self._past_factor(), self._keys[:, : self.count].T @ new, upper=False)
-        identity = torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
-        return overlap, torch.linalg.cholesky(new.T @ new + self.l2 * identity - overlap.T @ overlap)
-
-    def _make_room(self, columns: int) -> None:
-        """Buffers whose width depends on the number of keys alone: products of wider ones may round otherwise, and a state that
-        was rolled back or taken up again must go on bit for bit."""
-        room = 0 if columns == 0 else max(16, 1 << (columns - 1).bit_length())
-        if room == self._keys.shape[1]:
-            return
-        keys, factor, kept = self._keys, self._factor, min(self.count, columns)
-        self._keys = keys.new_zeros((self.neurons, room))
-        self._factor = factor.new_zeros((room, room))
-        self._keys[:, :kept] = keys[:, :kept]
-        self._factor[:kept, :kept] = factor[:kept, :kept]
+    def _coordinates(self, keys: torch.Tensor) -> torch.Tensor:
+        """P·keys (G·keys in a soft null space) [N, k], or Vᵀ·keys [N - r, k]; float64."""
+        keys = keys.to(self.basis.device, torch.float64)
+        share = transposed_times(self.basis, keys)
+        if self.null:
+            return share
+        if self.strength is not None:
+            share = share * (1 - (self.l2 / (self.l2 + self.strength)).sqrt())[:, None]
+        return keys - times(self.basis, share)
 
 
-class RestrictedSolver:
+class RestrictedSolver(_Solver):
     """`NullSpaceSolver` for updates solved on the masked neurons S alone, instead of masked after the solve:
 
         X_S = solve(P_S (K_S K_Sᵀ + C_SS) + L2·I, P_S K_S rᵀ),   P_S = I - Q Qᵀ,   Q = orth(U_S)
@@ -144,7 +121,7 @@ class RestrictedSolver:
     """
 
     def __init__(self, row_space: torch.Tensor, l2: float, strength: torch.Tensor | None = None):
-        NullSpaceSolver(row_space, l2, strength)  # the same checks
+        _check_arguments(row_space, l2, strength)
         self.row_space, self.l2, self.strength = row_space, float(l2), strength
         self._keys = row_space.new_zeros((len(row_space), 0))
 
@@ -155,11 +132,6 @@ class RestrictedSolver:
     @property
     def count(self) -> int:
         return self._keys.shape[1]
-
-    def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The change of w_out [D, N] that moves the output at `keys` [N, k] by `residual` [D, k]; zero where `mask` [N] is."""
-        _check_residual(residual, keys)
-        return (residual.double() @ self.directions(keys, mask).T).to(residual.dtype)
 
     def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
@@ -189,6 +161,12 @@ class RestrictedSolver:
             raise ValueError(f"count must be from 0 to {self.count}, got {count}")
         self._keys = self._keys[:, :count]
 
+    def without(self, columns: Sequence[int]) -> RestrictedSolver:
+        """A new solver on the same row space that remembers all past keys but those numbered `columns`, bit for bit."""
+        twin = copy(self)
+        twin._keys = self._keys[:, kept_columns(self.count, columns)]
+        return twin
+
     def memory(self) -> dict[str, torch.Tensor]:
         """All that `append` has left, to be given to `remember` of a solver made from the same arguments."""
         return {"keys": self._keys}
@@ -209,7 +187,7 @@ def _ridge(columns: torch.Tensor, new: torch.Tensor, l2: float) -> torch.Tensor:
     return columns @ torch.cholesky_solve(picks, torch.linalg.cholesky(gram))
 
 
-class CovarianceSolver:
+class CovarianceSolver(_Solver):
     """MEMIT's update X = solve(weight·C0 + K Kᵀ, K rᵀ) [N, D], w_out += (mask · X)ᵀ, with C0 = E[c cᵀ] of the unedited model.
 
     moment [N, N] is C0. Only the Cholesky factor of weight·C0 is kept, in float64 (14336 neurons: 1.6 GB a layer); with
@@ -241,14 +219,6 @@ class CovarianceSolver:
         _check_keys(keys, self.neurons)
         return torch.cholesky_solve(keys.to(self._factor), self._factor)
 
-    def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The change of w_out [D, N] that moves the output at `keys` [N, k] towards `residual` [D, k]; zero where `mask` [N] is.
-
-        Returned in residual's dtype.
-        """
-        _check_residual(residual, keys)
-        return (residual.double() @ self.directions(keys, mask).T).to(residual.dtype)
-
     def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
         _check(keys, mask, self.neurons)
@@ -260,12 +230,27 @@ class CovarianceSolver:
     def truncate(self, count: int) -> None:
         """Nothing is remembered, so there is nothing to forget."""
 
+    def without(self, columns: Sequence[int]) -> CovarianceSolver:
+        """Itself."""
+        return self
+
     def memory(self) -> dict[str, torch.Tensor]:
         """Nothing."""
         return {}
 
     def remember(self, memory: Mapping[str, torch.Tensor]) -> None:
         """Nothing."""
+
+
+def _check_arguments(basis: torch.Tensor, l2: float, strength: torch.Tensor | None) -> None:
+    if basis.dim() != 2 or basis.shape[1] > len(basis):
+        raise ValueError(f"the basis must be [neurons, rank] with rank <= neurons, got shape {tuple(basis.shape)}")
+    if not torch.isfinite(basis).all():
+        raise ValueError("the basis holds NaN or infinite values")
+    if not l2 > 0:
+        raise ValueError(f"l2 must be more than 0, got {l2!r}")
+    if strength is not None and (strength.shape != basis.shape[1:] or not (strength >= 0).all()):
+        raise ValueError(f"strength must be [{basis.shape[1]}] and not negative, got shape {tuple(strength.shape)}")
 
 
 def _check(keys: torch.Tensor, mask: torch.Tensor | None, neurons: int) -> None:

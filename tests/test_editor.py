@@ -60,8 +60,8 @@ def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requ
         masks = editor.neuron_masks(view, tok, request, [t for g in state.templates for t in g], settings)
         for index, layer in enumerate(settings.layers):
             keys, current = key_and_value(view, tok, request, Contexts(state.templates), layer, settings.layers[-1])
-            basis = state.solvers[layer].row_space.double()
-            projector = torch.eye(96, dtype=torch.float64) - basis @ basis.T
+            basis = state.solvers[layer].basis.double()
+            projector = basis @ basis.T if state.solvers[layer].null else torch.eye(96, dtype=torch.float64) - basis @ basis.T
             k, r = keys.double(), (z[:, None] - current).double() / (len(settings.layers) - index)
             left = projector @ (k @ k.T + past[layer] @ past[layer].T) + settings.L2 * torch.eye(96, dtype=torch.float64)
             update = torch.linalg.solve(left, projector @ k @ r.T)

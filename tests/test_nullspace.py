@@ -32,10 +32,20 @@ def test_row_space_by_threshold_and_by_fraction():
     by_threshold = nullspace.row_space(moment, 0.015).basis
     assert by_threshold.shape == (6, 3)
     assert torch.allclose(by_threshold @ by_threshold.T, basis[:, :3] @ basis[:, :3].T)
-    by_fraction, eigenvalues, energy = nullspace.row_space(moment, 1e9, fraction=2 / 3)
+    by_fraction, eigenvalues, energy, _ = nullspace.row_space(moment, 1e9, fraction=2 / 3)
     assert torch.allclose(eigenvalues, torch.tensor([1.0, 5.0], dtype=torch.float64)) and energy.item() == pytest.approx(0.03)
     assert torch.allclose(by_fraction @ by_fraction.T, basis[:, :2] @ basis[:, :2].T)
     assert nullspace.row_space(moment, 1e9).basis.shape == (6, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1 / 3, 0.5, 2 / 3, 1.0])
+def test_the_null_basis_comes_where_it_is_thinner(fraction):
+    keys = torch.randn(6, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    space = nullspace.row_space(keys @ keys.T, 0, fraction)
+    rank = space.basis.shape[1]
+    assert rank == 6 - round(6 * fraction) and space.null.shape == (6, 6 - rank if 6 - rank < rank else 0)
+    if space.null.shape[1]:
+        assert torch.allclose(space.null @ space.null.T, torch.eye(6, dtype=torch.float64) - space.basis @ space.basis.T)
 
 
 @pytest.mark.parametrize("limits", [dict(nullspace_threshold=0.3), dict(nullspace_fraction=0.9), dict(nullspace_threshold=1e9)])
@@ -95,6 +105,7 @@ def test_easyedits_projector_file_is_used(view, nmke_hparams, tmp_path):
     torch.save(torch.stack([torch.eye(96) - basis @ basis.T, torch.eye(96)]), tmp_path / "P.pt")
     found = nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, P_loc=str(tmp_path / "P.pt")))
     assert found[0].basis.shape == (96, 40) and found[1].basis.shape == (96, 0)
+    assert found[0].null.shape == found[1].null.shape == (96, 0)
     assert torch.allclose(found[0].basis @ found[0].basis.T, basis @ basis.T, atol=1e-5)
     torch.save(torch.eye(96), tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match=r"holds shape \(96, 96\), expected \(2, 96, 96\)"):

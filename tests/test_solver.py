@@ -58,8 +58,14 @@ def make_keys(size, count, seed, dtype=torch.float64, cosine=0.0):
     return (3.0 * (math.sqrt(cosine) * shared + math.sqrt(1 - cosine) * own)).to(dtype)
 
 
-def solver_with(row_space, l2, past):
-    solver = NullSpaceSolver(row_space, l2)
+def complement(row_space):
+    """V of the rest of the space; V Vᵀ = I - U Uᵀ."""
+    rank = row_space.shape[1]
+    return torch.linalg.qr(row_space.double(), mode="complete").Q[:, rank:].to(row_space.dtype)
+
+
+def solver_with(row_space, l2, past, null=False):
+    solver = NullSpaceSolver(complement(row_space) if null else row_space, l2, null=null)
     for block in past:
         solver.append(block)
     return solver
@@ -102,6 +108,24 @@ def test_update_without_past_keys(size, rank, dtype):
         residual = normal(width, count, seed=2, dtype=dtype)
         got = NullSpaceSolver(row_space, l2).update(keys, residual)
         assert_update(got, dense_update(row_space, l2, [], keys, residual), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (7, 3), (63, 20), (63, 62), (200, 150)])
+def test_null_basis_gives_what_the_row_space_gives(size, rank, dtype):
+    row_space, past = make_row_space(size, rank, dtype=dtype), [make_keys(size, count, 10 + count, dtype, 0.9) for count in (3, 90)]
+    keys, residual = make_keys(size, 2, 1, dtype, 0.9), normal(5, 2, seed=2, dtype=dtype)
+    mask = (normal(size, seed=3) > 0).to(dtype)
+    got = solver_with(row_space, 10.0, past, null=True).update(keys, residual, mask)
+    assert_update(got, dense_update(row_space, 10.0, past, keys, residual, mask), TOLERANCE[dtype])
+    if rank:
+        wrong = NullSpaceSolver(complement(row_space).roll(1, 0), 10.0, null=True).update(keys, residual, mask)
+        assert relative_error(wrong, array(got)) > 1e-3
+
+
+def test_a_soft_null_space_needs_the_row_space():
+    with pytest.raises(ValueError, match="weighs the row space"):
+        NullSpaceSolver(make_row_space(7, 3), 1.0, torch.ones(3), null=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -192,7 +216,7 @@ def test_any_shape(data):
     row_space = make_row_space(size, rank, seed)
     past = [make_keys(size, block, seed + 1 + i, cosine=cosine) for i, block in enumerate(blocks)]
     keys, residual = make_keys(size, count, seed + 50, cosine=cosine), normal(width, count, seed=seed + 51)
-    solver = solver_with(row_space, l2, past)
+    solver = solver_with(row_space, l2, past, null=data.draw(st.booleans(), label="null"))
     assert solver.count == sum(blocks)
     assert_update(solver.update(keys, residual), dense_update(row_space, l2, past, keys, residual), 1e-10)
 
@@ -304,13 +328,14 @@ def test_memory_nobody_wrote_is_never_read(poisoned_memory):
 # -- the comparison can fail -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("null", [False, True], ids=["rows", "null"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_planted_errors_are_noticed(dtype):
+def test_planted_errors_are_noticed(dtype, null):
     tolerance = TOLERANCE[dtype]
     row_space = make_row_space(63, 20, dtype=dtype)
     past, keys = [make_keys(63, 4, 110, dtype)], make_keys(63, 2, 111, dtype)
     residual, mask = normal(5, 2, seed=112, dtype=dtype), (normal(63, seed=113) > 0).to(dtype)
-    got = solver_with(row_space, 10.0, past).update(keys, residual, mask)
+    got = solver_with(row_space, 10.0, past, null).update(keys, residual, mask)
     assert_update(got, dense_update(row_space, 10.0, past, keys, residual, mask), tolerance)
     off_by_one = mask.clone()
     off_by_one[17] = 1 - off_by_one[17]
