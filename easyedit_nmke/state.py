@@ -52,6 +52,7 @@ class EditReport:
     residual: float = 0.0  # mean norm of z - current z before the update
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, float] = field(default_factory=dict)  # MB by phase: of the process, on a GPU of its allocations
+    attribution: str = ""  # the backend that scored neurons, and why it was taken
     overlap: dict[int, float] = field(default_factory=dict)  # Jaccard overlap of each layer's mask with the last edit's
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool; the state takes them over
     updates: list[Update] = field(default_factory=list)  # what was added to the weights, in order; the state takes them over
@@ -80,6 +81,7 @@ class LifelongState:
         self.value_norm = value_norm  # of every z; None: as they are
         self.reports: list[EditReport] = []
         self.masks: dict[int, torch.Tensor] = {}  # of the last edit, [F] bool
+        self.attribution_cache: Any = None  # `attribution.AttributionCache`, made when first asked for; no part of a snapshot
         self._digests: list[int] = []  # after each call; _digests[0] before the first
 
     @property
