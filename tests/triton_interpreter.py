@@ -1,8 +1,6 @@
 """The Triton kernel under Triton's interpreter on a CPU. TRITON_INTERPRET=1 must be set before Triton is imported, so
 test_attribution_fused.py runs this file in a process of its own."""
 
-import dataclasses
-
 import pytest
 import torch
 from test_attribution import READOUTS, make_case
@@ -13,8 +11,8 @@ from easyedit_nmke.hparams import NMKEHyperParams
 from easyedit_nmke.masks import neuron_mask
 from easyedit_nmke.state import Update
 
-# P, N, D, V: one tile and a bit, one of each, and more prompts than a launch takes in when PROMPTS is small
-SIZES = [(1, 1, 3, 5), (6, 33, 16, 129), (3, 63, 65, 300), (40, 17, 33, 37), (2, 100, 7, 1000)]
+# P, N, D, V: one of each, one tile and a bit, many prompts, a vocabulary of several tiles
+SIZES = [(1, 1, 3, 5), (6, 33, 16, 129), (40, 17, 33, 37), (2, 70, 7, 500)]
 
 
 def errors(case, norm, **settings):
@@ -24,17 +22,16 @@ def errors(case, norm, **settings):
 
 
 @pytest.mark.parametrize("norm", ["frozen", "exact"])
-@pytest.mark.parametrize("style", READOUTS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "style"), [*((size, "layer softcap") for size in SIZES), *((SIZES[1], s) for s in READOUTS)])
 def test_scores(size, style, norm):
     assert errors(make_case(size, style), norm) < 2e-5
 
 
 @pytest.mark.parametrize("norm", ["frozen", "exact"])
 def test_the_same_mask(norm):
-    case = make_case((6, 300, 24, 150), "layer", seed=3)
-    masks = [neuron_mask(case.scores(backend=name, norm=norm).double(), NMKEHyperParams(model_name="x", layers=[0], mask_ties="exact"))
-             for name in ("reference", "fused")]  # fmt: skip
+    case = make_case((6, 130, 24, 70), "layer", seed=3)
+    settings = NMKEHyperParams(model_name="x", layers=[0], mask_ties="exact")
+    masks = [neuron_mask(case.scores(backend=name, norm=norm).double(), settings) for name in ("reference", "fused")]
     assert torch.equal(masks[0].mask, masks[1].mask) and 0 < masks[0].density < 1
 
 
@@ -71,12 +68,12 @@ def test_precisions_of_a_bfloat16_model(precision):
 
 
 def test_prompts_and_neurons_in_parts():
-    case = make_case((7, 200, 16, 130), "layer", seed=2)
+    case = make_case((7, 130, 16, 70), "layer", seed=2)
     args = (case.coefficients, case.residual, case.w_out, case.readout, case.target_ids, 30.0, None)
     whole = fused.perturbed_log_probs(*args)
-    group, width = fused._parts(7, 200, case.readout.head, torch.float32, 100_000)
-    assert group < 7 and width < 200
-    for a, b in zip(whole, fused.perturbed_log_probs(*args, budget=100_000), strict=True):
+    group, width = fused._parts(7, 130, case.readout.head, torch.float32, 40_000)
+    assert group < 7 and width < 130
+    for a, b in zip(whole, fused.perturbed_log_probs(*args, budget=40_000), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     with pytest.raises(ValueError, match="budget is 1000"):
         fused.perturbed_log_probs(*args, budget=1000)
@@ -88,7 +85,8 @@ def test_the_kernel_reads_a_cache(dtype):
     case = make_case((3, 63, 20, 150), "layer", dtype=dtype)
     cache = AttributionCache()
     cache.projection(0, case.w_out, case.readout)
-    left, right = torch.randn(20, 3), 0.1 * torch.randn(3, 63)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(20, 3, generator=generator), 0.1 * torch.randn(3, 63, generator=generator)
     case.w_out.add_(left @ right)
     cache.follow([Update(0, left, right)], {0: case.w_out}, case.readout)
     held = cache.layers[0]
@@ -121,11 +119,3 @@ def test_a_planted_error_is_noticed(monkeypatch):
 
     monkeypatch.setattr(fused, "_log_sums", loses_a_word)
     assert errors(case, "frozen") > 1e-3
-
-
-def test_dataclass_readouts_are_left_alone():
-    case = make_case((2, 7, 8, 37), "layer")
-    before = {f.name: getattr(case.readout, f.name) for f in dataclasses.fields(case.readout)}
-    copies = {name: value.clone() for name, value in before.items() if isinstance(value, torch.Tensor)}
-    errors(case, "exact")
-    assert all(torch.equal(getattr(case.readout, name), copy) for name, copy in copies.items())

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .linear import LOG2E, NEURONS_AT_A_TIME, Perturbation, cap, columns, constant, perturbation, project
+from .linear import LOG2E, Perturbation, cap, columns, constant, perturbation, project
 
 CPU_BUDGET, CUDA_BUDGET = 256 << 20, 2 << 30
 # Measured on two Zen 5 cores: 180 GFLOP/s from blocks of this size (45 from 512 x 341), which the third-level cache still holds.
@@ -31,22 +31,23 @@ def perturbed_log_probs(
     budget: int | None = None,
     projection=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.perturbed_log_probs`, in float32 (float64 for float64 input).
+    """As `reference.perturbed_log_probs`: products and exponentials in float32 (float64 for float64 input), the sums over blocks
+    and the result in float64.
 
     budget: bytes of scratch memory that are never exceeded (default 256 MB on CPU, 2 GB on CUDA); ValueError when it is too small
     for the smallest blocks. projection: `cached.Projection` to read U from, instead of computing it.
     """
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
-    after = torch.empty(coefficients.shape, dtype=dtype, device=w_out.device)
-    before = torch.empty(len(coefficients), dtype=dtype, device=w_out.device)
+    after = torch.empty(coefficients.shape, dtype=torch.float64, device=w_out.device)
+    before = torch.empty(len(coefficients), dtype=torch.float64, device=w_out.device)
     if budget is None:
         budget = CUDA_BUDGET if w_out.is_cuda else CPU_BUDGET
     group, block = _blocks(*coefficients.shape, w_out, readout, dtype, budget, projection)
     for first in range(0, len(coefficients), group):
         some = slice(first, first + group)
         hidden = None if final_hidden is None else final_hidden[some]
-        prompts = perturbation(coefficients[some], residual[some], w_out, readout, amplification, hidden)
-        target, base = _target_logits(prompts, w_out, readout, target_ids[some], projection)
+        prompts = perturbation(coefficients[some], residual[some], w_out, readout, amplification, hidden, block[0])
+        target, base = _target_logits(prompts, w_out, readout, target_ids[some], projection, block[0])
         totals, unperturbed = _log_sums(prompts, w_out, readout, block, projection)
         after[some] = target - totals / LOG2E
         before[some] = base - unperturbed / LOG2E
@@ -61,9 +62,10 @@ def _blocks(prompts, neurons, w_out, readout, dtype, budget, projection) -> tupl
     group = prompts
 
     def need() -> int:
-        per_prompt = 8 * neurons + 4 * words + 4 * hidden  # steps, slopes, tilt, totals and their temporaries; base; x
-        values = 3 * hidden * max(width, min(neurons, NEURONS_AT_A_TIME))
-        head = 2 * words * hidden + (0 if projection is None else 3 * words * projection.width)
+        # steps, slopes, tilt, totals and their temporaries; A, base and theirs; x
+        per_prompt = 14 * neurons + 8 * words + 4 * hidden
+        values = 3 * hidden * width
+        head = 2 * words * hidden + (0 if projection is None else projection.width * (words + width))
         return size * (group * per_prompt + values + head + 4 * width * words)
 
     while need() > budget:
@@ -78,7 +80,7 @@ def _blocks(prompts, neurons, w_out, readout, dtype, budget, projection) -> tupl
     return group, (width, words)
 
 
-def _target_logits(prompts: Perturbation, w_out, readout, target_ids, projection) -> tuple[torch.Tensor, torch.Tensor]:
+def _target_logits(prompts: Perturbation, w_out, readout, target_ids, projection, width) -> tuple[torch.Tensor, torch.Tensor]:
     """The targets' logits: perturbed [P, N] and unperturbed [P]."""
     dtype = prompts.x.dtype
     head = readout.head[target_ids].to(dtype, copy=True)
@@ -87,7 +89,7 @@ def _target_logits(prompts: Perturbation, w_out, readout, target_ids, projection
     base = (prompts.x * head).sum(1)
     if projection is None:
         own = torch.empty_like(prompts.steps)
-        for chosen, values in columns(w_out, readout, dtype):
+        for chosen, values in columns(w_out, readout, dtype, width):
             own[:, chosen] = head @ values
     else:
         own = projection.words(target_ids).to(dtype)
@@ -106,7 +108,7 @@ def _log_sums(prompts: Perturbation, w_out, readout, block, projection) -> tuple
     scratch = [prompts.x.new_empty(min(width, neurons) * min(words, len(readout.head))) for _ in range(2)]
     rows = prompts.x.new_empty((min(words, len(readout.head)), w_out.shape[0]))
     softcap = None if readout.softcap is None else readout.softcap * LOG2E
-    totals = prompts.steps.new_full(prompts.steps.shape, -torch.inf)
+    totals = prompts.steps.new_full(prompts.steps.shape, -torch.inf, dtype=torch.float64)
     unperturbed = totals.new_full((len(totals),), -torch.inf)
     slopes, tilt = prompts.slopes.mul_(LOG2E), None if prompts.tilt is None else prompts.tilt * LOG2E
     for start in range(0, len(readout.head), words):
@@ -117,7 +119,9 @@ def _log_sums(prompts: Perturbation, w_out, readout, block, projection) -> tuple
         lean = prompts.x @ head.T  # A [P, words]
         base = lean * (prompts.inverse[:, None] * LOG2E)
         base = base if h is None else base.add_(h, alpha=LOG2E)
-        unperturbed = torch.logaddexp2(unperturbed, torch.logsumexp(cap(base.clone(), softcap) / LOG2E, 1) * LOG2E)
+        unperturbed = torch.logaddexp2(
+            unperturbed, torch.logsumexp(cap(base.to(torch.float64, copy=True), softcap) / LOG2E, 1) * LOG2E
+        )
         for first in range(0, neurons, width):
             some = slice(first, min(first + width, neurons))
             shape = (some.stop - first, chosen.stop - start)
@@ -146,21 +150,21 @@ def _fold(product, base, lean, slopes, tilt, softcap, logits) -> torch.Tensor:
         highest, lowest = torch.zeros_like(highest), torch.full_like(lowest, -softcap)
     furthest = reach.amax(1)
     bounds = torch.stack([furthest, lowest - highest - furthest]).tolist()
-    part = torch.empty_like(slopes)
+    part = torch.empty_like(slopes, dtype=torch.float64)
     for b, (far, low) in enumerate(zip(*bounds, strict=True)):
         leaning = None if tilt is None else (lean[b], tilt[b])
         offset = base[b] if softcap is not None else base[b] - highest[b]
         _logits(product, offset, slopes[b], leaning, softcap, logits)
         if low < GONE:
             logits.clamp_(min=GONE)
-        part[b] = logits.exp2_().sum(1).log2_().add_(highest[b])
+        part[b] = logits.exp2_().sum(1).double().log2_().add_(highest[b])
         if not far <= FAR:
             wide = (~(reach[b] <= FAR)).nonzero()[:, 0]
             leaning = None if tilt is None else (lean[b], tilt[b, wide])
             out = logits.view(-1)[: len(wide) * logits.shape[1]].view(len(wide), -1)
             _logits(product[wide], base[b], slopes[b, wide], leaning, softcap, out)
             largest = out.amax(1)
-            part[b, wide] = out.sub_(largest[:, None]).clamp_(min=GONE).exp2_().sum(1).log2_().add_(largest)
+            part[b, wide] = out.sub_(largest[:, None]).clamp_(min=GONE).exp2_().sum(1).double().log2_().add_(largest)
     return part
 
 

@@ -43,8 +43,8 @@ def _configs() -> list[triton.Config]:
 @triton.jit
 def _kernel(
     weight, head, start, base, lean, slopes, tilt, out, N, V, D, P, softcap,
-    STARTED: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    STARTED: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out [V / UNIT, P, N] = log2 Σ_v 2^logit over a tile's words; weight [N, D], head [V, D], start [N, V], base and lean [P, V],
     slopes and tilt [P, N], all contiguous; what is not used is any pointer."""
@@ -68,7 +68,10 @@ def _kernel(
     for k in range(0, D, BLOCK_D):
         a = tl.load(left + k, mask=(d < D - k)[None, :], other=0)
         b = tl.load(right + k, mask=(d < D - k)[:, None], other=0)
-        product = tl.dot(a, b.to(a.dtype), product, input_precision=PRECISION)
+        b = b.to(a.dtype)
+        if WIDENED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        product = tl.dot(a, b, product, input_precision=PRECISION)
     for p in range(P):
         offset = tl.load(base + p * V + v, mask=in_v, other=-float("inf"))
         slope = tl.load(slopes + p * N + n, mask=in_n, other=0)
@@ -203,6 +206,7 @@ def _log_sums(part: Perturbation, weight, head, stored, base, lean, softcap, rou
         weight, head, weight if stored is None else stored, base, lean, slopes, tilt, out,
         neurons, vocabulary, hidden, prompts, 0.0 if softcap is None else softcap * LOG2E,
         STARTED=stored is not None, TILTED=part.tilt is not None, CAPPED=softcap is not None, PRECISION=rounding, UNIT=UNIT,
+        WIDENED=triton.knobs.runtime.interpret and weight.dtype == torch.bfloat16,  # whose bits it would multiply as whole numbers
     )  # fmt: skip
     largest = out.amax(0)
     return out.sub_(largest).exp2_().sum(0).log2_().add_(largest)

@@ -43,8 +43,10 @@ class Perturbation:
         return Perturbation(self.x[prompts], self.steps[prompts, neurons], self.inverse[prompts], tilt)
 
 
-def perturbation(coefficients, residual, w_out, readout, amplification, final_hidden) -> Perturbation:
-    """From `neuron_scores`' arguments; `final_hidden` [P, D] freezes the norm, None recomputes it."""
+def perturbation(
+    coefficients, residual, w_out, readout, amplification, final_hidden, size: int = NEURONS_AT_A_TIME
+) -> Perturbation:
+    """From `neuron_scores`' arguments; `final_hidden` [P, D] freezes the norm, None recomputes it. size: neurons at a time."""
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
     x = residual.to(dtype)
     if readout.norm == "layer":
@@ -53,7 +55,7 @@ def perturbation(coefficients, residual, w_out, readout, amplification, final_hi
     if final_hidden is not None:
         return Perturbation(x, steps, 1 / readout.statistic(final_hidden.to(dtype)), None)
     own, tilt = 1 / readout.statistic(x), torch.empty_like(steps)
-    for chosen, values in columns(w_out, readout, dtype):
+    for chosen, values in columns(w_out, readout, dtype, size):
         step = steps[:, chosen]
         squares = x.pow(2).sum(1, keepdim=True) + 2 * step * (x @ values) + step.pow(2) * values.pow(2).sum(0)
         tilt[:, chosen] = ((squares / x.shape[1]).clamp(min=0) + readout.eps).rsqrt() - own[:, None]
