@@ -10,7 +10,7 @@ from test_attribution import make_case
 
 from easyedit_nmke import apply_nmke_to_model, attribution
 from easyedit_nmke.arch import ModelView
-from easyedit_nmke.attribution import AttributionCache, cached, choose, fast
+from easyedit_nmke.attribution import AttributionCache, cached, choose, fast, plain
 from easyedit_nmke.keys import attribution_inputs
 from easyedit_nmke.state import Update
 
@@ -153,6 +153,15 @@ def test_near_and_far_logits_together(gain, norm):
     assert float((case.scores(backend="fast", norm=norm) - expected).abs().max()) < 2e-5 * max(1.0, gain)
 
 
+def test_the_exact_norm_takes_a_sure_prediction_away():
+    """The unperturbed logits are far apart, the perturbed ones near each other, through the norm and not through the values."""
+    case = make_case((2, 63, 400, 301), "rms", gain=8.0)
+    case = case.but(residual=0.1 * case.readout.head[case.target_ids])
+    expected = case.scores(backend="reference", norm="exact", amplification=3000.0)
+    assert float(expected.min()) < -10
+    assert float((case.scores(backend="fast", norm="exact", amplification=3000.0) - expected).abs().max()) < 1e-3
+
+
 @pytest.mark.parametrize("budget", [300_000, 1_000_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fast_stays_within_its_budget(budget, dtype):
@@ -173,6 +182,15 @@ def test_fast_stays_within_its_budget(budget, dtype):
             assert torch.allclose(a, b, atol=1e-4)
     with pytest.raises(ValueError, match="the budget is 1000"):
         fast.perturbed_log_probs(*args, None, budget=1000)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "exact"])
+def test_the_plain_procedure_computes_the_same(norm):
+    case = make_case((3, 200, 33, 301), "layer")
+    final = case.final_hidden if norm == "frozen" else None
+    args = (case.coefficients, case.residual, case.w_out, case.readout, case.target_ids, 30.0, final)
+    for a, b in zip(plain.perturbed_log_probs(*args), fast.perturbed_log_probs(*args), strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-5)
 
 
 # -- the choice --------------------------------------------------------------------------------------------------
