@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .arch import ModelView
-from .attribution import neuron_scores
+from .attribution import AttributionCache, choose, neuron_scores
 from .drift import mask_overlap
 from .durable import Ground, opened
 from .edit import apply_method, phase, require, settings_of, write
@@ -104,7 +104,7 @@ def edit_layers(
                 z = z * (state.value_norm / z.norm(dim=0))
         report.z = z = z.to(view.weight(z_layer).device)
     with phase(report, "attribution"):
-        masks = neuron_masks(view, tok, requests, flat, hparams)
+        masks = neuron_masks(view, tok, requests, flat, hparams, state, report)
         if masks and hparams.control == "random":
             masks = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in masks.items()}
     for index, layer in enumerate(hparams.layers):
@@ -125,6 +125,10 @@ def edit_layers(
             if layer in state.masks:
                 report.overlap[layer] = mask_overlap(state.masks[layer], chosen)
             report.masks[layer] = chosen
+    if state.attribution_cache is not None:
+        with phase(report, "attribution"):
+            w_out = {layer: view.w_out(layer) for layer in hparams.layers}
+            state.attribution_cache.follow(report.updates, w_out, view.readout)
     if not all(hasattr(solver, "append") for solver in state.solvers.values()):
         return {}, report
     with phase(report, "keys"):
@@ -140,10 +144,20 @@ def _directions(solver, keys: torch.Tensor, mask: torch.Tensor | None, hparams) 
     return whole * (masked.norm(dim=0) / whole.norm(dim=0).clamp(min=1e-30))
 
 
-def neuron_masks(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str], hparams) -> dict[int, NeuronMask]:
-    """The mask of every edited layer for one edit; empty when `neurons: all` leaves nothing to attribute."""
+def neuron_masks(
+    view: ModelView,
+    tok,
+    requests: Sequence[Request],
+    templates: Sequence[str],
+    hparams,
+    state: LifelongState | None = None,
+    report: EditReport | None = None,
+) -> dict[int, NeuronMask]:
+    """The mask of every edited layer for one edit; empty when `neurons: all` leaves nothing to attribute. `state` keeps what
+    attribution can use again, `report` takes note of how it was done."""
     if hparams.neurons == "all":
         return {}
+    cache, backend = _attribution_backend(view, hparams, state, report)
     filled = [(request, request.fill(template)[0]) for request in requests for template in templates]
     texts = [text for _, text in filled]
     seen = attribution_inputs(view, tok, texts, hparams.layers, hparams.attribution_position)
@@ -153,11 +167,31 @@ def neuron_masks(view: ModelView, tok, requests: Sequence[Request], templates: S
     masks, readout = {}, view.readout
     for layer in hparams.layers:
         coefficients = seen.coefficients[layer]
-        device = coefficients.device
+        device, w_out = coefficients.device, view.w_out(layer)
+        here = readout.to(device)
         scores = neuron_scores(
-            coefficients, seen.residual[layer].to(device), view.w_out(layer), readout.to(device), targets.to(device),
+            coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),
             strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
-            final_hidden=seen.final_hidden.to(device), backend=hparams.attribution_backend,
+            final_hidden=seen.final_hidden.to(device), backend=backend,
+            projection=cache.projection(layer, w_out, here) if backend == "cached" else None,
         )  # fmt: skip
         masks[layer] = neuron_mask(scores, hparams)
     return masks
+
+
+def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:
+    """(cache, backend) of this edit's attribution; the state's cache counts it, the report says why."""
+    if hparams.attribution_strategy == "mpc":
+        backend, reason = hparams.attribution_backend.replace("cached", "auto"), "MPC needs no vocabulary"
+        cache = None
+    else:
+        if state is not None and state.attribution_cache is None:
+            state.attribution_cache = AttributionCache()
+        cache = None if state is None else state.attribution_cache
+        w_out = view.w_out(hparams.layers[0])
+        backend, reason = choose(hparams.attribution_backend, w_out, view.readout, len(hparams.layers), cache)
+        if cache is not None:
+            cache.uses += 1
+    if report is not None:
+        report.attribution = f"{backend}: {reason}"
+    return cache, backend

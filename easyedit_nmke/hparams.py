@@ -30,7 +30,7 @@ CHOICES = {
     "attribution_target": ("predicted", "target_new"),
     "attribution_norm": ("frozen", "exact"),
     "attribution_position": ("last_token", "padded_end"),
-    "attribution_backend": ("auto", "reference", "fast"),
+    "attribution_backend": ("auto", "reference", "fast", "fused", "cached"),
     "neurons": ("both", "general", "specific", "overlap", "non_overlap", "all"),
     "ratio": ("dynamic", "fixed"),
     "mask": ("binary", "soft"),

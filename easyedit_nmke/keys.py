@@ -100,7 +100,6 @@ def attribution_inputs(
 ) -> AttributionInputs:
     """Run `texts` (P prompts) and read every layer in `layers` at the last real token, or at the padded end (position -1 of the
     right-padded batch, a PAD token for all but the longest prompts, as the published code does)."""
-    batch = pad([encode(tok, text) for text in texts], tok, view.device)
     wanted = {"final": (view.norm, "input")}
     for layer in layers:
         wanted[f"c{layer}"] = (view.down(layer), "input")
@@ -110,10 +109,16 @@ def attribution_inputs(
         else:
             wanted[f"out{layer}"] = (view.blocks[layer], "output")
             wanted[f"ffn{layer}"] = (view.down(layer), "output")
-    with record(wanted) as seen:
-        view.model.base_model(**batch.inputs(), use_cache=False)
+    batch = pad([encode(tok, text) for text in texts], tok, view.device)  # as one, since the padded end is that of all
     at = batch.last if position == "last_token" else torch.full_like(batch.last, batch.ids.shape[1] - 1)
-    states = {name: s[torch.arange(len(s), device=s.device), at.to(s.device)] for name, s in seen.items()}
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    for start in range(0, len(texts), ROWS_AT_A_TIME):
+        chunk = slice(start, start + ROWS_AT_A_TIME)
+        with record(wanted) as seen:
+            view.model.base_model(**{name: value[chunk] for name, value in batch.inputs().items()}, use_cache=False)
+        for name, s in seen.items():
+            parts[name].append(s[torch.arange(len(s), device=s.device), at[chunk].to(s.device)])
+    states = {name: torch.cat(p) for name, p in parts.items()}
     for layer in layers:
         if f"x{layer}" not in states:
             states[f"x{layer}"] = states[f"out{layer}"].float() - states[f"ffn{layer}"].float()

@@ -23,6 +23,7 @@ class EditReport:
     residual: float = 0.0  # mean norm of z - current z before the update
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, float] = field(default_factory=dict)  # MB by phase: of the process, on a GPU of its allocations
+    attribution: str = ""  # the backend that scored neurons, and why it was taken
     overlap: dict[int, float] = field(default_factory=dict)  # Jaccard overlap of each layer's mask with the last edit's
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool; these three are taken over by the state
     updates: list[Update] = field(default_factory=list)  # what was added to the weights, in order

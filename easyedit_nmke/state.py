@@ -43,6 +43,7 @@ class LifelongState:
         self.masters: dict[int, torch.Tensor] = {}  # [D, F] float32
         self.events: list[Event] = []
         self.notes: list[tuple[int, dict]] = []  # (events before it, content)
+        self.attribution_cache: Any = None  # `attribution.AttributionCache`, made when first asked for; no part of the log
         self.book = None  # where the log is also kept on disk
         self._weights: Mapping[Any, torch.Tensor] = {}
         # (events before it, digest, weights): where a replay may start, the originals first

@@ -2,18 +2,21 @@
 
 The one expensive primitive is `perturbed_log_probs`: log p(target | x + λ c_n v_n) for all prompts and neurons, [P, N].
 `reference.py` computes it straight from the equations in float64; `fast.py` shares one product over the vocabulary between all
-prompts. LPS and PSA are one line above it.
+prompts, `fused.py` (Triton) never writes it to memory, `cached.py` keeps it from edit to edit. LPS and PSA are one line above it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 
 import torch
 
 from . import fast, reference
+from .cached import AttributionCache, Projection
 
-BACKENDS = {"reference": reference.perturbed_log_probs, "fast": fast.perturbed_log_probs}
+BACKENDS = ("reference", "fast", "fused", "cached")
 STRATEGIES = ("lps", "psa", "mpc")
 NORMS = ("frozen", "exact")
 LOWEST_LOG_PROB = math.log(1e-8)  # LPS clamps probabilities to [1e-8, 1]
@@ -32,6 +35,7 @@ def neuron_scores(
     norm: str = "frozen",
     final_hidden: torch.Tensor | None = None,
     backend: str = "auto",
+    projection: Projection | None = None,
 ) -> torch.Tensor:
     """Scores [P, N] of N neurons for P prompts, on coefficients' device.
 
@@ -39,20 +43,76 @@ def neuron_scores(
     columns the neurons' values v_n; readout: `arch.Readout`; target_ids [P]: the token w whose probability is read.
     strategy: "lps" s = log p(w|x + λ c v) - log p(w|x), probabilities clamped to [1e-8, 1]; "psa" the same difference of
     probabilities; "mpc" |c|·||v||, no vocabulary. norm: "frozen" divides by the statistic of `final_hidden` [P, D] (the final
-    norm's input), "exact" recomputes it for every perturbed state. backend: "auto", "fast" or "reference" (float64).
-    ValueError for shapes that do not fit, names that are unknown, values that are not finite.
+    norm's input), "exact" recomputes it for every perturbed state. backend: "auto", "reference" (float64), "fast", "fused", or
+    "cached", which reads `projection` (`AttributionCache.projection`) instead of the values.
+    ValueError for shapes that do not fit, names that are unknown, values that are not finite, a backend that cannot run here.
     """
     _check(coefficients, residual, w_out, readout, target_ids, strategy, amplification, norm, final_hidden, backend)
     if strategy == "mpc":
         dtype = torch.float64 if backend == "reference" else torch.promote_types(coefficients.dtype, torch.float32)
-        return coefficients.to(dtype).abs() * w_out.to(dtype).norm(dim=0)
-    log_probs = BACKENDS["fast" if backend == "auto" else backend]
+        return coefficients.to(dtype).abs() * torch.linalg.vector_norm(w_out, dim=0, dtype=dtype)
+    if backend == "auto":
+        backend, _ = choose(backend, w_out, readout)
+    log_probs, options = _primitive(backend, w_out, projection)
     after, before = log_probs(
-        coefficients, residual, w_out, readout, target_ids, amplification, final_hidden if norm == "frozen" else None
+        coefficients, residual, w_out, readout, target_ids, amplification, final_hidden if norm == "frozen" else None, **options
     )
     if strategy == "psa":
         return after.exp() - before.exp()[:, None]
     return after.clamp(LOWEST_LOG_PROB, 0) - before.clamp(LOWEST_LOG_PROB, 0)[:, None]
+
+
+def choose(backend: str, w_out: torch.Tensor, readout, layers: int = 1, cache: AttributionCache | None = None) -> tuple[str, str]:
+    """(name of the backend, why) for so many layers like w_out [D, N]. A named backend is checked: ValueError where it cannot run,
+    MemoryError where its cache does not fit. "auto" takes the fastest that gives the same bits whenever a run is taken up again:
+    what "cached" keeps depends on the edits since it was last computed, so it has to be named."""
+    device = "CUDA" if w_out.is_cuda else w_out.device.type.upper()
+    missing = layers - (0 if cache is None else len(cache.layers))
+    if backend != "auto":
+        _primitive(backend, w_out, None, needs_projection=False)
+        if backend == "cached":
+            if cache is None:
+                raise ValueError("attribution_backend is 'cached', but there is no state to keep the cache from edit to edit")
+            cache.check(missing, w_out, readout)
+        return backend, f"named, {device}"
+    if not w_out.is_cuda:
+        return "fast", device
+    try:
+        _primitive("fused", w_out, None)
+    except ValueError as error:
+        return "fast", f"{device}, {error}"
+    return "fused", f"{device}, {torch.cuda.get_device_name(w_out.device)}"
+
+
+def _primitive(backend: str, w_out: torch.Tensor, projection: Projection | None, needs_projection: bool = True):
+    """(perturbed_log_probs of a backend, its keywords); ValueError where it cannot run."""
+    if backend == "cached":
+        if needs_projection and projection is None:
+            raise ValueError("backend 'cached' needs projection, of AttributionCache.projection; got None")
+        backend, options = "fused" if w_out.is_cuda and _fused_problem(w_out) is None else "fast", {"projection": projection}
+    else:
+        options = {}
+    if backend == "fused":
+        problem = _fused_problem(w_out)
+        if problem is not None:
+            raise ValueError(f"backend 'fused' cannot run: {problem}; choose 'fast' or 'auto'")
+        from . import fused
+
+        return fused.perturbed_log_probs, options
+    return (reference if backend == "reference" else fast).perturbed_log_probs, options
+
+
+def _fused_problem(w_out: torch.Tensor) -> str | None:
+    """Why the Triton kernel cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install easyedit_nmke[cuda])"
+    if w_out.is_cuda and torch.cuda.get_device_capability(w_out.device) < (8, 0):
+        return f"compute capability 8.0 is needed, {torch.cuda.get_device_name(w_out.device)} has less"
+    if not w_out.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the weights are on {w_out.device}, not on a CUDA device"
+    if w_out.dtype == torch.float64:
+        return "its products are float32 at best, the weights are float64"
+    return None
 
 
 def _check(coefficients, residual, w_out, readout, target_ids, strategy, amplification, norm, final_hidden, backend) -> None:
@@ -86,7 +146,7 @@ def _check(coefficients, residual, w_out, readout, target_ids, strategy, amplifi
         raise ValueError(f"amplification is {amplification!r}, expected a number more than 0")
     finite = {"coefficients": coefficients, "residual": residual, "w_out": w_out, "final_hidden": final_hidden}
     for name in finite if strategy != "mpc" else ("coefficients", "w_out"):
-        if finite[name] is not None and not torch.isfinite(finite[name]).all():
+        if finite[name] is not None and not all(torch.isfinite(part).all() for part in finite[name].split(256)):
             raise ValueError(f"{name} holds NaN or infinite values")
     if prompts and not (int(target_ids.min()) >= 0 and int(target_ids.max()) < vocabulary):
         raise ValueError(f"target_ids must lie in 0..{vocabulary - 1}, got {target_ids.tolist()}")

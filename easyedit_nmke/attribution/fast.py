@@ -1,22 +1,25 @@
-"""The same numbers from one product per block of the vocabulary, shared by all prompts.
+"""The same numbers from one product per layer, shared by all prompts, in blocks of neurons and vocabulary (torch, any device).
 
-With σ the norm's statistic, g its scale, x and v centred where the norm centres, and h = head·shift + bias, a logit is linear in
-the perturbation before the norm divides:
-
-    logit(x + λ c v) = (A + λ c U) / σ + h,   A = W_U(g⊙x) [P, V],   U = W_U·diag(g)·w_out [V, N]
-
-U does not depend on the prompt. The exact norm needs one more scalar per neuron: σ² + eps from ||x||², x·v and ||v||².
-Neither U nor [P, N, V] logits ever exist whole: blocks of neurons and vocabulary are folded into a running log-sum-exp.
+Neither U = W_U·diag(g)·w_out [N, V] nor [P, N, V] logits ever exist whole: each block of U is folded into a running log-sum-exp of
+every prompt. Logits are in base 2, because exp2 is four times as fast as exp on a CPU.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-NEURON_BLOCK = 512
-VOCABULARY_BLOCK = 8192
+from .linear import LOG2E, Perturbation, cap, columns, constant, perturbation, project
+
+CPU_BUDGET, CUDA_BUDGET = 256 << 20, 2 << 30
+# Measured on two Zen 5 cores: 180 GFLOP/s from blocks of this size (45 from 512 x 341), which the third-level cache still holds.
+CPU_BLOCK, CUDA_BLOCK = (1024, 2048), (4096, 8192)  # neurons, words
+FAR = 60.0  # exp2 of a number this far from the block's largest unperturbed logit is safe in float32, and so is a sum of them
+GONE = -120.0  # exp2 of less is denormal or 0, slow on a CPU, and nothing beside the other words
 
 
+@torch.no_grad()
 def perturbed_log_probs(
     coefficients: torch.Tensor,
     residual: torch.Tensor,
@@ -26,67 +29,148 @@ def perturbed_log_probs(
     amplification: float,
     final_hidden: torch.Tensor | None,
     budget: int | None = None,
+    projection=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.perturbed_log_probs`, in float32 (float64 for float64 input), with at most about `budget` bytes of scratch
-    (default 2 MB on CPU, where a block should stay in cache, 2 GB on CUDA)."""
+    """As `reference.perturbed_log_probs`: products and exponentials in float32 (float64 for float64 input), the sums over blocks
+    and the result in float64.
+
+    budget: bytes of scratch memory that are never exceeded (default 256 MB on CPU, 2 GB on CUDA); ValueError when it is too small
+    for the smallest blocks. projection: `cached.Projection` to read U from, instead of computing it.
+    """
     dtype = torch.promote_types(coefficients.dtype, torch.float32)
-    values, x, scale = w_out.to(dtype), residual.to(dtype), readout.scale.to(dtype)
-    if readout.norm == "layer":
-        values, x = values - values.mean(0), x - x.mean(1, keepdim=True)
-    steps = amplification * coefficients.to(dtype)  # λc [P, N]
-    if final_hidden is None:
-        own = readout.statistic(x)
-        squares = (x.pow(2).sum(1, keepdim=True) + 2 * steps * (x @ values) + steps.pow(2) * values.pow(2).sum(0)) / x.shape[1]
-        inverse = (squares.clamp(min=0) + readout.eps).rsqrt()
-    else:
-        own = readout.statistic(final_hidden.to(dtype))
-        inverse = (1 / own)[:, None]
-    scaled, head, constant = values * scale[:, None], readout.head, _constant(readout, dtype)
-    base = _words(x * scale, head)  # A [P, V]
-    totals = _log_sum_exp(base, scaled, head, constant, steps * inverse, inverse, readout.softcap, budget)
-    rows = torch.arange(len(x), device=x.device)
-    target = (base[rows, target_ids][:, None] + steps * (head[target_ids].to(dtype) @ scaled)) * inverse
-    after = _cap(target + constant[target_ids][:, None], readout.softcap) - totals
-    unperturbed = _cap(base / own[:, None] + constant, readout.softcap)
-    return after, torch.log_softmax(unperturbed, 1)[rows, target_ids]
-
-
-def _words(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """states [P, D] · headᵀ in the states' dtype, [P, V]; a half-precision head is widened block by block, never as a whole."""
-    return torch.cat([states @ block.to(states.dtype).T for block in head.split(VOCABULARY_BLOCK)], 1)
-
-
-def _constant(readout, dtype: torch.dtype) -> torch.Tensor:
-    """The part of the logits that no state changes: head·shift + bias, [V]."""
-    constant = readout.head.new_zeros(len(readout.head), dtype=dtype)
-    if readout.shift is not None:
-        constant = constant + _words(readout.shift.to(dtype)[None], readout.head)[0]
-    return constant if readout.head_bias is None else constant + readout.head_bias.to(dtype)
-
-
-def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _log_sum_exp(base, scaled, head, constant, slopes, inverse, softcap, budget) -> torch.Tensor:
-    """log Σ_v exp logit [P, N]; slopes = λc/σ [P, N] and inverse = 1/σ, [P, N] or [P, 1] where the norm is frozen."""
-    prompts, neurons = slopes.shape
+    after = torch.empty(coefficients.shape, dtype=torch.float64, device=w_out.device)
+    before = torch.empty(len(coefficients), dtype=torch.float64, device=w_out.device)
     if budget is None:
-        budget = 2 << 30 if base.is_cuda else 2 << 20
-    columns = min(neurons, NEURON_BLOCK if not base.is_cuda else 8 * NEURON_BLOCK)
-    rows = max(64, budget // (3 * columns * base.element_size()))
-    shared = inverse.shape[1] == 1
-    totals = slopes.new_full((prompts, neurons), -torch.inf)
-    for first in range(0, neurons, columns):
-        chosen = slice(first, first + columns)
-        for start in range(0, len(head), rows):
-            words = slice(start, start + rows)
-            product = head[words].to(scaled.dtype) @ scaled[:, chosen]  # U, [words, neurons]
-            for b in range(prompts):
-                unperturbed = constant[words, None] + base[b, words, None] * inverse[b, slice(None) if shared else chosen]
-                logits = _cap(torch.addcmul(unperturbed, product, slopes[b, chosen]), softcap)
-                highest = logits.amax(0)
-                # exp(-80) is nothing beside the largest term, and exp of anything that underflows is 10 to 30 times slower on a CPU
-                part = logits.sub_(highest).clamp_(min=-80).exp_().sum(0).log_().add_(highest)
-                totals[b, chosen] = torch.logaddexp(totals[b, chosen], part)
-    return totals
+        budget = CUDA_BUDGET if w_out.is_cuda else CPU_BUDGET
+    group, block = _blocks(*coefficients.shape, w_out, readout, dtype, budget, projection)
+    for first in range(0, len(coefficients), group):
+        some = slice(first, first + group)
+        hidden = None if final_hidden is None else final_hidden[some]
+        prompts = perturbation(coefficients[some], residual[some], w_out, readout, amplification, hidden, block[0])
+        target, base = _target_logits(prompts, w_out, readout, target_ids[some], projection, block[0])
+        totals, unperturbed = _log_sums(prompts, w_out, readout, block, projection)
+        after[some] = target - totals / LOG2E
+        before[some] = base - unperturbed / LOG2E
+    return after, before
+
+
+def _blocks(prompts, neurons, w_out, readout, dtype, budget, projection) -> tuple[int, tuple[int, int]]:
+    """(prompts at a time, (neurons, words) of a block) whose scratch fits the budget."""
+    hidden, size = w_out.shape[0], dtype.itemsize
+    width = min(neurons, (CUDA_BLOCK if w_out.is_cuda else CPU_BLOCK)[0])
+    words = min(len(readout.head), (CUDA_BLOCK if w_out.is_cuda else CPU_BLOCK)[1])
+    group = prompts
+
+    def need() -> int:
+        # steps, slopes, tilt, totals and their temporaries; A, base and theirs; x
+        per_prompt = 14 * neurons + 8 * words + 4 * hidden
+        values = 3 * hidden * width
+        head = 2 * words * hidden + (0 if projection is None else projection.width * (words + width))
+        return size * (group * per_prompt + values + head + 4 * width * words)
+
+    while need() > budget:
+        if group > 16:
+            group //= 2
+        elif max(width, words) > 64:
+            width, words = (width, words // 2) if words >= width else (width // 2, words)
+        elif group > 1:
+            group //= 2
+        else:
+            raise ValueError(f"attribution needs {need()} bytes of scratch even in its smallest blocks, the budget is {budget}")
+    return group, (width, words)
+
+
+def _target_logits(prompts: Perturbation, w_out, readout, target_ids, projection, width) -> tuple[torch.Tensor, torch.Tensor]:
+    """The targets' logits: perturbed [P, N] and unperturbed [P]."""
+    dtype = prompts.x.dtype
+    head = readout.head[target_ids].to(dtype, copy=True)
+    h = constant(target_ids, readout, head)
+    head = project(head, readout)
+    base = (prompts.x * head).sum(1)
+    if projection is None:
+        own = torch.empty_like(prompts.steps)
+        for chosen, values in columns(w_out, readout, dtype, width):
+            own[:, chosen] = head @ values
+    else:
+        own = projection.words(target_ids).to(dtype)
+    logits = prompts.steps * own + base[:, None]
+    logits = logits * prompts.inverse[:, None] if prompts.tilt is None else logits * (prompts.inverse[:, None] + prompts.tilt)
+    unperturbed = base * prompts.inverse
+    if h is not None:
+        logits, unperturbed = logits + h[:, None], unperturbed + h
+    return cap(logits, readout.softcap), cap(unperturbed, readout.softcap)
+
+
+def _log_sums(prompts: Perturbation, w_out, readout, block, projection) -> tuple[torch.Tensor, torch.Tensor]:
+    """log2 Σ_v 2^logit of all perturbed states [P, N] and of the unperturbed ones [P]; logits in base 2."""
+    width, words = block
+    dtype, neurons = prompts.x.dtype, w_out.shape[1]
+    scratch = [prompts.x.new_empty(min(width, neurons) * min(words, len(readout.head))) for _ in range(2)]
+    rows = prompts.x.new_empty((min(words, len(readout.head)), w_out.shape[0]))
+    softcap = None if readout.softcap is None else readout.softcap * LOG2E
+    totals = prompts.steps.new_full(prompts.steps.shape, -torch.inf, dtype=torch.float64)
+    unperturbed = totals.new_full((len(totals),), -torch.inf)
+    slopes, tilt = prompts.slopes.mul_(LOG2E), None if prompts.tilt is None else prompts.tilt * LOG2E
+    for start in range(0, len(readout.head), words):
+        chosen = slice(start, min(start + words, len(readout.head)))
+        head = rows[: chosen.stop - start].copy_(readout.head[chosen])
+        h = constant(chosen, readout, head)
+        head = project(head, readout)
+        lean = prompts.x @ head.T  # A [P, words]
+        base = lean * (prompts.inverse[:, None] * LOG2E)
+        base = base if h is None else base.add_(h, alpha=LOG2E)
+        unperturbed = torch.logaddexp2(
+            unperturbed, torch.logsumexp(cap(base.to(torch.float64, copy=True), softcap) / LOG2E, 1) * LOG2E
+        )
+        for first in range(0, neurons, width):
+            some = slice(first, min(first + width, neurons))
+            shape = (some.stop - first, chosen.stop - start)
+            product, logits = (buffer[: shape[0] * shape[1]].view(shape) for buffer in scratch)
+            if projection is None:
+                torch.mm(w_out[:, some].to(dtype).T, head.T, out=product)
+            else:
+                projection.block(some, chosen, product)
+            part = _fold(product, base, lean, slopes[:, some], None if tilt is None else tilt[:, some], softcap, logits)
+            totals[:, some] = torch.logaddexp2(totals[:, some], part)
+    return totals, unperturbed
+
+
+def _fold(product, base, lean, slopes, tilt, softcap, logits) -> torch.Tensor:
+    """log2 of each prompt's sum over one block [P, n]: product = U [n, words]; base, lean [P, words]; slopes, tilt [P, n].
+
+    Where no logit strays further than FAR from the unperturbed ones, sums are taken relative to the largest of those: no search
+    for each neuron's own largest. `logits` is scratch of product's shape.
+    """
+    highest, lowest = base.amax(1), base.amin(1)
+    reach = slopes.abs() * torch.maximum(product.amax(1), -product.amin(1))
+    if tilt is not None:
+        reach += tilt.abs() * lean.abs().amax(1, keepdim=True)
+    if softcap is not None:
+        reach.fill_(0 if softcap <= FAR else math.inf)
+        highest, lowest = torch.zeros_like(highest), torch.full_like(lowest, -softcap)
+    furthest = reach.amax(1)
+    bounds = torch.stack([furthest, lowest - highest - furthest]).tolist()
+    part = torch.empty_like(slopes, dtype=torch.float64)
+    for b, (far, low) in enumerate(zip(*bounds, strict=True)):
+        leaning = None if tilt is None else (lean[b], tilt[b])
+        offset = base[b] if softcap is not None else base[b] - highest[b]
+        _logits(product, offset, slopes[b], leaning, softcap, logits)
+        if low < GONE:
+            logits.clamp_(min=GONE)
+        part[b] = logits.exp2_().sum(1).double().log2_().add_(highest[b])
+        if not far <= FAR:
+            wide = (~(reach[b] <= FAR)).nonzero()[:, 0]
+            leaning = None if tilt is None else (lean[b], tilt[b, wide])
+            out = logits.view(-1)[: len(wide) * logits.shape[1]].view(len(wide), -1)
+            _logits(product[wide], base[b], slopes[b, wide], leaning, softcap, out)
+            largest = out.amax(1)
+            part[b, wide] = out.sub_(largest[:, None]).clamp_(min=GONE).exp2_().sum(1).double().log2_().add_(largest)
+    return part
+
+
+def _logits(product, base, slopes, leaning, softcap, out) -> torch.Tensor:
+    """base [words] + slopes [n]·product [n, words], and A·tilt where the norm is exact -> out."""
+    torch.addcmul(base, product, slopes[:, None], out=out)
+    if leaning is not None:
+        out.addcmul_(leaning[0], leaning[1][:, None])
+    return cap(out, softcap)

@@ -1,0 +1,73 @@
+"""The Triton kernel: on a CPU under Triton's interpreter, in a process of its own; on a GPU as it is."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_attribution import make_case
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (extra 'cuda')")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SHAPES = [(1, 7, 33, 101), (6, 300, 256, 5000), (40, 129, 65, 1027), (6, 1000, 512, 32001)]  # P, N, D, V
+
+
+@needs_triton
+def test_under_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreter.py")]
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+@needs_triton
+def test_a_cpu_is_refused_with_a_reason():
+    with pytest.raises(ValueError, match=r"'fused' cannot run: the weights are on cpu"):
+        make_case((2, 7, 8, 37)).scores(backend="fused")
+
+
+def test_triton_missing_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install easyedit_nmke\[cuda\]"):
+        make_case((2, 7, 8, 37)).scores(backend="fused")
+
+
+def on_gpu(case):
+    moved = case.but(**{name: getattr(case, name).cuda() for name in ("coefficients", "residual", "w_out", "target_ids")})
+    return moved.but(final_hidden=case.final_hidden.cuda(), readout=case.readout.to("cuda"))
+
+
+@pytest.mark.cuda
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("norm", ["frozen", "exact"])
+@pytest.mark.parametrize("style", ["rms", "layer", "layer softcap"])
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+def test_scores_on_a_gpu(size, style, norm):
+    case = on_gpu(make_case(size, style))
+    expected = case.scores(backend="reference", norm=norm)
+    assert float((case.scores(backend="fused", norm=norm) - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.cuda
+@needs_gpu
+@needs_triton
+def test_bfloat16_products_on_a_gpu():
+    case = on_gpu(make_case((6, 1000, 512, 32001), "rms", dtype=torch.bfloat16))
+    expected = case.scores(backend="reference")
+    assert float((case.scores(backend="fused") - expected).abs().max() / expected.abs().max()) < 5e-3
+
+
+@pytest.mark.cuda
+@needs_gpu
+@needs_triton
+def test_the_kernel_is_within_a_factor_of_a_plain_product():
+    from easyedit_nmke.attribution import fused
+
+    reached = fused.throughput(neurons=4096, vocabulary=32768)
+    assert reached["tflops"] > 0.3 * reached["matmul_tflops"], reached
