@@ -19,7 +19,7 @@ RANK = {
     "baselines": 5,
     "register": 6, "lifelong": 6, "harness": 6, "figures": 6,
     "foreign": 7, "protocol": 7, "report": 7,
-    "compare": 8, "page": 8,
+    "compare": 8, "page": 8, "bench": 8,
     "cli": 9, "__init__": 10,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
