@@ -18,6 +18,8 @@ TINY_GPT2 = shapes.Shape("gpt2", dict(n_embd=32, n_layer=4, n_head=4, n_position
 def tiny(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setitem(shapes.SHAPES, "tiny-gpt2", TINY_GPT2)
+    settings = shapes._settings
+    monkeypatch.setattr(shapes, "_settings", lambda shape: {**settings(shape), "v_num_grad_steps": 4})
 
 
 @pytest.fixture
@@ -80,6 +82,25 @@ def test_a_wrong_mask_shows():
     theirs = {0: torch.tensor([[1.0, 1, 0, 1], [1, 1, 0, 1]])}, {0: torch.tensor([True, True, True, True])}
     found = bench._compare(ours, theirs)
     assert found["masks"] == 0.25 and found["masked"] == 0 and found["weights"] > 0.5
+
+
+def test_an_engine_that_fails_is_left_out_and_said(alone, monkeypatch):
+    def fail(self, request):
+        if self.count:
+            raise RuntimeError("out of memory")
+        return machine.Clock().measured()
+
+    monkeypatch.setattr(bench.Plain, "edit", fail)
+    content = bench.measure(bench.Plan("tiny", 1, (0, 4)))
+    assert "AlphaEdit, plain failed with 4 past edits: out of memory" in content["notes"]
+    assert set(by_engine(content, 4)) >= {"NMKE, fast", "AlphaEdit"} and "AlphaEdit, plain" not in by_engine(content, 4)
+
+
+def test_weights_that_are_not_finite_are_no_result(alone, monkeypatch):
+    right = engines.Plain._solve
+    monkeypatch.setattr(engines.Plain, "_solve", lambda self, *args: right(self, *args) * float("nan"))
+    content = bench.measure(bench.Plan("tiny", 1, (4,)))
+    assert "AlphaEdit, plain failed with 4 past edits: the edited weights are not finite" in content["notes"]
 
 
 def test_every_measurement_starts_from_the_same_weights_and_past_keys(alone):

@@ -16,7 +16,7 @@ from ..edit import peak_memory
 from ..prompts import Request
 from ..solver import NullSpaceSolver
 from . import parts
-from .engines import REFERENCE_WORK, EasyEdit, Ours, Plain, covariance_solvers
+from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, covariance_solvers
 from .machine import Clock, Measured, busy, check_device, spread, surroundings
 from .shapes import SHAPES, Bed, build, shape_named
 
@@ -53,13 +53,13 @@ def measure(plan: Plan, said: Callable[[str], None] = lambda _: None) -> dict:
     said(f"building {plan.shape}")
     bed = build(plan.shape, plan.edits, plan.layers, plan.device, getattr(torch, plan.dtype), plan.seed)
     engines, notes = engines_for(bed, said)
-    results = _results(bed, engines, plan, said)
+    results, failed = _results(bed, engines, plan, said)
     return {
         **surroundings(),
         "plan": {**vars(plan), "at": list(plan.at)},
         "what": _what(plan, bed),
         "model": _model(bed),
-        "notes": [*bed.notes, *notes, *busy(results, bed.device)],
+        "notes": [*bed.notes, *notes, *failed, *busy(results, bed.device)],
         "once": {"templates": _templates(bed, engines)},
         "results": results,
     }
@@ -86,7 +86,7 @@ def engines_for(bed: Bed, said: Callable[[str], None] = lambda _: None) -> tuple
             if not isinstance(engine, Plain):
                 _edit(bed, engine, bed.requests[0])
             engines.append(engine)
-        except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
+        except CANNOT_RUN as error:
             notes.append(f"without {name}: {error}")
     return engines, notes
 
@@ -111,31 +111,36 @@ def _templates(bed: Bed, engines: Sequence) -> dict:
 # ---- edits
 
 
-def _results(bed: Bed, engines: Sequence, plan: Plan, said: Callable[[str], None]) -> list[dict]:
-    """One result for each number of past edits and engine; those that past edits do not concern are measured at the first only."""
-    results = []
+def _results(bed: Bed, engines: Sequence, plan: Plan, said: Callable[[str], None]) -> tuple[list[dict], list[str]]:
+    """(one result for each number of past edits and engine, what went wrong). Those that past edits do not concern are measured at
+    the first only; one that fails is left out from there on."""
+    results, notes, left = [], [], list(engines)
     for count in plan.at:
         runs: dict[str, list[Measured]] = {engine.name: [] for engine in engines}
         differences: dict[str, list[dict]] = {engine.name: [] for engine in engines}
-        chosen = [e for e in engines if count == plan.at[0] or (e.needs_past and (e.name != "NMKE, plain"))]
-        for engine in chosen:
-            engine.prepare(count)
+        chosen = [e for e in left if count == plan.at[0] or (e.needs_past and e.name != "NMKE, plain")]
         for number, request in enumerate(bed.requests):
             ours: dict[str, tuple[dict, Mapping]] = {}
-            for engine in chosen:
-                if engine.limit is not None and number >= engine.limit:
-                    continue
+            for engine in [e for e in chosen if e in left and (e.limit is None or number < e.limit)]:
                 said(f"{count} past edits, request {number + 1}: {engine.name}")
-                run, update = _edit(bed, engine, request)
+                try:
+                    if number == 0:
+                        engine.prepare(count)
+                    run, update = _edit(bed, engine, request)
+                except CANNOT_RUN as error:
+                    notes.append(f"{engine.name} failed with {count} past edits: {error}")
+                    left.remove(engine)
+                    continue
                 runs[engine.name].append(run)
                 first = ours.setdefault(engine.method, (update, run.masks))
                 if first[0] is not update:
                     differences[engine.name].append(_compare(first, (update, run.masks)))
-        results += [_result(engine, count, runs[engine.name], differences[engine.name]) for engine in chosen]
+        results += [_result(e, count, runs[e.name], differences[e.name]) for e in chosen if runs[e.name]]
     for result in results:
-        base = next((r for r in results if r["engine"] == BASELINE and r["at"] == result["at"]), None)
+        name = "EasyEdit's MEMIT" if result["method"] == "MEMIT" else BASELINE
+        base = next((r for r in results if r["engine"] == name and r["at"] == result["at"]), None)
         result["times_faster"] = base["total"]["median"] / result["total"]["median"] if base else None
-    return results
+    return results, notes
 
 
 @torch.no_grad()
@@ -151,6 +156,8 @@ def _edit(bed: Bed, engine, request: Request) -> tuple[Measured, dict[int, torch
             engine.evaluate(request)
         run.seconds["evaluate"], run.memory["evaluate"] = clock.seconds["evaluate"], clock.memory["evaluate"]
         update = {layer: (bed.view.w_out(layer) - before[layer]).float().cpu() for layer in bed.layers}
+        if not all(torch.isfinite(change).all() for change in update.values()):
+            raise FloatingPointError("the edited weights are not finite")
     finally:
         for layer, weight in before.items():
             bed.view.w_out(layer).copy_(weight)
@@ -211,9 +218,9 @@ def _what(plan: Plan, bed: Bed) -> str:
 
 LEGEND = (
     "ms: median over the edits; each starts from the unedited weights with so many past keys. x: times as fast as EasyEdit's "
-    "AlphaEdit. rest: checks and the account of the edit. peak MB: above what was held before. weights: largest relative "
-    "difference of an update to this package's (NMKE: to its first backend's, where both masks agree; mask: share of neurons "
-    "where they do not)."
+    "AlphaEdit (MEMIT: its MEMIT). rest: checks and the account of the edit. peak MB: above what was held before. weights: largest "
+    "relative difference of an update to this package's (NMKE: to its first backend's, where both masks agree; mask: share of "
+    "neurons where they do not)."
 )
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import log_softmax
 from ..arch import Readout
 from ..attribution import BACKENDS, neuron_scores
 from ..solver import NullSpaceSolver
+from .engines import CANNOT_RUN
 from .machine import Clock, Measured, busy, check_device, spread, surroundings
 from .shapes import RANK, SHAPES, orthonormal, shape_named, synthetic_keys
 
@@ -191,15 +192,16 @@ def attribution(
             continue
         said(backend)
         try:
-            runs = []
+            cache, runs = _cache(backend), []
             for number in range(edits + 1):
                 clock = Clock()
                 with clock.phase("attribution"):
+                    kept = {} if cache is None else {"projection": cache.projection(0, values, readout)}
                     scores = neuron_scores(
-                        coefficients, residual, values, readout, targets, final_hidden=final, backend=backend
+                        coefficients, residual, values, readout, targets, final_hidden=final, backend=backend, **kept
                     )  # fmt: skip
                 runs += [clock.measured()] if number else []  # the first compiles and fills caches
-        except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
+        except CANNOT_RUN as error:
             notes.append(f"without {backend}: {error}")
             continue
         summary = _summary(runs)
@@ -210,6 +212,15 @@ def attribution(
         "hidden": hidden, "neurons": neurons, "words": words, "prompts": PROMPTS, "dtype": dtype,
         "notes": notes + busy(results, head.device), "results": results,
     }  # fmt: skip
+
+
+def _cache(backend: str):
+    """What a backend keeps from edit to edit, empty; None where it keeps nothing."""
+    if backend != "cached":
+        return None
+    from ..attribution import AttributionCache
+
+    return AttributionCache()
 
 
 @torch.no_grad()

@@ -177,6 +177,7 @@ def _config(shape: Shape, layers: int | None):
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(shape.model_type, pad_token_id=1, bos_token_id=None, eos_token_id=2, **shape.config)
+    config.initializer_range = config.hidden_size**-0.5  # so that states are of the size of a trained model's
     depth, edited = config.num_hidden_layers, list(shape.layers)
     if layers is None:
         return config, edited, []
