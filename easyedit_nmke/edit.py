@@ -227,11 +227,20 @@ def _unchanged_on_error(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[st
 @contextmanager
 def phase(report: EditReport, name: str) -> Iterator[None]:
     """Add the seconds that the block takes to the report, and keep the most memory it needed."""
+    synchronise()
     peak_memory(reset=True)
     started = time.perf_counter()
     yield
+    synchronise()
     report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
     report.peak_memory[name] = max(report.peak_memory.get(name, 0.0), peak_memory())
+
+
+def synchronise() -> None:
+    """Wait until the GPUs have done what they were given, so that its time is counted where it was caused."""
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
 
 
 def peak_memory(reset: bool = False) -> float:

@@ -117,6 +117,7 @@ def edit_layers(
             weight = view.w_out(layer)
             mask = masks[layer].mask.to(weight.device) if layer in masks else None
             right = _directions(state.solvers[layer], keys, mask, hparams).T.float().contiguous()
+        with phase(report, "apply"):
             write(weight, Update(layer, residual.to(weight.device).float(), right), report, state.masters.get(layer))
         report.density[layer] = masks[layer].density if layer in masks else 1.0
         if layer in masks:

@@ -89,7 +89,7 @@ class EasyEditMethod:
         inner = getattr(self.hparams, "_base_hparams", None) or self.hparams  # SimIE edits by another method, with its settings
         for hparams in (self.hparams, inner):
             self._prepare(hparams)
-        self._inside = _Enclosure(inner.alg_name, self.tok, seed)
+        self._inside = Enclosure(inner.alg_name, self.tok, seed)
         source = corpus or getattr(inner, "mom2_dataset", "atlas" if named == "atlas" else None)
         if hasattr(inner, "mom2_dataset") and source not in OWN_DATASETS:
             self._inside.replace("layer_stats", self._statistics(inner, source))
@@ -226,7 +226,7 @@ class TextByText(torch.nn.Module):
             return self.editor(input_ids=ids).logits[0]
 
 
-class _Enclosure:
+class Enclosure:
     """A context in which EasyEdit's code finds what it left there the last time, and after which everybody else does too.
 
     Held apart: variables of EasyEdit's method modules, starting with the values that their source gives them; the working

@@ -20,7 +20,7 @@ RANK = {
     "baselines": 6,
     "register": 7, "lifelong": 7, "harness": 7, "figures": 7,
     "foreign": 8, "protocol": 8, "report": 8,
-    "compare": 9, "page": 9, "export": 9,
+    "compare": 9, "page": 9, "export": 9, "bench": 9,
     "kept": 10,
     "cli": 11, "__init__": 12,
 }  # fmt: skip

@@ -52,7 +52,7 @@ def test_every_score_is_taken_after_the_last_edit_against_the_unedited_model(beg
     texts = generation.greedy_texts(editor.model, editor.tok, [r.rephrase_prompt for r in asked])
     assert scores["gen_exact"] == fmean(generation.says(t, r.target_new)[0] for t, r in zip(texts, asked, strict=True))
     assert scores["immediate"] == fmean(segment.immediate) and len(line["retention"]["rel"]) == 10
-    assert set(line["seconds"]) == {"values", "attribution", "keys", "solve", "total"}
+    assert set(line["seconds"]) == {"values", "attribution", "keys", "solve", "apply", "total"}
     assert line["seconds"]["total"] >= sum(v for name, v in line["seconds"].items() if name != "total")
     densities = [report.density[1] for report in editor.state.reports]
     assert line["mask"]["density"]["1"] == pytest.approx(fmean(densities)) and line["peak_memory_mb"]["edit"] > 0

@@ -1,0 +1,152 @@
+"""Where and how a measurement is made: the machine, and a clock that counts time and memory by phase."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+
+import torch
+
+from ..edit import peak_memory, synchronise
+
+
+@dataclasses.dataclass
+class Measured:
+    """Seconds and peak memory (MB above what was held before) by phase, and of the whole edit."""
+
+    total: float
+    seconds: dict[str, float]
+    memory: dict[str, float]
+    processor: float  # seconds that all threads together were given
+    masks: Mapping[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def busy(results: Sequence[Mapping], device: torch.device) -> list[str]:
+    """A note where the process was given less than one core's time: others were at work, and no time is to be trusted."""
+    share = sum(r["processor"]["median"] for r in results) / sum(r["total"]["median"] for r in results)
+    if device.type != "cpu" or share > 0.9:
+        return []
+    return [f"the machine was busy with other work: {share:.0%} of one core's time for this process; measure again when it is not"]
+
+
+def check_device(device: str, dtype: str) -> None:
+    """ValueError for a device or precision that cannot be measured here."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:1")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but no CUDA device is visible here; use cpu")
+    if kind == "cpu" and dtype == "float16":
+        raise ValueError("float16 models are not edited on a CPU; use float32 or bfloat16")
+
+
+def held_memory() -> float:
+    """What `peak_memory` is now (MB), and its new start; what was freed is given back to the system first, where it takes it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return peak_memory(reset=True)
+
+
+class Clock:
+    """Time and memory of phases that exclude each other: entering one pauses the one around it."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
+        self._held, self._phase, self._processor = held_memory(), None, time.process_time()
+
+    def switch(self, phase: str | None) -> str | None:
+        """Begin `phase` (None: nothing); returns what was going on."""
+        synchronise()
+        now = time.perf_counter()
+        before = self._phase
+        if before is not None:
+            self.seconds[before] = self.seconds.get(before, 0.0) + now - self._started
+            self.memory[before] = max(self.memory.get(before, 0.0), peak_memory() - self._held)
+        peak_memory(reset=True)
+        self._phase, self._started = phase, time.perf_counter()
+        return before
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        around = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(around)
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def measured(self, masks: Mapping[int, torch.Tensor] | None = None) -> Measured:
+        processor = time.process_time() - self._processor
+        return Measured(sum(self.seconds.values()), self.seconds, self.memory, processor, masks or {})
+
+
+# ---- where
+
+
+def surroundings() -> dict:
+    """Hardware and library versions."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "free_memory_gb": round((free_memory(torch.device("cpu")) or 0) / 1e9, 1),
+            "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: installed(name) for name in ("easyedit-nmke", "torch", "transformers", "numpy", "triton")},
+        },
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be allocated; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
