@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from .durable import explained, seal, sync_folder, temporary, unseal, write, write_fully, write_new
+from .disk import explained, seal, sync_folder, temporary, unseal, write, write_fully, write_new
 from .lock import Lock
 
 logger = logging.getLogger(__name__)
