@@ -32,7 +32,8 @@ class EditReport:
     def from_dict(cls, content: Mapping[str, Any]) -> EditReport:
         """From `to_dict`, also after JSON made texts of the layers' numbers."""
         by_layer = ("density", "ratios", "overlap")
-        return cls(**{k: {int(i): x for i, x in v.items()} if k in by_layer else v for k, v in content.items()})
+        values = {k: {int(i): x for i, x in v.items()} if k in by_layer else v for k, v in content.items()}
+        return cls(**{**values, "ratios": {layer: tuple(pair) for layer, pair in values["ratios"].items()}})
 
     def to_dict(self) -> dict:
         """Everything but the tensors."""

@@ -176,9 +176,9 @@ class LifelongState:
 
     def note(self, content: Mapping[str, Any]) -> None:
         """Keep what a driver has to know when it goes on, with the log as it is now. Edits so far are then known to it."""
-        self._unclaimed = []
         if self.book:
             self.book.note(content)
+        self._unclaimed = []
         self.notes.append((len(self.events), dict(content)))
 
     def claim(self, requests: Sequence[Any]) -> bool:
