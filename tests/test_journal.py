@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -419,7 +421,7 @@ def damage_everywhere(sound, tmp_path, caplog, damage, positions):
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(sound, tmp_path, caplog):
-    damage_everywhere(sound, tmp_path, caplog, flipped, lambda name, size: range(0, size, 1 if name == "header.json" else 5))
+    damage_everywhere(sound, tmp_path, caplog, flipped, lambda name, size: range(0, size, 1 if name == "header.json" else 7))
 
 
 def test_a_flipped_end_of_line_is_found(sound, tmp_path, caplog):
@@ -539,6 +541,9 @@ def test_a_journal_that_nobody_holds_can_be_opened_again(sound, tmp_path):
     found = Journal.open(folder)
     del found
     Journal.open(folder).close()
+    code = "import sys; from easyedit_nmke.journal import Journal; found = Journal.open(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (folder / "lock").read_bytes() == b""
 
 
 def test_without_locks_in_the_file_system_the_process_decides(sound, tmp_path, monkeypatch):

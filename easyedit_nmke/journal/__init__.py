@@ -23,6 +23,7 @@ import logging
 import os
 import platform
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +79,10 @@ class Journal:
         self._marks = [mark]  # the header's checksum, then each line's
         self._end = 0  # bytes of the index that count
         self._index: int | None = None
+        self._held = contextlib.ExitStack()
+        if lock:
+            self._held.callback(lock.release)
+        weakref.finalize(self, self._held.close)  # at the latest when the process ends
 
     @classmethod
     def create(cls, directory: str | Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Journal:
@@ -177,11 +182,8 @@ class Journal:
 
     def close(self) -> None:
         """Let another process write."""
-        index, lock, self._index, self._lock = self._index, self._lock, None, None
-        if index is not None:
-            os.close(index)
-        if lock:
-            lock.release()
+        self._index = self._lock = None
+        self._held.close()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -190,9 +192,6 @@ class Journal:
         return self
 
     def __exit__(self, *error) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
     @contextlib.contextmanager
@@ -219,6 +218,7 @@ class Journal:
     def _open_index(self) -> None:
         os.makedirs(self.path / EDITS, exist_ok=True)
         self._index = os.open(self.path / INDEX, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._held.callback(os.close, self._index)
         sync_folder(self.path)
         self._settle()
 
