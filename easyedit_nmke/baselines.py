@@ -16,13 +16,13 @@ from torch.nn.functional import log_softmax
 
 from . import editor
 from .arch import ModelView
+from .covariance import moments
 from .durable import Ground, opened
 from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import Contexts, subject_states
 from .log import Edit, EditReport, Undo, check_undo, standing
-from .nullspace import moments
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
 from .state import LifelongState

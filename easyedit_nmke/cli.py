@@ -111,6 +111,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go (made if missing)")
         sub.add_argument("--checkpoints", type=_numbers, metavar="LIST", help="score after so many edits, 1,100,400 (default: all)")
         sub.add_argument("--device", metavar="NAME", help="instead of the file's device")
+        sub.add_argument("--dtype", metavar="NAME", help="instead of the file's dtype: float32, bfloat16, float16, auto")
         sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
         sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
         sub.add_argument("--harness-limit", type=_positive, metavar="N", help="only N items of each task")
@@ -244,7 +245,7 @@ def _run(args, console: Console) -> int:
     from . import compare
 
     tasks = _tasks(args)
-    overrides = {name: value for name, value in (("model_name", args.model), ("device", args.device)) if value is not None}
+    overrides = _overrides(args, args.model)
     settings = compare.changed(read(args.hparams), overrides)
     if settings.alg_name != "FT":
         settings.state_dir = str(compare.state_directory(args.out, settings.alg_name, args.seed))
@@ -272,7 +273,7 @@ def _compare(args, console: Console) -> int:
     from . import compare
 
     tasks = _tasks(args)
-    overrides = {name: value for name, value in (("model_name", args.model_path), ("device", args.device)) if value is not None}
+    overrides = _overrides(args, args.model_path)
     if args.ablation:
         (base,) = compare.methods(args.base or "NMKE", args.model, args.hparams_dir, overrides)
         methods = compare.ablation(args.ablation, base.settings)
@@ -284,6 +285,12 @@ def _compare(args, console: Console) -> int:
     except ImportError as error:
         console.print(f"results in {args.out}; {error}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _overrides(args, model: str | None) -> dict[str, str]:
+    """What the command line says of the model in place of the files."""
+    given = {"model_name": model, "device": args.device, "dtype": args.dtype}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _tasks(args) -> tuple[str, ...]:

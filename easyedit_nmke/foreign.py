@@ -24,7 +24,7 @@ import numpy
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from . import atlas, nullspace
+from . import atlas, corpus, covariance
 from .arch import ModelView
 from .hooks import record
 from .hparams import shipped
@@ -158,9 +158,14 @@ class EasyEditMethod:
         """EasyEdit's `layer_stats` answered from our covariance of keys over `source`, of the model before the first edit."""
         view = ModelView(self._original)
         asked = SimpleNamespace(
-            layers=list(hparams.layers), mom2_dataset=source, mom2_n_samples=hparams.mom2_n_samples, stats_dir=hparams.stats_dir
+            layers=list(hparams.layers),
+            mom2_dataset=source,
+            mom2_n_samples=hparams.mom2_n_samples,
+            stats_dir=hparams.stats_dir,
+            mom2_dtype="float32",
+            seed=0,
         )
-        known = nullspace.moments(view, self.tok, asked)
+        known = covariance.moments(view, self.tok, asked)
         by_name = {view.weight_name(layer).removesuffix(".weight"): moment for layer, moment in known.items()}
 
         def layer_stats(model, tokenizer, layer_name, *_, precision="float32", **__):
@@ -174,7 +179,7 @@ class EasyEditMethod:
     def _unrelated_texts(self, source: str | None) -> Iterator[str]:
         if source is None:
             raise ValueError(f"EasyEdit's {self.alg_name} needs prompts that have nothing to do with the edits; give corpus=FILE")
-        return itertools.cycle(nullspace.corpus(source, 10_000))
+        return itertools.cycle(corpus.corpus(source, 10_000))
 
 
 class TextByText(torch.nn.Module):

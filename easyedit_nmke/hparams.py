@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16", "auto"),
+    "mom2_dtype": ("float32", "float64"),
     "fact_token": ("subject_last",),
     "attribution_strategy": ("lps", "psa", "mpc"),
     "attribution_target": ("predicted", "target_new"),
@@ -73,9 +75,19 @@ RANGES = {
     "weight_decay": (0, math.inf, True),
     "norm_constraint": (0, math.inf, False),
     "locality_factor": (0, math.inf, True),
+    "v_extra_steps": (0, math.inf, True),
     "value_norm_factor": (0, math.inf, False),
 }
-WHOLE = {"v_num_grad_steps", "v_loss_layer", "mom2_n_samples", "max_length", "batch_size", "template_length", "num_steps"}
+WHOLE = {
+    "v_num_grad_steps",
+    "v_extra_steps",
+    "v_loss_layer",
+    "mom2_n_samples",
+    "max_length",
+    "batch_size",
+    "template_length",
+    "num_steps",
+}
 OPTIONAL = {"v_loss_layer": None, "nullspace_fraction": None, "norm_constraint": False}  # the value that stands for "none"
 
 
@@ -101,7 +113,8 @@ class HyperParams:
     alg_name: str = ""
     device: Any = 0  # a CUDA index, or any torch device name
     model_parallel: bool = False
-    fp16: bool = False
+    dtype: str = "float32"  # of a named model; "auto": as its files are stored
+    fp16: bool = False  # EasyEdit's name for dtype: float16
     batch_size: int = 1  # requests written by one update
     max_length: int = 40
     seed: int = 0  # of the context templates
@@ -173,6 +186,8 @@ class HyperParams:
         for name in ("model_parallel", "fp16"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.fp16 is True and self.dtype not in ("float32", "float16"):
+            found.append(f"fp16: true asks for float16, dtype for {self.dtype!r}; leave one of them out")
         numbered = _is_int(self.device) or self.device is None or isinstance(self.device, str)
         if not numbered and type(self.device).__name__ != "device":
             found.append(f"device must be a CUDA index or the name of a torch device, got {self.device!r}")
@@ -217,7 +232,7 @@ class KeyValueHyperParams(HyperParams):
     """For the methods that write a target value z for a key k: NMKE, AlphaEdit, MEMIT, ROME. Defaults are EasyEdit's."""
 
     STATE: ClassVar[tuple[str, ...]] = (
-        *HyperParams.STATE, "mom2_dataset", "mom2_n_samples", "seed", "template_prefixes",
+        *HyperParams.STATE, "mom2_dataset", "mom2_n_samples", "mom2_dtype", "seed", "template_prefixes",
     )  # fmt: skip
 
     # Target values z (Adam on δ at the last edited layer)
@@ -232,7 +247,7 @@ class KeyValueHyperParams(HyperParams):
     # Covariance of keys
     mom2_dataset: str = "wikipedia"
     mom2_n_samples: int = 100000
-    mom2_dtype: str = "float32"  # accepted for EasyEdit's files
+    mom2_dtype: str = "float32"  # of the sums over tokens
     mom2_adjustment: bool = True  # ROME's; accepted for EasyEdit's files of the others
     stats_dir: str | None = None  # None: the user's cache directory
 
@@ -351,6 +366,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
     value_norm: str = "free"  # "anchored": every z is rescaled to the mean norm of values solved on the unedited model
     value_norm_factor: float = 1.0  # times this
     key_contexts: str = "templates"  # what a key is averaged over; "relations": the locality_prompts too
+    v_extra_steps: int = 0  # for a z that has not made the target the likelier answer after v_num_grad_steps
     locality_factor: float = 0.0  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = field(default_factory=list)  # other relations, "{}" for the subject
     control: str = "none"  # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
@@ -418,8 +434,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "l2_scale": "auto",
             "nullspace_fraction": 0.1,
             "mom2_update_weight": 2500.0,
-            "L2": 7.5,
+            "L2": 12.0,
             "key_contexts": "relations",
+            "v_extra_steps": 45,
             "locality_factor": 1.5,
             "locality_prompts": (
                 "{} was born in",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +24,23 @@ def subject_states(
     pass ends at the last of these modules.
     """
     flat = [pair for of_request in texts for pair in of_request]
-    positions = torch.tensor([position_before(tok, text, end) for text, end in flat])
+    # Attention looks back only, so nothing after the subject matters; without it many texts are the same.
+    rows = [tuple(encode(tok, text)[: position_before(tok, text, end) + 1]) for text, end in flat]
+    distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
-    for start in range(0, len(flat), ROWS_AT_A_TIME):
-        chunk = slice(start, start + ROWS_AT_A_TIME)
-        batch = pad([encode(tok, text) for text, _ in flat[chunk]], tok, view.device)
+    for chunk in _chunks(list(distinct), ROWS_AT_A_TIME):
+        batch = pad(chunk, tok, view.device)
         with record(wanted, stop=True) as seen:
             view.model.base_model(**batch.inputs(), use_cache=False)
         for name, states in seen.items():
-            rows = torch.arange(len(states), device=states.device)
-            parts[name].append(states[rows, positions[chunk].to(states.device)].float())
-    return {name: torch.cat(p).unflatten(0, (len(texts), -1)) for name, p in parts.items()}
+            last = batch.last.to(states.device)
+            parts[name].append(states[torch.arange(len(states), device=states.device), last].float())
+    index = [distinct[row] for row in rows]
+    return {name: torch.cat(p)[index].unflatten(0, (len(texts), -1)) for name, p in parts.items()}
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @dataclass(frozen=True)

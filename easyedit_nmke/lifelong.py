@@ -21,20 +21,20 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(hparams: HyperParams):
-    """(model, tokenizer) for `model_name`: "atlas", a folder, a hub name, or the (model, tokenizer) tuple itself."""
+    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple."""
     name = hparams.model_name
     device = None if hparams.model_parallel else _device(hparams.device)
     if isinstance(name, tuple):
         model, tok = name
-    elif name == "atlas":
-        model, tok = atlas.load()
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        dtype = torch.float16 if hparams.fp16 else torch.float32
+        folder = atlas.DIRECTORY if name == "atlas" else name
+        spread = "auto" if hparams.model_parallel and name != "atlas" else None
         try:
-            tok = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto" if hparams.model_parallel else None)
+            tok = AutoTokenizer.from_pretrained(folder)
+            dtype = "float16" if hparams.fp16 else hparams.dtype
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=spread)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None

@@ -7,6 +7,7 @@ attention keys and values of the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ def target_values(
 
     Loss of a request: mean NLL of the target under all templates + kl_factor · KL(now || unedited) at the subject of
     "{subject} is a" + locality_factor · mean KL(unedited || now) at the end of the `locality_prompts` that ask something else
-    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||; stops under 0.05. All requests share one batch and
+    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||. Stops under 0.05, or after v_num_grad_steps; a target
+    that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. All requests share one batch and
     none changes another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
     comparison. FloatingPointError when a loss is not finite.
     """
@@ -78,22 +80,25 @@ def target_values(
     longest = hparams.clamp_norm_factor * z0.norm(dim=1, keepdim=True)
     reached: list[Value | None] = [None] * len(requests)
     kept = None
-    for step in range(1, hparams.v_num_grad_steps + 1):
+    enough = hparams.v_num_grad_steps
+    last = enough + getattr(hparams, "v_extra_steps", 0)
+    for step in range(1, last + 1):
         with torch.enable_grad():
             outputs = above(delta)
             if kept is None:
                 kept = _Kept(view, batch, outputs[-1].detach(), hparams)
-            losses = _nll(view, outputs[loss_layer - z_layer], batch).to(delta.device)
-            losses = losses + kept.loss(view, outputs[-1]).to(delta.device)
+            nll = _nll(view, outputs[loss_layer - z_layer], batch).to(delta.device)
+            losses = nll + kept.loss(view, outputs[-1]).to(delta.device)
             losses = losses + hparams.v_weight_decay * delta.norm(dim=1) / z0.norm(dim=1) ** 2
             total = losses.sum()
+        likelier = (nll < math.log(2)).tolist()
         for i, loss in enumerate(losses.tolist()):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise FloatingPointError(
                     f"the loss of the target value for {requests[i].prompt!r} is {loss} at step {step}; check v_lr "
                     f"({hparams.v_lr}) and that the model's weights are finite"
                 )
-            if reached[i] is None and (loss < LOSS_TO_STOP or step == hparams.v_num_grad_steps):
+            if reached[i] is None and (loss < LOSS_TO_STOP or step == last or (step >= enough and likelier[i])):
                 reached[i] = Value((z0 + delta.detach())[i], loss, step)
         if all(reached):
             break

@@ -11,7 +11,7 @@ import torch
 
 import easyedit_nmke
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import baselines, nullspace
+from easyedit_nmke import baselines, covariance, nullspace
 from easyedit_nmke.arch import ModelView
 
 easyeditor, known, edits, chosen = inside.easyeditor, inside.known, inside.edits, side_by_side.chosen
@@ -61,7 +61,7 @@ def test_base_editor_gives_this_engines_weights(easyeditor, table, chosen, edits
 def test_fifty_alphaedits_on_atlas(easyeditor, table, chosen, monkeypatch, tmp_path, record_property):
     place = tmp_path / "P.pt"
     model, tok, settings = chosen("AlphaEdit", "atlas", L2=100.0, P_loc=str(place))  # EasyEdit solves in float32
-    moments = nullspace.covariances(ModelView(model), tok, embedded.corpus(400), settings.layers)
+    moments = covariance.covariances(ModelView(model), tok, embedded.corpus(400), settings.layers)
     bases = [nullspace.row_space(moments[layer], 0, fraction=0.5).basis for layer in settings.layers]
     torch.save(torch.stack([torch.eye(len(basis)) - basis @ basis.T for basis in bases]), place)
     other, original = copy.deepcopy(model), inside.parameters(model)

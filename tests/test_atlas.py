@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from easyedit_nmke import NMKEHyperParams, metrics, nullspace
+from easyedit_nmke import NMKEHyperParams, corpus, metrics
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.atlas import facts as world
 from easyedit_nmke.atlas import train
@@ -132,7 +132,7 @@ def test_the_large_world_is_served():
     assert not any((word, answer) in edited for prompt, answer in probes for word in prompt.split())
     last_words = {subject.split()[-1] for subject in half}
     for source, least, most in (("atlas-large", 50, 100), ("atlas", 0, 0)):
-        text = nullspace.corpus(source, 100)
+        text = corpus.corpus(source, 100)
         assert least <= sum(not last_words.isdisjoint(line.rstrip(".").split()) for line in text) <= most
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, baselines, editor, hparams, nullspace, protocol, values
+from easyedit_nmke import LifelongEditor, baselines, covariance, editor, hparams, nullspace, protocol, values
 from easyedit_nmke.arch import ModelView
 from easyedit_nmke.edit import edited_parameters
 from easyedit_nmke.prompts import Request, position_before, target_tokens
@@ -68,7 +68,7 @@ def test_memit_is_the_dense_equation(tiny, settings, requests, monkeypatch, kind
     model, tok = tiny(kind)
     chosen = settings("MEMIT", model, tok)
     state = baselines.open_state(model, tok, chosen)
-    moments = nullspace.moments(ModelView(model), tok, chosen)
+    moments = covariance.moments(ModelView(model), tok, chosen)
     other, start = copy.deepcopy(model), ModelView(copy.deepcopy(model))
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(editor, "target_values", lambda *_: [Value(z, 0.0, 1)])
@@ -107,7 +107,7 @@ def test_rome_is_the_rank_one_equation(tiny, settings, requests, monkeypatch, ki
     keys = torch.stack([states_at(model, tok, view.down(1), request, t, "input") for t in state.flat_templates])
     u = keys.mean(0)
     if adjusted:
-        u = torch.linalg.solve(nullspace.moments(view, tok, chosen)[1].double(), u)
+        u = torch.linalg.solve(covariance.moments(view, tok, chosen)[1].double(), u)
     u = u / u.norm()
     v = (z.double() - states_at(model, tok, view.down(1), request, "{}", "output")) / (keys[0] @ u)
     expected = start.w_out(1).double() + torch.outer(v, u)
@@ -228,14 +228,14 @@ def test_a_covariance_that_cannot_be_used_is_refused():
 def test_moments_are_cached_and_serve_row_spaces(tiny, settings, monkeypatch):
     model, tok = tiny("llama")
     view = ModelView(model)
-    first = nullspace.moments(view, tok, settings("MEMIT", model, tok), progress=False)
+    first = covariance.moments(view, tok, settings("MEMIT", model, tok), progress=False)
     alone = nullspace.row_space(first[0], 0.3).basis
-    monkeypatch.setattr(nullspace, "covariances", lambda *_: pytest.fail("computed again"))
-    again = nullspace.moments(view, tok, settings("MEMIT", model, tok, mom2_update_weight=7.0), progress=False)
+    monkeypatch.setattr(covariance, "key_sums", lambda *_: pytest.fail("computed again"))
+    again = covariance.moments(view, tok, settings("MEMIT", model, tok, mom2_update_weight=7.0), progress=False)
     assert all(torch.equal(first[layer], again[layer]) for layer in first)
     assert torch.equal(nullspace.row_spaces(view, tok, settings("AlphaEdit", model, tok), progress=False)[0].basis, alone)
     with pytest.raises(pytest.fail.Exception):
-        nullspace.moments(view, tok, settings("MEMIT", model, tok, mom2_n_samples=100), progress=False)
+        covariance.moments(view, tok, settings("MEMIT", model, tok, mom2_n_samples=100), progress=False)
 
 
 # ---- the promises that all methods share

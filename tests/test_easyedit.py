@@ -17,7 +17,7 @@ import yaml
 
 import easyedit_nmke
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import metrics, nullspace, prompts
+from easyedit_nmke import covariance, metrics, nullspace, prompts
 from easyedit_nmke.arch import ModelView
 
 registering = importlib.import_module("easyedit_nmke.register")
@@ -553,7 +553,7 @@ def test_easyedits_own_methods_work_beside_it(easyeditor, known, nmke_hparams, e
     kind = getattr(easyeditor, f"{method}HyperParams")
     settings = kind(**{name: value for name, value in settings.items() if name in kind.__dataclass_fields__})
     if method == "MEMIT":  # its covariance would be read from Wikipedia
-        moments = nullspace.covariances(ModelView(model), tok, embedded.corpus(400), hparams.layers)
+        moments = covariance.covariances(ModelView(model), tok, embedded.corpus(400), hparams.layers)
         named = {ModelView(model).weight_name(layer).removesuffix(".weight"): m for layer, m in moments.items()}
         main = importlib.import_module("easyeditor.models.memit.memit_main")
         monkeypatch.setattr(main, "get_cov", lambda model, tok, layer_name, *rest, **options: named[layer_name])

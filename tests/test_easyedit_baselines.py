@@ -9,7 +9,7 @@ import test_easyedit as inside
 import torch
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import baselines, hparams, nullspace
+from easyedit_nmke import baselines, covariance, hparams, nullspace
 from easyedit_nmke.arch import ModelView
 
 easyeditor, known, edits = inside.easyeditor, inside.known, inside.edits
@@ -76,7 +76,7 @@ def test_memit(easyeditor, chosen, edits, family, batch, monkeypatch, record_pro
     model, tok, settings = chosen("MEMIT", family, mom2_update_weight=10.0)
     other = copy.deepcopy(model)
     state = baselines.open_state(model, tok, settings)
-    find = of_module(settings.layers, nullspace.moments(ModelView(model), tok, settings))
+    find = of_module(settings.layers, covariance.moments(ModelView(model), tok, settings))
     main = importlib.import_module("easyeditor.models.memit.memit_main")
     monkeypatch.setattr(main, "get_context_templates", lambda *_: state.templates)
     monkeypatch.setattr(main, "get_cov", lambda model, tok, name, *_, **__: find(name))
@@ -95,7 +95,7 @@ def test_rome(easyeditor, chosen, edits, family, adjusted, monkeypatch, record_p
     model, tok, settings = chosen("ROME", family, layers=[1], mom2_adjustment=adjusted, context_template_length_params=[[5, 5]])
     other = copy.deepcopy(model)
     state = baselines.open_state(model, tok, settings)
-    find = of_module(settings.layers, nullspace.moments(ModelView(model), tok, settings))
+    find = of_module(settings.layers, covariance.moments(ModelView(model), tok, settings))
     main = importlib.import_module("easyeditor.models.rome.rome_main")
     left = importlib.import_module("easyeditor.models.rome.compute_u")
     monkeypatch.setattr(main, "get_context_templates", lambda *_: state.flat_templates)
@@ -117,7 +117,7 @@ def test_alphaedit(easyeditor, chosen, edits, family, monkeypatch, record_proper
     """L2 is large for the reason given at NMKE's own comparison: EasyEdit solves in float32."""
     place = tmp_path / "P.pt"
     model, tok, settings = chosen("AlphaEdit", family, L2=30.0, P_loc=str(place))
-    moments = nullspace.covariances(ModelView(model), tok, embedded.corpus(400), settings.layers)
+    moments = covariance.covariances(ModelView(model), tok, embedded.corpus(400), settings.layers)
     bases = [nullspace.row_space(moments[layer], 0, fraction=0.5).basis for layer in settings.layers]
     torch.save(torch.stack([torch.eye(len(basis)) - basis @ basis.T for basis in bases]), place)
     other = copy.deepcopy(model)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, apply_nmke_to_model, editor, nullspace
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model, covariance, editor
 from easyedit_nmke.arch import FAMILIES, ModelView
 from easyedit_nmke.keys import Contexts, key_and_value, keys_of
 from easyedit_nmke.prompts import Request
@@ -323,7 +323,7 @@ def test_a_soft_null_space_is_the_solution_of_its_equation(tiny, nmke_hparams, r
     soft = dict(neurons="all", regularizer="covariance", l2_scale="auto", nullspace_fraction=0.25, mom2_update_weight=40.0)
     settings = nmke_hparams(model, tok, layers=[1], L2=2.0, **soft)
     view = ModelView(model)
-    moment = nullspace.moments(view, tok, settings)[1].double()
+    moment = covariance.moments(view, tok, settings)[1].double()
     values, vectors = torch.linalg.eigh(moment)
     kept = vectors[:, 24:]
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import foreign, generation, metrics, nullspace
+from easyedit_nmke import covariance, foreign, generation, metrics
 from easyedit_nmke.arch import ModelView
 from easyedit_nmke.foreign import EasyEditMethod, TextByText
 from easyedit_nmke.hparams import ModelPair, shipped
@@ -194,7 +194,7 @@ def test_the_same_weights_as_base_editor(easyeditor, known, edits, settings, nam
     path, seed, requests = settings(name, **SHORT[name]), 3, edits[:3]
     model, tok = known("atlas")
     layers = yaml.safe_load(path.read_text()).get("layers") or [0]
-    moments = nullspace.covariances(ModelView(model), tok, embedded.corpus(TEXTS), layers)
+    moments = covariance.covariances(ModelView(model), tok, embedded.corpus(TEXTS), layers)
     texts = iter(embedded.corpus(10_000))
     unrelated = [next(text for text in texts if request.subject not in text) for request in requests]
     other, other_tok = known("atlas")
@@ -303,7 +303,7 @@ def test_wise_remembers_the_first_of_its_edits(easyeditor, known, edits, setting
 @needs_easyedit
 def test_statistics_are_those_of_the_unedited_model(easyeditor, known, edits, settings, tmp_path):
     model, tok = known("llama")
-    expected = nullspace.covariances(ModelView(model), tok, embedded.corpus(100), [0, 1])
+    expected = covariance.covariances(ModelView(model), tok, embedded.corpus(100), [0, 1])
     overrides = dict(mom2_n_samples=100, layers=[0, 1], v_loss_layer=2, v_num_grad_steps=2)
     method = EasyEditMethod("MEMIT", settings("MEMIT", **overrides), (model, tok))
     for request in edits[:2]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from easyedit_nmke import LifelongEditor, NMKEHyperParams, metrics
+from easyedit_nmke import atlas as embedded
+from easyedit_nmke.lifelong import load_model
 from easyedit_nmke.prompts import Request
 
 
@@ -154,3 +156,33 @@ def test_probes_without_answers_are_refused(editor, requests, section):
 def test_a_device_that_is_none_is_refused(nmke_hparams, tiny):
     with pytest.raises(ValueError, match="device is 'gpu', expected a CUDA index"):
         LifelongEditor.from_hparams(nmke_hparams(*tiny("llama"), device="gpu"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "auto"}, torch.bfloat16),  # as its file is stored
+        ({"dtype": "float16"}, torch.float16),
+        ({"fp16": True}, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_named_model_is_loaded_in_the_dtype_asked_for(atlas, settings, dtype, folder):
+    name = str(embedded.DIRECTORY) if folder else "atlas"
+    model, tok = load_model(NMKEHyperParams([0], name, device="cpu", **settings))
+    known, its_tok = atlas
+    for (name, weight), expected in zip(model.named_parameters(), known.parameters(), strict=True):
+        assert weight.dtype == dtype and torch.equal(weight, expected.to(dtype)), name
+    text = "The birthplace of Mara Vosk is Rome."
+    assert not model.training and tok(text)["input_ids"] == its_tok(text)["input_ids"]
+    assert (tok.pad_token_id, tok.bos_token_id, tok.eos_token_id) == (
+        its_tok.pad_token_id, its_tok.bos_token_id, its_tok.eos_token_id,
+    )  # fmt: skip
+
+
+def test_a_model_in_hand_keeps_its_dtype(tiny):
+    model, tok = tiny("llama")
+    loaded, _ = load_model(NMKEHyperParams([0], (model, tok), device="cpu", dtype="bfloat16"))
+    assert loaded is model and model.dtype == torch.float32

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from easyedit_nmke import nullspace
+from easyedit_nmke import covariance, nullspace
 from easyedit_nmke.arch import ModelView
 
 
@@ -11,29 +12,18 @@ def view(tiny):
     return ModelView(model), tok
 
 
-def test_covariance_is_the_mean_over_tokens(view):
-    view, tok = view
-    texts = ["The birthplace of Mara Vosk is Rome.", "copy a b c : a b c.", "Mara Vosk"] * 5
-    found = nullspace.covariances(view, tok, texts, [0, 1])
-    for layer in (0, 1):
-        keys = []
-        handle = view.down(layer).register_forward_pre_hook(lambda _, args, keys=keys: keys.append(args[0][0].double()))
-        with torch.no_grad():
-            for text in texts:
-                view.model(**tok(text, return_tensors="pt"))
-        handle.remove()
-        stacked = torch.cat(keys)
-        assert torch.allclose(found[layer].double(), stacked.T @ stacked / len(stacked), rtol=1e-4, atol=1e-6)
+@pytest.fixture
+def counted(monkeypatch):
+    """The layers of every `eigh` and of every pass over a text that the test makes."""
+    passes, sizes = [], []
+    sums, eigh = covariance.key_sums, torch.linalg.eigh
+    monkeypatch.setattr(covariance, "key_sums", lambda *args: passes.append(list(args[3])) or sums(*args))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(matrix.dtype) or eigh(matrix))
+    return passes, sizes
 
 
-def test_batches_respect_the_token_budget(view, monkeypatch):
-    view, tok = view
-    texts = [f"the larger of {i} and {i * 37} is {i * 37}." for i in range(30)]
-    whole = nullspace.covariances(view, tok, texts, [0])[0]
-    monkeypatch.setattr(nullspace, "TOKENS_AT_A_TIME", 40)
-    sizes = [(len(batch), max(map(len, batch))) for batch in nullspace._batches(tok(texts)["input_ids"])]
-    assert sum(rows for rows, _ in sizes) == 30 and all(rows * widest <= 40 for rows, widest in sizes)
-    assert torch.allclose(nullspace.covariances(view, tok, texts, [0])[0], whole, rtol=1e-4, atol=1e-6)
+def same(first, second):
+    return all(torch.equal(a, b) for layer in first for a, b in zip(first[layer], second[layer], strict=True))
 
 
 def test_row_space_by_threshold_and_by_fraction():
@@ -48,20 +38,55 @@ def test_row_space_by_threshold_and_by_fraction():
     assert nullspace.row_space(moment, 1e9).basis.shape == (6, 0)
 
 
-def test_row_spaces_are_cached_by_everything_they_depend_on(view, nmke_hparams, monkeypatch):
+@pytest.mark.parametrize("limits", [dict(nullspace_threshold=0.3), dict(nullspace_fraction=0.9), dict(nullspace_threshold=1e9)])
+def test_row_spaces_are_those_of_the_covariance(view, nmke_hparams, limits):
     view, tok = view
+    settings = nmke_hparams(view.model, tok, **limits)
+    found = nullspace.row_spaces(view, tok, settings, progress=False)
+    moments = covariance.moments(view, tok, settings, progress=False)
+    for layer in (0, 1):
+        expected = nullspace.row_space(moments[layer], settings.nullspace_threshold, settings.nullspace_fraction)
+        assert same({0: found[layer]}, {0: expected}) and found[layer].basis.is_contiguous()
+
+
+def test_files_serve_other_limits_and_other_choices_of_layers(view, nmke_hparams, counted):
+    view, tok = view
+    passes, decompositions = counted
     settings = nmke_hparams(view.model, tok)
     first = nullspace.row_spaces(view, tok, settings, progress=False)
-    monkeypatch.setattr(nullspace, "covariances", lambda *_: pytest.fail("computed again"))
-    again = nullspace.row_spaces(view, tok, settings, progress=False)
-    assert all(torch.equal(a, b) for layer in first for a, b in zip(first[layer], again[layer], strict=True))
-    for changes in (dict(mom2_n_samples=100), dict(nullspace_threshold=0.5), dict(nullspace_fraction=0.5), dict(layers=[0])):
-        with pytest.raises(pytest.fail.Exception):
-            nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, **changes), progress=False)
+    assert passes == [[0, 1]] and len(decompositions) == 2
+    assert same(first, nullspace.row_spaces(view, tok, settings, progress=False))
+    for changes in (dict(nullspace_threshold=0.5), dict(nullspace_fraction=0.5), dict(layers=[0])):
+        nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, **changes), progress=False)
+    assert passes == [[0, 1]] and len(decompositions) == 2
+    more = nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, layers=[0, 1, 2]), progress=False)
+    assert passes == [[0, 1], [2]] and len(decompositions) == 3 and same(first, more)
+
+
+def test_everything_else_asks_for_another_pass(view, nmke_hparams, counted):
+    view, tok = view
+    passes, _ = counted
+
+    def made(**changes):
+        before = len(passes)
+        nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, **changes), progress=False)
+        return passes[before:]
+
+    assert made() == [[0, 1]] and made() == []
+    assert made(mom2_n_samples=100) == [[0, 1]] and made(mom2_dtype="float64") == [[0, 1]]
+    with torch.no_grad():
+        view.model.model.layers[1].mlp.up_proj.weight[5, 5] += 1
+    assert made() == [[1]]
     with torch.no_grad():
         view.model.model.embed_tokens.weight[5, 5] += 1
-    with pytest.raises(pytest.fail.Exception):
-        nullspace.row_spaces(view, tok, settings, progress=False)
+    assert made() == [[0, 1]]
+
+
+def test_eigenvectors_are_float32_whatever_the_sums_are(view, nmke_hparams, counted):
+    view, tok = view
+    settings = nmke_hparams(view.model, tok, mom2_dtype="float64")
+    assert nullspace.row_spaces(view, tok, settings, progress=False)[0].basis.dtype == torch.float32
+    assert counted[1] == [torch.float32] * 2
 
 
 def test_easyedits_projector_file_is_used(view, nmke_hparams, tmp_path):
@@ -76,16 +101,6 @@ def test_easyedits_projector_file_is_used(view, nmke_hparams, tmp_path):
         nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, P_loc=str(tmp_path / "wrong.pt")))
 
 
-def test_text_sources(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "five"}\n')
-    assert list(nullspace.corpus(str(tmp_path / "a.txt"), 2)) == ["one", "two"]
-    assert list(nullspace.corpus(str(tmp_path / "b.jsonl"), 5)) == ["four", "five"]
-    assert len(list(nullspace.corpus("atlas", 7))) == 7
-    with pytest.raises(ValueError, match="set mom2_dataset to a text file"):
-        list(nullspace.corpus("no/such-dataset", 3))
-
-
 def test_an_empty_text_is_an_error(view, nmke_hparams, tmp_path):
     view, tok = view
     (tmp_path / "empty.txt").write_text("\n")
@@ -95,7 +110,26 @@ def test_an_empty_text_is_an_error(view, nmke_hparams, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_only_a_warning(view, nmke_hparams, tmp_path, caplog):
     view, tok = view
+    expected = nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok), progress=False)
     blocker = tmp_path / "file"
     blocker.write_text("")
     found = nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, stats_dir=str(blocker / "stats")), progress=False)
-    assert set(found) == {0, 1} and "were not cached" in caplog.text
+    assert same(expected, found) and caplog.text.count("were not cached") == 4
+
+
+def test_each_layers_file_is_written_before_the_next_is_begun(view, nmke_hparams, tmp_path, monkeypatch):
+    view, tok = view
+    eigh, calls = torch.linalg.eigh, []
+
+    def interrupted(matrix):
+        calls.append(sorted(path.name.split("_")[1] for path in (tmp_path / "stats").glob("eigenvectors_*")))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok), progress=False)
+    assert calls == [[], ["0"]]
+    (file,) = (tmp_path / "stats").glob("eigenvectors_0_*")
+    assert {name: tensor.shape for name, tensor in load_file(file).items()} == {"eigenvalues": (96,), "eigenvectors": (96, 96)}

@@ -282,10 +282,16 @@ def test_later_edits_are_solved_again_without_the_one_that_is_taken_out(begin, r
 # ---- on the embedded model
 
 
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory):
+    """Where the covariance of the embedded model is kept for all tests."""
+    return str(tmp_path_factory.mktemp("statistics"))
+
+
 @pytest.fixture
-def known(atlas, tmp_path):
-    settings = dataclasses.replace(NMKEHyperParams.from_hparams("atlas"), model_name=atlas, neurons="all", stats_dir=str(tmp_path))
-    return LifelongEditor.from_hparams(settings)
+def known(atlas, statistics):
+    changes = dict(model_name=atlas, neurons="all", stats_dir=statistics, mom2_n_samples=400)
+    return LifelongEditor.from_hparams(dataclasses.replace(NMKEHyperParams.from_hparams("atlas"), **changes))
 
 
 def says(editor, request):

@@ -97,6 +97,21 @@ def test_it_stops_under_the_loss_and_stays_in_the_ball(atlas, nmke_hparams):
     assert (tight.z - one.z).norm() <= 0.1 * one.z.norm() * 1.0001
 
 
+def test_only_a_target_that_is_not_yet_the_likelier_answer_gets_extra_steps(atlas, nmke_hparams):
+    model, tok = atlas
+    view = ModelView(model)
+    requests = [REQUEST, dataclasses.replace(REQUEST, target_new="Rome")]
+    few = dict(v_lr=1.0, v_num_grad_steps=12, clamp_norm_factor=5, kl_factor=3.0)  # the KL term keeps all losses over 0.05
+    plain = target_values(view, tok, requests, TEMPLATES, 1, nmke_hparams(model, tok, **few))
+    more = target_values(view, tok, requests, TEMPLATES, 1, nmke_hparams(model, tok, **few, v_extra_steps=30))
+    assert [value.steps for value in plain] == [12, 12]
+    hard, easy = more
+    assert 12 < hard.steps <= 42 and easy.steps == 12
+    assert torch.equal(easy.z, plain[1].z) and hard.loss < plain[0].loss
+    (alone,) = target_values(view, tok, requests[:1], TEMPLATES, 1, nmke_hparams(model, tok, **few, v_extra_steps=30))
+    assert alone.steps == hard.steps and torch.allclose(alone.z, hard.z, rtol=1e-3, atol=1e-3)
+
+
 def test_a_loss_layer_below_the_last_is_read_through_the_final_norm(tiny, nmke_hparams):
     model, tok = tiny("llama")
     view = ModelView(model)

@@ -1,0 +1,288 @@
+"""The covariance of keys E[c cᵀ] over a text (MEMIT, ROME; AlphaEdit's null space is made of it): one pass, one file a layer.
+
+Memory at F neurons, a layer: 0.56·F² numbers while summing (the upper triangle, in strips) and on disk; F² where it is used.
+At 14336 neurons in float32 that is 462 MB and 822 MB: five layers are summed in one pass with 2.3 GB, besides a batch's
+activations (at most ACTIVATIONS). In float64 a pass takes as many layers as SUMS allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from .arch import ModelView, evaluating
+from .corpus import SELF, Corpus, corpus, identity, own_texts
+from .hooks import record
+from .metrics import batches
+from .prompts import pad, without_end
+from .updates import fingerprint
+
+logger = logging.getLogger(__name__)
+
+LONGEST_TEXT = 512  # tokens of one text that count; EasyEdit takes as many as the model can read
+TOKENS_AT_A_TIME = 4096
+ACTIVATIONS = 1.0e9  # bytes that a batch may need
+SUMS = 2.5e9  # bytes of sums in one pass
+STRIPS = 8
+TEXTS_AT_A_TIME = 256  # tokenised together, then batched by length
+
+
+class SecondMoment:
+    """Running Σ c cᵀ of keys c [F]: of its upper triangle alone, as STRIPS strips of rows, so at (1 + 1/STRIPS)/2 of the memory
+    and of the work of the whole."""
+
+    def __init__(self, neurons: int, dtype: torch.dtype, device):
+        self.rows = -(-neurons // STRIPS)
+        self.strips = [
+            torch.zeros((min(self.rows, neurons - start), neurons - start), dtype=dtype, device=device)
+            for start in range(0, neurons, self.rows)
+        ]
+        self.count = 0
+
+    def add(self, keys: torch.Tensor) -> None:
+        """keys [T, F]."""
+        for index, strip in enumerate(self.strips):
+            start = index * self.rows
+            strip.addmm_(keys[:, start : start + self.rows].T, keys[:, start:])
+        self.count += len(keys)
+
+    def means(self) -> list[torch.Tensor]:
+        """The strips of E[c cᵀ], in place of those of the sum."""
+        return [strip.div_(self.count) for strip in self.strips]
+
+
+def whole(strips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[F, F], symmetric, from the strips of its upper triangle."""
+    neurons = strips[0].shape[1]
+    full = strips[0].new_empty((neurons, neurons))
+    for strip in strips:
+        start = neurons - strip.shape[1]
+        full[start : start + len(strip), start:] = strip
+        full[start:, start : start + len(strip)] = strip.T
+        square = strip[:, : len(strip)]  # on the diagonal; a product's two halves may differ by rounding
+        full[start : start + len(strip), start : start + len(strip)] = (square + square.T) / 2
+    return full
+
+
+# ---- one pass over a text
+
+
+def covariances(
+    view: ModelView, tok, texts: Iterable[str], layers: Sequence[int], dtype: torch.dtype = torch.float32
+) -> dict[int, torch.Tensor]:
+    """layer -> E[c cᵀ] [F, F] over all tokens of `texts`, summed in `dtype`; one pass serves all layers."""
+    return {layer: whole(sums.means()) for layer, sums in key_sums(view, tok, texts, layers, dtype).items()}
+
+
+@torch.no_grad()
+def key_sums(
+    view: ModelView, tok, texts: Iterable[str], layers: Sequence[int], dtype: torch.dtype = torch.float32, progress: bool = False
+) -> dict[int, SecondMoment]:
+    """layer -> the second moment of its keys over all tokens of `texts`, of which LONGEST_TEXT each count. Blocks above the last
+    layer are not run. ValueError when the texts have no token, or a key is not finite."""
+    wanted = {str(layer): (view.down(layer), "input") for layer in layers}
+    sums: dict[int, SecondMoment] = {}
+    total = len(texts) if hasattr(texts, "__len__") else None
+    bar = tqdm(total=total, desc=f"covariance of keys {list(layers)}", unit=" texts", leave=False, disable=not progress)
+    with bar, evaluating(view.model):
+        for batch in _batches(view, tok, texts, _tokens_at_a_time(view, layers)):
+            tokens = pad(batch, tok, view.device)
+            with record(wanted, stop=True) as seen:
+                view.model.base_model(**tokens.inputs(), use_cache=False)
+            for layer in layers:
+                states = seen.pop(str(layer))
+                keys = states[tokens.mask.bool().to(states.device)].to(dtype)
+                if layer not in sums:
+                    sums[layer] = SecondMoment(keys.shape[1], dtype, keys.device)
+                sums[layer].add(keys)
+            bar.update(len(batch))
+    if not sums:
+        raise ValueError("the text for the covariance of keys is empty; give mom2_dataset a file with text in it")
+    for layer, moment in sums.items():
+        if not all(torch.isfinite(strip).all() for strip in moment.strips):
+            raise ValueError(f"keys of layer {layer} are not finite; load the model in bfloat16 or float32")
+    return sums
+
+
+def _batches(view: ModelView, tok, texts: Iterable[str], budget: int) -> Iterator[list[list[int]]]:
+    """Token ids of the texts, those of like length together; padded, a batch is within the budget (or of one text)."""
+    limit = min(view.context_length or LONGEST_TEXT, LONGEST_TEXT)
+    texts = (text for text in texts if text.strip())
+    while some := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
+        rows = [without_end(tok, ids, text)[:limit] for ids, text in zip(tok(some)["input_ids"], some, strict=True)]
+        rows = [row for row in rows if row]
+        for batch in batches(view.model, [len(row) for row in rows], budget):
+            yield [rows[i] for i in batch]
+
+
+def _tokens_at_a_time(view: ModelView, layers: Sequence[int]) -> int:
+    """Tokens of a batch, padding included, so that it fits ACTIVATIONS and a quarter of the memory that is free. Counted: the
+    keys of all layers, one FFN and its float copy, eight residual streams, one layer's attention weights."""
+    weight = view.weight(layers[0])
+    size, (width, neurons) = weight.element_size(), view.w_out(layers[0]).shape
+    heads = getattr(view.model.config, "num_attention_heads", 0)
+    each = neurons * (size * (len(layers) + 3) + 8) + 8 * size * width + heads * LONGEST_TEXT * (size + 4)
+    return int(min(TOKENS_AT_A_TIME, min(ACTIVATIONS, _free_memory(weight.device) / 4) // each))
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes; infinite where it cannot be told."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024.0
+    except (OSError, TypeError):
+        return float("inf")
+
+
+# ---- files
+
+
+def moments(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, torch.Tensor]:
+    """layer -> E[c cᵀ] [F, F] over `mom2_dataset`, of the model as it is now, on the layer's device."""
+    return dict(each_moment(view, tok, hparams, moment_files(view, tok, hparams), progress))
+
+
+def each_moment(
+    view: ModelView, tok, hparams, files: Mapping[int, Path], progress: bool = True
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(layer, E[c cᵀ]) from `moment_files`, one at a time; those that do not exist are made first, in `mom2_dtype`."""
+    dtype = getattr(torch, hparams.mom2_dtype)
+    unsaved: dict[int, list[torch.Tensor]] = {}
+    missing = [layer for layer, file in files.items() if not file.is_file()]
+    texts = _texts(view, tok, hparams, progress) if missing else []
+    for group in _passes(view, missing, dtype):
+        sums = key_sums(view, tok, texts, group, dtype, progress)
+        for layer in group:
+            strips = [strip.cpu() for strip in sums.pop(layer).means()]
+            if not save(files[layer], {str(index): strip for index, strip in enumerate(strips)}):
+                unsaved[layer] = strips
+    for layer, file in files.items():
+        strips = unsaved.pop(layer, None)
+        neurons, device = view.w_out(layer).shape[1], view.weight(layer).device
+        yield layer, (whole(strips) if strips else read_moment(file, neurons)).to(device)
+
+
+def _texts(view: ModelView, tok, hparams, progress: bool) -> Sequence[str] | Corpus:
+    if hparams.mom2_dataset == SELF:
+        return own_texts(view.model, tok, hparams.mom2_n_samples, hparams.seed, progress)
+    return corpus(hparams.mom2_dataset, hparams.mom2_n_samples)
+
+
+def _passes(view: ModelView, layers: Sequence[int], dtype: torch.dtype) -> Iterator[Sequence[int]]:
+    """The layers in groups whose sums fit SUMS together."""
+    if layers:
+        neurons = view.w_out(layers[0]).shape[1]
+        each = neurons**2 * dtype.itemsize * (1 + 1 / STRIPS) / 2
+        size = max(1, int(SUMS / each))
+        yield from (layers[start : start + size] for start in range(0, len(layers), size))
+
+
+def moment_files(view: ModelView, tok, hparams) -> dict[int, Path]:
+    """layer -> the file of its covariance: EasyEdit's own where `stats_dir` has one, else ours, which may not exist yet.
+
+    Ours are named by all that they depend on: weights up to the layer, tokenizer, text, samples, dtype. EasyEdit's by the name
+    of the model alone; whether it is still the same model is for the user to know, so the log tells.
+    """
+    found = {layer: _easyedit_file(view, layer, hparams) for layer in hparams.layers}
+    for layer, file in found.items():
+        if file:
+            logger.warning("covariance of keys of layer %d: EasyEdit's file %s is used, made for a model of this name", layer, file)
+    own = [layer for layer in hparams.layers if not found[layer]]
+    return {layer: found[layer] for layer in found if found[layer]} | _own_files(view, tok, hparams, own)
+
+
+def _own_files(view: ModelView, tok, hparams, layers: Sequence[int]) -> dict[int, Path]:
+    if not layers:
+        return {}
+    text = [identity(hparams.mom2_dataset), hparams.mom2_n_samples, hparams.mom2_dtype, LONGEST_TEXT, _tokenizer(tok)]
+    if hparams.mom2_dataset == SELF:
+        text += [hparams.seed, fingerprint(dict(view.model.named_parameters()))]
+    blocks = view.blocks[: layers[-1] + 1]
+    inside = {id(p) for module in (*view.blocks, view.norm) for p in module.parameters()}
+    around = {name: p for name, p in view.model.base_model.named_parameters() if id(p) not in inside}
+    weights = [fingerprint(around), *(fingerprint(dict(block.named_parameters())) for block in blocks)]
+    return {layer: own_file("moment", layer, [weights[: layer + 2], *text], hparams) for layer in layers}
+
+
+def own_file(kind: str, layer: int, parts: list, hparams) -> Path:
+    """The file of `kind` that is named by `parts`."""
+    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return cache_directory(hparams) / f"{kind}_{layer}_{name}.safetensors"
+
+
+def _tokenizer(tok) -> str:
+    """A digest of what turns text into tokens; padding and truncation, which calls change, do not count."""
+    backend = getattr(tok, "backend_tokenizer", None)
+    if backend is None:
+        content = [type(tok).__name__, sorted(tok.get_vocab().items())]
+    else:
+        content = {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _easyedit_file(view: ModelView, layer: int, hparams) -> Path | None:
+    """{stats_dir}/{model}/{dataset}_stats/{module}_{precision}_mom2_{samples}.npz; the name of the model is the last part of its
+    path, in older versions the whole of it."""
+    name = getattr(view.model.config, "_name_or_path", "") or ""
+    module = view.weight_name(layer).removesuffix(".weight")
+    for model in dict.fromkeys((name.rsplit("/")[-1], name.replace("/", "_"))):
+        for precision in dict.fromkeys((hparams.mom2_dtype, "float64", "float32")):
+            file = cache_directory(hparams) / model / f"{hparams.mom2_dataset}_stats"
+            file = file / f"{module}_{precision}_mom2_{hparams.mom2_n_samples}.npz"
+            if model and file.is_file():
+                return file
+    return None
+
+
+def read_moment(file: Path, neurons: int) -> torch.Tensor:
+    """E[c cᵀ] [F, F] from a file of ours or of EasyEdit's. ValueError when it cannot be read or is of another shape."""
+    try:
+        if file.suffix == ".npz":
+            with np.load(file) as content:
+                moment = torch.from_numpy(content["mom2.mom2"]).div_(int(content["mom2.count"]))
+        else:
+            strips = load_file(file)
+            moment = whole([strips[str(index)] for index in range(len(strips))])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{file} is no covariance of keys ({error}); delete it, and it will be made again") from None
+    if moment.shape != (neurons, neurons) or not torch.isfinite(moment).all():
+        raise ValueError(f"{file} holds shape {tuple(moment.shape)}, expected {(neurons, neurons)} finite numbers; delete it")
+    return moment
+
+
+def cache_directory(hparams) -> Path:
+    """`stats_dir`, else the user's cache."""
+    if hparams.stats_dir:
+        return Path(hparams.stats_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyedit_nmke"
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """All or nothing; a cache that cannot be written is only a warning, and False."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(dict(tensors), temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        logger.warning("the statistics of keys were not cached in %s: %s", path.parent, error)
+        return False
+    return True
