@@ -95,7 +95,7 @@ def test_undo_leaves_the_sum_of_the_other_updates_and_their_keys(begin, requests
         expected = torch.empty_like(weight)
         accumulate(expected, start[layer], [u for edit in (log[0], log[2], log[3]) for u in edit.updates if u.layer == layer])
         assert torch.equal(weight, expected)
-        solver = type(state.solvers[layer])(state.solvers[layer].row_space, state.solvers[layer].l2)
+        solver = type(state.solvers[layer])(state.solvers[layer].basis, state.solvers[layer].l2, null=state.solvers[layer].null)
         solver.append(log[0].keys[layer].float())
         for edit in (log[2], log[3]):
             solver.append(edit.keys[layer].float())
