@@ -17,8 +17,8 @@ from ..arch import ModelView, evaluating
 from ..edit import phase
 from ..hparams import CLASSES, HyperParams, read
 from ..keys import Contexts, keys_of
-from ..prompts import Request, context_templates
 from ..log import EditReport
+from ..prompts import Request, context_templates
 from .machine import free_memory
 
 RANK = 0.25  # share of directions that updates may not touch
