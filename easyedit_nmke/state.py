@@ -130,12 +130,12 @@ class LifelongState:
         for old, about in known.items():
             if now[old] == "effective":
                 self._replaces.setdefault(facts[about], []).append(old)
+        before = self.solvers, self._columns
         try:
             self._forget([old for olds in self._replaces.values() for old in olds])
             yield
         except BaseException:
-            if self._replaces:
-                self._recall()
+            self.solvers, self._columns = before
             raise
         finally:
             self._replaces = {}
@@ -362,16 +362,11 @@ class LifelongState:
             self._append([old], self._keys(edits, [old]))
 
     def _forget(self, ids: Sequence[int]) -> None:
-        """Take the past keys of some edits out; those behind them are appended anew, which gives the same bits every time."""
+        """Go on with solvers that have not seen the keys of some edits; those in use until now stay as they are."""
         places = [place for place, edit in enumerate(self._columns) if edit in ids]
-        if not places:
-            return
-        behind = [edit for edit in self._columns[places[0] :] if edit not in ids]
-        for solver in self.solvers.values():
-            solver.truncate(places[0])
-        del self._columns[places[0] :]
-        if behind:
-            self._append(behind, self._keys(self._by_id(), behind))
+        if places:
+            self.solvers = {layer: solver.without(places) for layer, solver in self.solvers.items()}
+            self._columns = [edit for edit in self._columns if edit not in ids]
 
     def _append(self, ids: Sequence[int], keys: Mapping[int, torch.Tensor]) -> None:
         for layer in keys:
