@@ -16,7 +16,7 @@ import torch
 from .. import metrics
 from ..arch import evaluating
 from ..baselines import apply_to_model
-from ..edit import edited_parameters, settings_of, synchronise
+from ..edit import followed, settings_of, synchronise
 from ..editor import neuron_masks
 from ..foreign import FAMILY_WORDS, Enclosure
 from ..keys import Contexts, key_and_value, keys_of
@@ -53,7 +53,7 @@ class Ours:
     def edit(self, request: Request) -> Measured:
         state = LifelongState(settings_of(self.hparams), self.solvers, self.bed.templates)
         state.attribution_cache = self._cache
-        state.follow(edited_parameters(self.bed.view, self.hparams))  # what a first edit does once is not measured
+        state.follow(followed(self.bed.view, self.hparams))  # what a first edit does once is not measured
         held, processor = held_memory(), time.process_time()
         synchronise()
         started = time.perf_counter()

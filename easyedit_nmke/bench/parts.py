@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn.functional import log_softmax
 
 from ..arch import Readout
-from ..attribution import BACKENDS, neuron_scores
+from ..attribution import BACKENDS, LOWEST_LOG_PROB, AttributionCache, neuron_scores, plain
 from ..solver import NullSpaceSolver
 from .engines import CANNOT_RUN
 from .machine import Clock, Measured, busy, check_device, spread, surroundings
@@ -16,7 +15,6 @@ from .shapes import RANK, SHAPES, orthonormal, shape_named, synthetic_keys
 
 COSINE = 0.9  # between past keys: consecutive edits of like facts
 NEURONS = 1024  # attributed at once on a CPU
-LOGITS_AT_A_TIME = 1 << 28  # of the plain attribution, per prompt
 PROMPTS = 6
 PARTS = ("solve", "attribution")
 L2 = 1.0  # against keys of length 1
@@ -192,7 +190,7 @@ def attribution(
             continue
         said(backend)
         try:
-            cache, runs = _cache(backend), []
+            cache, runs = AttributionCache() if backend == "cached" else None, []
             for number in range(edits + 1):
                 clock = Clock()
                 with clock.phase("attribution"):
@@ -205,43 +203,20 @@ def attribution(
             notes.append(f"without {backend}: {error}")
             continue
         summary = _summary(runs)
-        tflops = work / summary["total"]["median"] / 1e12
-        difference = (scores.float() - wanted).abs().max().item()
-        results.append({"engine": backend, **summary, "difference": difference, "tflops": tflops, "peak_tflops": peak})
+        result = {"engine": backend, **summary, "difference": (scores.float() - wanted).abs().max().item()}
+        if cache is None:  # which is there to do without the product
+            result |= {"tflops": work / summary["total"]["median"] / 1e12, "peak_tflops": peak}
+        results.append(result)
     return {
         "hidden": hidden, "neurons": neurons, "words": words, "prompts": PROMPTS, "dtype": dtype,
         "notes": notes + busy(results, head.device), "results": results,
     }  # fmt: skip
 
 
-def _cache(backend: str):
-    """What a backend keeps from edit to edit, empty; None where it keeps nothing."""
-    if backend != "cached":
-        return None
-    from ..attribution import AttributionCache
-
-    return AttributionCache()
-
-
-@torch.no_grad()
 def per_prompt(coefficients, residual, values, readout, targets, final, amplification: float = 30.0) -> torch.Tensor:
-    """Eq. 3 prompt by prompt: full logits of all perturbed states, as many at once as 2**28 logits hold; scores [P, N]."""
-    lowest = torch.tensor(1e-8).log().item()
-    neurons = max(1, LOGITS_AT_A_TIME // len(readout.head))
-    scores = torch.empty_like(coefficients)
-    for b, target in enumerate(targets.tolist()):
-        statistic = readout.statistic(final[b])
-
-        def log_probs(states, statistic=statistic, target=target):
-            logits = readout.logits(states.to(readout.head), statistic.expand(len(states))).float()
-            return log_softmax(logits, -1)[:, target].clamp(lowest, 0)
-
-        before = log_probs(residual[b : b + 1])
-        for block in torch.arange(coefficients.shape[1]).split(neurons):
-            block = block.to(coefficients.device)
-            moved = residual[b] + amplification * coefficients[b, block, None] * values[:, block].T.float()
-            scores[b, block] = log_probs(moved) - before
-    return scores
+    """LPS [P, N] prompt by prompt, with full logits of every perturbed state."""
+    after, before = plain.perturbed_log_probs(coefficients, residual, values, readout, targets, amplification, final)
+    return after.clamp(LOWEST_LOG_PROB, 0) - before.clamp(LOWEST_LOG_PROB, 0)[:, None]
 
 
 def _product(head: torch.Tensor, values: torch.Tensor) -> float:
@@ -266,7 +241,7 @@ def _summary(runs: Sequence[Measured]) -> dict:
 def rows(content: dict) -> tuple[list[str], list[list[str]]]:
     """(headings, cells) of what `solve` or `attribution` gives; "x" is how many times faster than the plain procedure."""
     results = content["results"]
-    plain = next(r for r in results if r["engine"] in ("dense float32", "prompt by prompt, full logits"))
+    slow = next(r for r in results if r["engine"] in ("dense float32", "prompt by prompt, full logits"))
     phases = list(dict.fromkeys(name for r in results for name in r["seconds"]))
     numbers = {
         "past": "at", "held MB": "held_mb", "difference": "difference", "equation": "equation", "TFLOP/s": "tflops",
@@ -277,7 +252,7 @@ def rows(content: dict) -> tuple[list[str], list[list[str]]]:
     for r in results:
         cells = [r["engine"], f"{1000 * r['total']['median']:.1f}"]
         cells.append(f"{1000 * r['total']['min']:.1f}..{1000 * r['total']['max']:.1f}")
-        cells.append(f"{plain['total']['median'] / r['total']['median']:.1f}")
+        cells.append(f"{slow['total']['median'] / r['total']['median']:.1f}")
         cells += [f"{1000 * r['seconds'][p]['median']:.1f}" if p in r["seconds"] else "-" for p in phases]
         cells.append(f"{max(r['memory_mb'].values()):.0f}")
         cells += [f"{r[key]:.3g}" if key in r else "-" for key in numbers.values()]
