@@ -10,6 +10,8 @@ Importing this file needs Triton (extra `cuda`); TRITON_INTERPRET=1, set before 
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ PROMPTS_AT_A_TIME = 64  # from here on a prompt's own exponentials cost more tha
 BUDGET = 2 << 30
 UNIT = 128  # words per written number: the smallest tile, so that the result's shape does not depend on the tile chosen
 WORDS_AT_A_TIME = 4096
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _configs() -> list[triton.Config]:
@@ -30,7 +33,7 @@ def _configs() -> list[triton.Config]:
     sums; of 128 x 128 two fit, and one multiplies while the other sums, which wins with many prompts; 256 x 128 suits short
     vocabularies; 64 x 128 little shared memory (consumer cards) and the cache's few pending columns.
     """
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return [triton.Config({"BLOCK_N": 32, "BLOCK_V": 128, "BLOCK_D": 32})]
     tiles = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3)]
     return [
@@ -206,7 +209,7 @@ def _log_sums(part: Perturbation, weight, head, stored, base, lean, softcap, rou
         weight, head, weight if stored is None else stored, base, lean, slopes, tilt, out,
         neurons, vocabulary, hidden, prompts, 0.0 if softcap is None else softcap * LOG2E,
         STARTED=stored is not None, TILTED=part.tilt is not None, CAPPED=softcap is not None, PRECISION=rounding, UNIT=UNIT,
-        WIDENED=triton.knobs.runtime.interpret and weight.dtype == torch.bfloat16,  # whose bits it would multiply as whole numbers
+        WIDENED=INTERPRETED and weight.dtype == torch.bfloat16,  # whose bits it would multiply as whole numbers
     )  # fmt: skip
     largest = out.amax(0)
     return out.sub_(largest).exp2_().sum(0).log2_().add_(largest)
