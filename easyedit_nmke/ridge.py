@@ -24,7 +24,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SWITCH, STEP = 0.5, 0.125  # in columns per dimension: an edit's passes over memory in dual and primal are even at t = 0.57·d
+SWITCH, STEP = 0.5, 0.125  # columns per dimension; at d 3072, t = d/2 an edit takes 14 ms in the dual and 15 in the primal (CPU)
 PANEL = 64  # columns that are factored together once there are so many: their factor no longer tells how they came
 SCRATCH = 1 << 19  # float64 numbers in a block that is converted and used while it is in the cache
 RESIDUAL = 1e-8  # of H; beyond it the update loses more than float32 would
@@ -153,8 +153,8 @@ class Ridge:
         self.count += width
 
     def _restart(self, count: int) -> None:
-        """Forget the factor from the panel of column `count` on."""
-        start = count if count == self.count else self._panel(count)
+        """Forget the factor from column `count` on; from its panel on, if that was complete."""
+        start = count if self._panel(count) == self._panel(self.count) else self._panel(count)
         base = self._base_of(start)
         if base != self._base:
             self._absorb(base)

@@ -45,10 +45,11 @@ def test_an_edit_writes_the_masked_rows_of_the_edited_layers_only(tiny, nmke_hpa
         assert 0.3 < expected[layer].density < 1
 
 
-def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requests, monkeypatch):
+@pytest.mark.parametrize("limits", [{}, {"nullspace_fraction": 0.3}], ids=["row space", "null basis"])
+def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requests, monkeypatch, limits):
     """Three edits in a row against AlphaEdit's formula, solved densely in float64, layer by layer."""
     model, tok = tiny("llama")
-    settings = nmke_hparams(model, tok)
+    settings = nmke_hparams(model, tok, **limits)
     state = editor.open_state(model, tok, settings)
     other = copy.deepcopy(model)
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -61,6 +62,7 @@ def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requ
         for index, layer in enumerate(settings.layers):
             keys, current = key_and_value(view, tok, request, Contexts(state.templates), layer, settings.layers[-1])
             basis = state.solvers[layer].basis.double()
+            assert state.solvers[layer].null == bool(limits)
             projector = basis @ basis.T if state.solvers[layer].null else torch.eye(96, dtype=torch.float64) - basis @ basis.T
             k, r = keys.double(), (z[:, None] - current).double() / (len(settings.layers) - index)
             left = projector @ (k @ k.T + past[layer] @ past[layer].T) + settings.L2 * torch.eye(96, dtype=torch.float64)

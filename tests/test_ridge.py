@@ -86,6 +86,13 @@ def test_what_is_dropped_might_never_have_come(dropped):
     assert_same_bits(whole, holding(columns, (30,)))  # nothing is shared that either changes
 
 
+def test_taking_back_the_last_key_factors_nothing_anew(monkeypatch):
+    made = holding(normal(WIDTH, 230, seed=0))
+    monkeypatch.setattr(Ridge, "_factor_next", lambda *_: pytest.fail("factored anew"))
+    made.truncate(229)
+    made.truncate(192)
+
+
 def test_dropping_what_is_not_there():
     for wrong in ([3], [-1], [0, 5]):
         with pytest.raises(ValueError, match=f"there are 3 past keys, numbered from 0; got .*{wrong[-1]}"):
@@ -113,11 +120,12 @@ def test_a_memory_of_something_else_is_refused():
     ("start", "stop", "method", "calls"),
     [
         (3, 5, "_factor_next", 2), (60, 70, "_factor_next", 1), (60, 70, "_factor_next", 3), (120, 130, "_absorb", 1),
-        (120, 130, "_factor_next", 3), (205, 70, "_absorb", 1), (205, 70, "_factor_next", 4), (205, 200, "_factor_next", 6),
+        (120, 130, "_factor_next", 3), (205, 70, "_absorb", 1), (205, 70, "_factor_next", 4), (205, 150, "_factor_next", 6),
+        (450, 520, "_factor_next", 1), (450, 330, "_factor_next", 5),
     ],
 )  # fmt: skip
 def test_a_failure_changes_nothing(monkeypatch, start, stop, method, calls):
-    columns = normal(WIDTH, 260, seed=0)
+    columns = normal(WIDTH if start < 450 else 1200, max(start, stop) + 60, seed=0)  # the wider stays in the dual
     made, right, left = holding(columns[:, :start], (30,)), getattr(Ridge, method), iter(range(calls, -1, -1))
 
     def fails(self, *args):
