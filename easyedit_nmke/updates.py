@@ -62,13 +62,13 @@ def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:
 
     Reads the tensors once; scratch is 64 MB.
     """
-    digest = 0
+    digest, longest = 0, max((tensor.numel() for tensor in tensors.values()), default=0)
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(-(1 << 62), 1 << 62, (min(_CHUNK, longest),), generator=generator, dtype=torch.int64) | 1
     for tensor in tensors.values():
         bits = tensor.detach().reshape(-1)
         bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-        generator = torch.Generator().manual_seed(1)
-        weights = torch.randint(-(1 << 62), 1 << 62, (min(_CHUNK, len(bits)),), generator=generator, dtype=torch.int64)
-        weights = (weights | 1).to(bits.device)
+        weights = drawn.to(bits.device)
         for chunk in bits.split(_CHUNK):
             part = int((chunk.long() * weights[: len(chunk)]).sum().item())
             digest = (digest * 6364136223846793005 + part + 1442695040888963407) & _WRAP
