@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import gc
 import os
 import platform
 import time
@@ -58,7 +57,6 @@ def check_device(device: str, dtype: str) -> None:
 
 def held_memory() -> float:
     """What `peak_memory` is now (MB), and its new start; what was freed is given back to the system first, where it takes it."""
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return peak_memory(reset=True)
