@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Readout:
 
     def logits(self, hidden: torch.Tensor, statistic: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] -> [..., V]."""
-        out = self.normalise(hidden, statistic) @ self.head.to(hidden).T
+        out = linear(self.normalise(hidden, statistic), self.head.to(hidden))
         if self.head_bias is not None:
             out = out + self.head_bias.to(out)
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
@@ -124,6 +125,10 @@ class ModelView:
     def down(self, layer: int) -> torch.nn.Module:
         """The module whose input is the FFN coefficients c [.., F] of block `layer`."""
         return self.blocks[layer].get_submodule(self.family.down)
+
+    def ffn(self, layer: int) -> torch.nn.Module:
+        """The FFN of block `layer`: [.., D] -> [.., D], each position by itself."""
+        return self.blocks[layer].get_submodule(self.family.down.rpartition(".")[0])
 
     def weight_name(self, layer: int) -> str:
         return f"{self.family.blocks}.{layer}.{self.family.down}.weight"

@@ -12,7 +12,7 @@ from .drift import mask_overlap
 from .durable import Ground, opened
 from .edit import apply_method, phase, require, settings_of, write
 from .hparams import AlphaEditHyperParams, NMKEHyperParams
-from .keys import Contexts, attribution_inputs, key_and_value, keys_of
+from .keys import Ascent, Contexts, attribution_inputs
 from .log import EditReport
 from .masks import NeuronMask, neuron_mask, shuffled
 from .nullspace import RowSpace, row_spaces
@@ -91,7 +91,10 @@ def edit_layers(
     view: ModelView, tok, requests, hparams, state: LifelongState, z: torch.Tensor | None = None
 ) -> tuple[dict[int, torch.Tensor], EditReport]:
     """Compute and write the update layer by layer; returns the keys of the edited model, if they are to be remembered, and what
-    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT. z [D, requests]: values that were found before."""
+    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT. z [D, requests]: values that were found before.
+
+    A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's.
+    """
     report, z_layer = EditReport(len(requests)), hparams.layers[-1]
     flat = state.flat_templates
     contexts = Contexts(state.templates, hparams.locality_prompts if hparams.key_contexts == "relations" else ())
@@ -107,16 +110,17 @@ def edit_layers(
         masks = neuron_masks(view, tok, requests, flat, hparams, state, report)
         if masks and hparams.control == "random":
             masks = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in masks.items()}
+    ascent, found = Ascent(view, tok, requests, contexts, z_layer), {}
     for index, layer in enumerate(hparams.layers):
         with phase(report, "keys"):
-            keys, current = key_and_value(view, tok, requests, contexts, layer, z_layer)
+            found[layer], current = ascent(layer)
         residual = (z - current.to(z)) / (len(hparams.layers) - index)
         if index == 0:
             report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
         with phase(report, "solve"):
             weight = view.w_out(layer)
             mask = masks[layer].mask.to(weight.device) if layer in masks else None
-            right = _directions(state.solvers[layer], keys, mask, hparams).T.float().contiguous()
+            right = _directions(state.solvers[layer], found[layer], mask, hparams).T.float().contiguous()
         with phase(report, "apply"):
             write(weight, Update(layer, residual.to(weight.device).float(), right), report, state.masters.get(layer))
         report.density[layer] = masks[layer].density if layer in masks else 1.0
@@ -130,10 +134,8 @@ def edit_layers(
         with phase(report, "attribution"):
             w_out = {layer: view.w_out(layer) for layer in hparams.layers}
             state.attribution_cache.follow(report.updates, w_out, view.readout)
-    if not all(hasattr(solver, "append") for solver in state.solvers.values()):
-        return {}, report
-    with phase(report, "keys"):
-        return keys_of(view, tok, requests, contexts, hparams.layers), report
+    remembers = all(hasattr(solver, "append") for solver in state.solvers.values())
+    return found if remembers else {}, report
 
 
 def _directions(solver, keys: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""The only two ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`)."""
+"""The only ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`), and leave out
+what nobody will read (`only_at`)."""
 
 from __future__ import annotations
 
@@ -68,6 +69,36 @@ def record_calls(modules: Sequence[torch.nn.Module]) -> Iterator[list[tuple[tupl
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def only_at(places: Mapping[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Inside the block, each module (one that treats every position by itself, as an FFN does) is computed at some positions
+    only: `places` index its input [B, T, D] as [B·T, D]. Its output is zero elsewhere."""
+
+    def hooks_for(where: torch.Tensor):
+        shape = None
+
+        def gather(_module, args):
+            nonlocal shape
+            shape = args[0].shape
+            return (args[0].flatten(0, 1).index_select(0, where.to(args[0].device))[None], *args[1:])
+
+        def scatter(_module, _args, output):
+            nothing = output.new_zeros(shape).flatten(0, 1)
+            return nothing.index_copy(0, where.to(output.device), output[0]).unflatten(0, shape[:2])
+
+        return gather, scatter
+
+    handles = []
+    try:
+        for module, where in places.items():
+            gather, scatter = hooks_for(where)
+            handles += [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .arch import ModelView
-from .hooks import record
-from .prompts import SUBJECT, Request, encode, pad, position_before
+from .hooks import first_tensor, only_at, record, record_calls
+from .products import Frozen
+from .prompts import SUBJECT, Request, Tokens, encode, pad, position_before
 
 ROWS_AT_A_TIME = 128
 
@@ -23,20 +24,24 @@ def subject_states(
     texts: as many for each request, each with the character at which the subject ends. `wanted` is `hooks.record`'s; the forward
     pass ends at the last of these modules.
     """
-    flat = [pair for of_request in texts for pair in of_request]
-    # Attention looks back only, so nothing after the subject matters; without it many texts are the same.
-    rows = [tuple(encode(tok, text)[: position_before(tok, text, end) + 1]) for text, end in flat]
-    distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    distinct, index = _distinct(tok, texts)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
-    for chunk in _chunks(list(distinct), ROWS_AT_A_TIME):
+    for chunk in _chunks(distinct, ROWS_AT_A_TIME):
         batch = pad(chunk, tok, view.device)
         with record(wanted, stop=True) as seen:
             view.model.base_model(**batch.inputs(), use_cache=False)
         for name, states in seen.items():
             last = batch.last.to(states.device)
             parts[name].append(states[torch.arange(len(states), device=states.device), last].float())
-    index = [distinct[row] for row in rows]
     return {name: torch.cat(p)[index].unflatten(0, (len(texts), -1)) for name, p in parts.items()}
+
+
+def _distinct(tok, texts: Sequence[Sequence[tuple[str, int]]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The texts' tokens up to the subject's last, each row once, and which of them each text is. Attention looks back only, so
+    nothing after the subject matters; without it many texts are the same."""
+    rows = [tuple(encode(tok, text)[: position_before(tok, text, end) + 1]) for of_request in texts for text, end in of_request]
+    distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return list(distinct), [distinct[row] for row in rows]
 
 
 def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -72,6 +77,61 @@ def keys_of(view: ModelView, tok, requests, contexts: Contexts, layers: Sequence
     wanted = {str(layer): (view.down(layer), "input") for layer in layers}
     states = subject_states(view, tok, [contexts.texts(request) for request in requests], wanted)
     return {layer: contexts.mean(states[str(layer)]).T.contiguous() for layer in layers}
+
+
+class Ascent:
+    """`key_and_value` of one layer after the other, while each is edited before the next one's are asked for.
+
+    An edited layer changes nothing below it: each pass begins with the states that went into the block edited last, which the
+    pass before kept. FFNs are computed where the subject's last token can depend on them.
+    """
+
+    def __init__(self, view: ModelView, tok, requests, contexts: Contexts, z_layer: int):
+        self.view, self.z_layer, self.count = view, z_layer, len(requests)
+        distinct, self.index = _distinct(tok, [contexts.texts(request) for request in requests])
+        self.contexts = contexts
+        self.parts = [_Part(view, pad(chunk, tok, view.device), z_layer) for chunk in _chunks(distinct, ROWS_AT_A_TIME)]
+
+    @torch.no_grad()
+    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(K [F, requests] of `layer`, current output of block `z_layer` for the bare prompts [D, requests])."""
+        found = zip(*(part(layer) for part in self.parts), strict=True)
+        keys, values = (torch.cat(parts)[self.index].unflatten(0, (self.count, -1)) for parts in found)
+        return self.contexts.mean(keys).T.contiguous(), values[:, 0].T
+
+
+class _Part:
+    """Some rows of an `Ascent`. `start`: the block that the next pass begins with, on `hidden`; `calls`: with what else each
+    block from there to `z_layer` is called."""
+
+    def __init__(self, view: ModelView, batch: Tokens, z_layer: int):
+        self.view, self.batch, self.z_layer = view, batch, z_layer
+        self.start, self.hidden, self.calls = 0, None, []
+        self.rows = torch.arange(len(batch.ids), device=batch.ids.device)
+        real, last = batch.mask.flatten().nonzero()[:, 0], self.rows * batch.ids.shape[1] + batch.last
+        self.places = {view.ffn(i): last if i == z_layer else real for i in range(z_layer + 1)}
+        self.last = last
+
+    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(coefficients of `layer` [rows, F], output of block `z_layer` [rows, D]) at the subject's last token, float32."""
+        view, blocks = self.view, self.view.blocks
+        wanted = {
+            "hidden": (blocks[layer], "input"), "key": (view.down(layer), "input"), "value": (blocks[self.z_layer], "output")
+        }  # fmt: skip
+        with Frozen(), only_at(self.places), record(wanted, stop=True) as seen:
+            if self.hidden is None:
+                with record_calls(blocks[layer : self.z_layer + 1]) as self.calls:
+                    view.model.base_model(**self.batch.inputs(), use_cache=False)
+            else:
+                hidden = self.hidden
+                for block, (args, kwargs) in zip(blocks[self.start : self.z_layer + 1], self.calls, strict=True):
+                    hidden = first_tensor(block(hidden.to(next(block.parameters()).device), *args, **kwargs))
+        self.calls = self.calls[len(self.calls) - (self.z_layer + 1 - layer) :]
+        self.start, self.hidden = layer, seen["hidden"]
+        places = self.places[view.ffn(layer)]
+        key, value = seen["key"][0], seen["value"]
+        at = torch.searchsorted(places, self.last).to(key.device)
+        return key[at].float(), value[self.rows.to(value.device), self.batch.last.to(value.device)].float()
 
 
 def key_and_value(

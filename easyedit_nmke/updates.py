@@ -62,14 +62,22 @@ def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:
 
     Reads the tensors once; scratch is 64 MB.
     """
-    digest, longest = 0, max((tensor.numel() for tensor in tensors.values()), default=0)
+    digest, words = 0, {name: _words(tensor) for name, tensor in tensors.items()}
+    longest = max(map(len, words.values()), default=0)
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(-(1 << 62), 1 << 62, (min(_CHUNK, longest),), generator=generator, dtype=torch.int64) | 1
-    for tensor in tensors.values():
-        bits = tensor.detach().reshape(-1)
-        bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    for bits in words.values():
         weights = drawn.to(bits.device)
         for chunk in bits.split(_CHUNK):
-            part = int((chunk.long() * weights[: len(chunk)]).sum().item())
+            part = int((chunk * weights[: len(chunk)]).sum().item())
             digest = (digest * 6364136223846793005 + part + 1442695040888963407) & _WRAP
     return digest
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bits as int64 [words], with zeros up to the last one's end; its own memory where that is possible."""
+    flat = tensor.detach().reshape(-1)
+    share = 8 // flat.element_size()
+    if len(flat) % share or flat.storage_offset() % share:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % share)).clone()
+    return flat.view(torch.int64)

@@ -2,7 +2,7 @@
 
 Only the tokens from the subject's last on depend on the value, and only in the blocks above it. So every text is laid out
 with that token in one column: what comes before it runs once, and each step runs the columns from it on, against the kept
-attention keys and values of the rest.
+attention keys and values of the rest. FFNs, most of the work, skip padding and, in the last block, all that is not read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
 from .arch import ModelView
-from .hooks import first_tensor, record, record_calls
+from .hooks import first_tensor, only_at, record, record_calls
+from .products import Frozen
 from .prompts import SUBJECT, Request, encode, position_before, target_tokens
 
 KL_PROMPT = "{} is a"
@@ -85,10 +86,11 @@ def target_values(
     for step in range(1, last + 1):
         with torch.enable_grad():
             outputs = above(delta)
+            said, subject, other = _log_probs(view, batch, outputs[loss_layer - z_layer], outputs[-1])
             if kept is None:
-                kept = _Kept(view, batch, outputs[-1].detach(), hparams)
-            nll = _nll(view, outputs[loss_layer - z_layer], batch).to(delta.device)
-            losses = nll + kept.loss(view, outputs[-1]).to(delta.device)
+                kept = _Kept(view, batch, outputs[-1].detach(), subject.detach(), other.detach(), hparams)
+            nll = _nll(batch, said).to(delta.device)
+            losses = nll + kept.loss(subject, other).to(delta.device)
             losses = losses + hparams.v_weight_decay * delta.norm(dim=1) / z0.norm(dim=1) ** 2
             total = losses.sum()
         likelier = (nll < math.log(2)).tolist()
@@ -124,12 +126,14 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
 class _Batch:
     """All rows of all requests, the subject's last token of each in column `lookup`; columns from `start` on run at every step.
 
-    ids, mask [B, T]; owner [B] and bare [R]: the request of a row, the row of a request's bare prompt. Places are (row, column):
-    of the tokens before the target's (with their labels), of the KL prompts' subjects, of the locality prompts' ends.
+    ids, mask [B, T]; needed [B, T]: the tokens that anything read depends on; owner [B] and bare [R]: the request of a row, the
+    row of a request's bare prompt. Places are (row, column): of the tokens before the target's (with their labels), of the KL
+    prompts' subjects, of the locality prompts' ends.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
+    needed: torch.Tensor
     start: int
     lookup: int
     owner: torch.Tensor
@@ -143,6 +147,14 @@ class _Batch:
         """states [B, columns from start on, D] at `places` -> [places, D]."""
         rows, columns = (place.to(states.device) for place in places)
         return states[rows, columns - self.start]
+
+    @property
+    def read(self) -> torch.Tensor:
+        """[B, T]: whether the last block's output is read there."""
+        read = torch.zeros_like(self.needed)
+        for rows, columns in (self.target, self.subject, self.other):
+            read[rows, columns] = True
+        return read
 
 
 def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bool) -> _Batch:
@@ -171,9 +183,9 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
             ids = encode(tok, text)
             row = add(i, ids, text, prompt.index(SUBJECT) + len(request.subject))
             other.append((row, len(ids) - 1))
-    lookup = max(at for _, at in rows)
     # One column more than needed: where no token is padding, attention is called without a mask, which later columns need.
-    width = lookup + max(len(ids) - at for ids, at in rows) + 1
+    lookup = max(at for _, at in rows) + 1
+    width = lookup + max(len(ids) - at for ids, at in rows)
     filler = tok.pad_token_id if tok.pad_token_id is not None else 0
     ids, mask = torch.full((len(rows), width), filler), torch.zeros(len(rows), width, dtype=torch.long)
     for row, (tokens, at) in enumerate(rows):
@@ -185,9 +197,14 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
         columns = [column + lookup - rows[row][1] for row, column in pairs]
         return found[:, 0].to(view.device), torch.tensor(columns, dtype=torch.long, device=view.device)
 
+    ends = [0] * len(rows)
+    for row, column in target + subject + other:
+        ends[row] = max(ends[row], column + lookup - rows[row][1])
+    needed = mask.bool() & (torch.arange(width) <= torch.tensor(ends)[:, None])
     return _Batch(
         ids.to(view.device),
         mask.to(view.device),
+        needed.to(view.device),
         0 if whole_texts else lookup,
         lookup,
         torch.tensor(owner, device=view.device),
@@ -211,10 +228,11 @@ class _Above:
 
     def __init__(self, view: ModelView, batch: _Batch, z_layer: int):
         self.batch, self.blocks = batch, list(view.blocks)[z_layer + 1 :]
-        wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.down(z_layer), "output")}
+        wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.ffn(z_layer), "output")}
         positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
-        with torch.no_grad(), record(wanted) as seen, record_calls(self.blocks) as calls:
+        first, self.places = self._places(view, z_layer) if batch.start else ({}, {})
+        with torch.no_grad(), Frozen(), only_at(first), record(wanted) as seen, record_calls(self.blocks) as calls:
             view.model.base_model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -235,16 +253,34 @@ class _Above:
 
         self.calls = [([later(a) for a in args], {name: later(v, name) for name, v in kwargs.items()}) for args, kwargs in calls]
 
+    def _places(self, view: ModelView, z_layer: int) -> tuple[dict, dict]:
+        """Where the first pass and a step need each FFN (see `only_at`)."""
+        start, needed = self.batch.start, self.batch.needed
+
+        def flat(wanted: torch.Tensor) -> torch.Tensor:
+            return wanted.flatten().nonzero()[:, 0]
+
+        before = needed.clone()
+        before[:, start:] = False
+        whole, before, after, read = (flat(part) for part in (needed, before, needed[:, start:], self.batch.read[:, start:]))
+        last = view.depth - 1
+        first = {
+            view.ffn(layer): whole if layer <= z_layer else before[:0] if layer == last else before for layer in range(view.depth)
+        }
+        return first, {view.ffn(layer): read if layer == last else after for layer in range(z_layer + 1, view.depth)}
+
     def __call__(self, delta: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs [B, columns from start on, D] of block z_layer (with δ [R, D] added at the subject) and of every block above."""
+        """Outputs [B, columns from start on, D] of block z_layer (with δ [R, D] added at the subject) and of every block above,
+        right where they are needed."""
         batch, hidden = self.batch, self.below[:, self.batch.start :]
         rows = torch.arange(len(hidden), device=hidden.device)
         columns = torch.full_like(rows, batch.lookup - batch.start)
         value = delta[batch.owner.to(delta.device)].to(hidden)
         outputs = [hidden.index_put((rows, columns), value, accumulate=True)]
-        for block, (args, kwargs) in zip(self.blocks, self.calls, strict=True):
-            hidden = outputs[-1].to(next(block.parameters()).device)
-            outputs.append(first_tensor(block(hidden, *args, **kwargs)))
+        with Frozen(), only_at(self.places):
+            for block, (args, kwargs) in zip(self.blocks, self.calls, strict=True):
+                hidden = outputs[-1].to(next(block.parameters()).device)
+                outputs.append(first_tensor(block(hidden, *args, **kwargs)))
         return outputs
 
 
@@ -268,31 +304,33 @@ class _Kept:
     A locality prompt whose unedited answer is the edited prompt's asks for the edited fact itself, and is left out.
     """
 
-    def __init__(self, view: ModelView, batch: _Batch, final: torch.Tensor, hparams):
-        self.batch, self.kl_factor = batch, hparams.kl_factor
-        self.subject = _log_probs(view, batch, final, batch.subject)
+    def __init__(self, view: ModelView, batch: _Batch, final: torch.Tensor, subject: torch.Tensor, other: torch.Tensor, hparams):
+        self.batch, self.kl_factor, self.subject, self.other = batch, hparams.kl_factor, subject, other
         self.factors = None
-        if len(batch.other[0]):
+        if len(other):
             bare = torch.stack([batch.target[1][(batch.target[0] == row).nonzero()[0, 0]] for row in batch.bare])
-            said = _log_probs(view, batch, final, (batch.bare, bare)).argmax(-1)
-            self.other = _log_probs(view, batch, final, batch.other)
+            said = view.readout.logits(batch.at(final, (batch.bare, bare))).argmax(-1)
             owner = batch.owner[batch.other[0]].to(said.device)
-            differs = (self.other.argmax(-1) != said[owner]).float()
+            differs = (other.argmax(-1) != said[owner]).float()
             count = torch.zeros(len(said), device=said.device).index_add(0, owner, differs)
             self.factors = hparams.locality_factor * differs / count.clamp(min=1)[owner]
 
-    def loss(self, view: ModelView, final: torch.Tensor) -> torch.Tensor:
+    def loss(self, subject: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """[R]"""
-        loss = self.kl_factor * _kl(_log_probs(view, self.batch, final, self.batch.subject), self.subject)
+        loss = self.kl_factor * _kl(subject, self.subject)
         if self.factors is None:
             return loss
-        each = self.factors * _kl(self.other, _log_probs(view, self.batch, final, self.batch.other))
+        each = self.factors * _kl(self.other, other)
         return loss.index_add(0, self.batch.owner[self.batch.other[0]].to(each.device), each)
 
 
-def _log_probs(view: ModelView, batch: _Batch, states: torch.Tensor, places) -> torch.Tensor:
-    """[places, V]; logits exist at these places only."""
-    return log_softmax(view.readout.logits(batch.at(states, places)).float(), -1)
+def _log_probs(view: ModelView, batch: _Batch, states: torch.Tensor, final: torch.Tensor) -> Sequence[torch.Tensor]:
+    """[places, V] at the targets (of `states`), the KL prompts' subjects and the locality prompts' ends (of `final`), from one
+    product with the head; logits exist at these places only."""
+    at = [batch.at(states, batch.target).to(final.device), batch.at(final, batch.subject), batch.at(final, batch.other)]
+    with Frozen():
+        logits = view.readout.logits(torch.cat(at)).float()
+    return log_softmax(logits, -1).split([len(part) for part in at])
 
 
 def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -300,9 +338,8 @@ def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one.exp() * (one - other)).sum(-1)
 
 
-def _nll(view: ModelView, states: torch.Tensor, batch: _Batch) -> torch.Tensor:
+def _nll(batch: _Batch, log_probs: torch.Tensor) -> torch.Tensor:
     """[R]: mean over a request's prompts of the mean over target tokens of -log p."""
-    log_probs = _log_probs(view, batch, states, batch.target)
     device, rows = log_probs.device, batch.target[0].to(log_probs.device)
     each = -log_probs.gather(1, batch.labels[:, None].to(device))[:, 0]
     tokens = torch.bincount(rows, minlength=len(batch.owner)).to(each)

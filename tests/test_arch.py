@@ -5,7 +5,7 @@ import torch
 
 from easyedit_nmke import hooks
 from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.keys import Contexts, attribution_inputs, keys_of, subject_states
+from easyedit_nmke.keys import Ascent, Contexts, attribution_inputs, key_and_value, keys_of, subject_states
 from easyedit_nmke.prompts import Request
 
 
@@ -110,3 +110,47 @@ def test_a_key_is_the_mean_over_groups_of_templates_and_other_prompts_of_the_sub
     assert found.shape == (96, 1) and torch.allclose(found[:, 0], expected, rtol=1e-4, atol=1e-5)
     plain = keys_of(view, tok, [request], Contexts(contexts.groups), [1])[1]
     assert not torch.allclose(found, plain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_module_is_computed_only_at_the_places_asked_for(tiny, kind):
+    model, _ = tiny(kind)
+    ffn, seen = ModelView(model).ffn(1), []
+    x, places = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 6, 11])
+    handle = ffn.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    with torch.no_grad():
+        expected = ffn(x).flatten(0, 1)
+        with hooks.only_at({ffn: places}):
+            found = ffn(x).flatten(0, 1)
+        again = ffn(x).flatten(0, 1)
+    handle.remove()
+    rest = [i for i in range(12) if i not in places]
+    assert torch.allclose(found[places], expected[places], rtol=1e-5, atol=1e-6) and not found[rest].any()
+    assert torch.equal(again, expected) and not ffn._forward_hooks and not ffn._forward_pre_hooks
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [0, 2], [1]])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_keys_of_one_layer_after_the_other_are_those_of_whole_passes(tiny, monkeypatch, kind, layers):
+    model, tok = tiny(kind)
+    view = ModelView(model)
+    asked = [
+        Request(f"{before} birthplace of {name} is", name, "Rome") for before, name in (("The", "Mara Vosk"), ("So the", "Ola T"))
+    ]
+    contexts = Contexts([["{}"], ["I say. {}", "So. {}"]], ["{} speaks", "The home of {} is called"])
+    monkeypatch.setattr("easyedit_nmke.keys.ROWS_AT_A_TIME", 3)
+    ran = []
+    for i, block in enumerate(view.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    ascent = Ascent(view, tok, asked, contexts, layers[-1])
+    start = 0
+    for layer in layers:
+        ran.clear()
+        keys, values = ascent(layer)
+        assert set(ran) == set(range(start, layers[-1] + 1)), "blocks below the last edited one run once"
+        start = layer
+        for found, expected in zip((keys, values), key_and_value(view, tok, asked, contexts, layer, layers[-1]), strict=True):
+            assert found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        view.w_out(layer).mul_(1.5)
+    last = keys_of(view, tok, asked, contexts, layers)
+    assert torch.allclose(last[layers[-1]], keys, rtol=1e-4, atol=1e-5), "the edited model's keys, before the last layer is edited"

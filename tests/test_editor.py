@@ -8,7 +8,7 @@ import torch
 
 from easyedit_nmke import LifelongEditor, apply_nmke_to_model, covariance, editor
 from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.keys import Contexts, key_and_value, keys_of
+from easyedit_nmke.keys import Ascent, Contexts, key_and_value, keys_of
 from easyedit_nmke.prompts import Request
 from easyedit_nmke.solver import NullSpaceSolver
 from easyedit_nmke.values import CALIBRATION, Value, target_values
@@ -118,7 +118,7 @@ def test_two_models_do_not_disturb_each_other(tiny, nmke_hparams, requests, weig
         assert all(torch.equal(expected[layer], found[layer]) for layer in expected)
 
 
-@pytest.mark.parametrize("point", ["values", "second layer", "last keys"])
+@pytest.mark.parametrize("point", ["values", "second layer", "memory"])
 def test_a_failure_anywhere_leaves_weights_and_state_as_they_were(tiny, nmke_hparams, requests, monkeypatch, point):
     model, tok = tiny("llama")
     settings = nmke_hparams(model, tok)
@@ -129,11 +129,12 @@ def test_a_failure_anywhere_leaves_weights_and_state_as_they_were(tiny, nmke_hpa
     def fail(*args, **kwargs):
         calls.append(1)
         if point == "second layer" and len(calls) == 1:
-            return key_and_value(*args, **kwargs)
+            return passes(*args, **kwargs)
         raise MemoryError("out of memory")
 
-    name = {"values": "target_values", "second layer": "key_and_value", "last keys": "keys_of"}[point]
-    monkeypatch.setattr(editor, name, fail)
+    passes = Ascent.__call__
+    places = {"values": (editor, "target_values"), "second layer": (Ascent, "__call__"), "memory": (NullSpaceSolver, "append")}
+    monkeypatch.setattr(*places[point], fail)
     with pytest.raises(MemoryError):
         apply_nmke_to_model(model, tok, requests(2)[1:], settings)
     assert_same_bits(model, before)

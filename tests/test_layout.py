@@ -12,7 +12,7 @@ import easyedit_nmke
 ROOT = Path(easyedit_nmke.__file__).parent
 RANK = {
     "hparams": 0, "arch": 0, "prompts": 0, "masks": 0, "ridge": 0, "updates": 0, "journal": 0, "atlas": 0, "drift": 0,
-    "hooks": 1, "solver": 1, "data": 1, "metrics": 1, "attribution": 1, "corpus": 1, "log": 1, "delta": 1,
+    "products": 0, "hooks": 1, "solver": 1, "data": 1, "metrics": 1, "attribution": 1, "corpus": 1, "log": 1, "delta": 1,
     "values": 2, "keys": 2, "covariance": 2, "state": 2, "generation": 2,
     "nullspace": 3, "edit": 3,
     "durable": 4,

@@ -155,7 +155,7 @@ def test_a_failed_new_answer_leaves_the_old_one_and_its_key(begin, requests, mon
     editor.apply([one])
     editor.apply([two])
     before = picture(editor)
-    monkeypatch.setattr(page, "keys_of", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
+    monkeypatch.setattr(page, "write", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
     with pytest.raises(MemoryError):
         editor.apply([{**one, "target_new": "Rome"}])
     assert_same(picture(editor), before)
@@ -258,7 +258,7 @@ def test_later_edits_are_solved_again_without_the_one_that_is_taken_out(begin, r
     editor.undo(1)
     values = [event.z for event in editor.state.events if hasattr(event, "z")]
     before = picture(editor)
-    monkeypatch.setattr(page, "keys_of", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
+    monkeypatch.setattr(page, "write", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
     with pytest.raises(MemoryError):
         editor.undo(3, resolve=True)
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..products import linear
 from ..updates import Update, fingerprint
 from .linear import project
 
@@ -48,11 +49,10 @@ class Projection:
     def width(self) -> int:
         return self.right.shape[0]
 
-    def block(self, neurons: slice, words: slice, out: torch.Tensor) -> None:
-        """U of some neurons and words [n, words] -> out."""
-        out.copy_(self.stored[neurons, words])
-        if self.width:
-            out.addmm_(self.right[:, neurons].T.to(out.dtype), self.left[words].T.to(out.dtype))
+    def block(self, neurons: slice, words: slice) -> torch.Tensor:
+        """U of some neurons and words [n, words]."""
+        block = self.stored[neurons, words].to(self.dtype, copy=True)
+        return block.addmm_(self.right[:, neurons].T, self.left[words].T) if self.width else block
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
         """U of some words [ids, N]."""
@@ -65,7 +65,7 @@ class Projection:
             head = self._head(words, readout)
             for first in range(0, w_out.shape[1], WORDS_AT_A_TIME):
                 some = slice(first, first + WORDS_AT_A_TIME)
-                self.stored[some, words] = w_out[:, some].to(self.dtype).T @ head.T
+                self.stored[some, words] = linear(w_out[:, some].to(self.dtype).T, head)
         self.left = self.stored.new_empty((len(readout.head), 0), dtype=self.dtype)
         self.right = self.stored.new_empty((0, w_out.shape[1]), dtype=self.dtype)
         self.history = [(_digest(w_out), 0)]  # (digest of the weights, columns pending) since the refresh

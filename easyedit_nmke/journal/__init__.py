@@ -38,7 +38,7 @@ from .lock import Lock
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "easyedit_nmke journal", 1
+FORMAT, VERSION = "easyedit_nmke journal", 2
 HEADER, BASE, INDEX, EDITS, LOCK, DROPPED = "header.json", "base.safetensors", "index.jsonl", "edits", "lock", "dropped"
 LIBRARIES = ("easyedit-nmke", "torch", "transformers", "safetensors", "numpy")
 
