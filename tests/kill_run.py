@@ -1,12 +1,19 @@
 """Kill `nmke run` on the embedded model, start it again, and compare what it leaves with a run that was let be: the same bits.
 
-    python tests/kill_run.py                                    60 edits, 25 random moments, every call that changes a file (hours)
-    python tests/kill_run.py --edits 2 --moments 1 --stride 17  what tests/test_kill.py does
+    python tests/kill_run.py                            60 edits, 25 random moments, every call that changes a file (under an hour)
+    python tests/kill_run.py --edits 4 --moments 1      the same of 4 edits (4 minutes)
+    python tests/kill_run.py --first 2 --stride 2       every second chain, for a process beside another
 
-Every run is a process of its own, forked from this one, which has imported everything and computed nothing.
+A stage is the number of complete lines in the state's index; in each, the calls that change files are numbered from 1. Chain j is
+a run that is killed before call j of a stage, started again, killed before call j of the next stage that has as many, and so on to
+its end; every other life of it is killed earlier, while it takes up what the one before left, if that takes enough calls. Chains
+1, 2, 3 ... up to one in which nothing was killed leave out no call: they are compared with those of a run that was let be.
+
+Every life is a process of its own, forked from this one, which has imported everything and computed nothing.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -16,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +39,9 @@ SETTINGS = dict(
 )  # fmt: skip
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc: memory is kept for what comes next, which saves a fifth of the time
+TAKING_UP = 17  # calls until a run that is started again has added to the index
+Point = tuple[int, int, str]  # stage, number, name of the call
 
 
 class Runs:
@@ -66,7 +77,10 @@ class Runs:
 
     def finish(self, name: str, how: str) -> None:
         """Go on with a run that was killed, and compare."""
-        status = self.start(name)
+        self.compare(name, self.start(name), how)
+
+    def compare(self, name: str, status: int, how: str) -> None:
+        """What a run left that ended with `status`; it is removed."""
         log = (self.folder / f"{name}.log").read_text()[-2000:]
         if status:
             raise SystemExit(f"killed {how}, the run could not be taken up again (status {status}):\n{log}")
@@ -75,6 +89,29 @@ class Runs:
             raise SystemExit(f"killed {how}, the run ended with other {', '.join(differ)} ({self.folder / name}):\n{log}")
         shutil.rmtree(self.folder / name)
         (self.folder / f"{name}.log").unlink()
+
+    def chain(self, number: int) -> tuple[set[Point], int]:
+        """Chain `number`, compared at its end: what it was killed before, and how often it was killed while it took up."""
+        killed: set[Point] = set()
+        reached, early, taking_up = -1, 0, 0  # `reached` grows with every other life: the chain ends
+        with tqdm(desc=f"chain {number}", unit="kill") as bar:
+            while (status := self.start("chain", partial(watch, self.folder / "chain", reached, number, early))) == signal.SIGKILL:
+                last = self.points("chain")[-1]
+                if last[0] > reached:
+                    killed.add(last)
+                elif early:
+                    taking_up += 1
+                else:
+                    raise SystemExit(f"the run was killed by something else, {last}")
+                reached, early = last[0], 0 if early else 1 + (last[0] + number) % TAKING_UP
+                bar.update()
+        self.compare("chain", status, f"before call {number} of every stage")
+        return killed, taking_up
+
+    def points(self, name: str) -> list[Point]:
+        """What `watch` wrote of the last life of a run."""
+        lines = (line.split() for line in (self.folder / f"{name}.points").read_text().splitlines())
+        return [(int(stage), int(number), call) for stage, number, call in lines]
 
     def left(self, name: str) -> dict:
         """What a run left, but for the time it took and the memory."""
@@ -96,26 +133,30 @@ def same(one, other) -> bool:
     return json.dumps(one) == json.dumps(other)
 
 
-def die_at(number: int, folder: Path) -> None:
-    """Kill this process before its call of this number, from 1, among those that change files in `folder`."""
-    calls = 0
+def watch(out: Path, reached: int = -1, number: int = 0, early: int = 0) -> None:
+    """Write down this process's calls that change files in `out`; kill it before call `number` of a stage after `reached`, or
+    before call `early` if it is in none yet."""
+    index, points = out / "state-NMKE-0" / "index.jsonl", out.with_suffix(".points").open("w", buffering=1)
+    stage, calls = reached, 0
 
-    def point():
-        nonlocal calls
-        calls += 1
-        if calls == number:
+    def point(call):
+        nonlocal stage, calls
+        lines = index.read_bytes().count(b"\n") if index.exists() else 0
+        stage, calls = (lines, 1) if lines > stage else (stage, calls + 1)
+        points.write(f"{stage} {calls} {call}\n")
+        if calls == (number if stage > reached else early):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event, args):
         if event in CHANGES or (event == "open" and args[2] & WRITES):
             path = args[0]
-            if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(str(folder)):
-                point()
+            if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(f"{out}"):
+                point(event)
 
     def hooked(call):
         def run(file, *args):
             if file > 2:
-                point()
+                point(call.__name__)
             return call(file, *args)
 
         return run
@@ -129,11 +170,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=60)
     parser.add_argument("--moments", type=int, default=25, help="random moments (default 25)")
-    parser.add_argument("--first", type=int, default=1, help="the first call that changes a file to be killed at (default 1)")
-    parser.add_argument("--last", type=int, help="the last (default: the run's)")
-    parser.add_argument("--stride", type=int, default=1, help="kill at every so many (default: at each)")
+    parser.add_argument("--first", type=int, default=1, help="the first chain (default 1)")
+    parser.add_argument("--last", type=int, help="the last (default: until nothing is killed)")
+    parser.add_argument("--stride", type=int, default=1, help="every so many chains (default: each)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     folder = Path(tempfile.mkdtemp(prefix="kill_run"))
     runs, rng = Runs(folder, args.edits), random.Random(args.seed)
     atlas.load()  # what it imports is imported
@@ -141,22 +184,27 @@ def main() -> None:
     if runs.start("alone"):
         raise SystemExit((folder / "alone.log").read_text())
     started = time.perf_counter()
-    runs.finish("again", "never")
+    runs.compare("again", runs.start("again", partial(watch, folder / "again")), "never")
     took = time.perf_counter() - started
     for _ in tqdm(range(args.moments), desc="moments"):
         moment = rng.uniform(0, took)
         runs.start("moment", after=moment)
         runs.finish("moment", f"after {moment:.2f} s")
+    killed, taking_up = set(), 0
     numbers = range(args.first, (args.last or 10**6) + 1, args.stride)
-    killed = 0
-    for number in tqdm(numbers, desc="calls"):
-        status = runs.start("call", lambda number=number: die_at(number, folder / "call"))
-        runs.finish("call", f"before call {number}")
-        if not os.WIFSIGNALED(status):
+    for number in numbers:
+        points, early = runs.chain(number)
+        if not points:
             break
-        killed += 1
+        killed, taking_up = killed | points, taking_up + early
+    missed = sorted({point for point in runs.points("again") if point[1] in numbers} - killed)
+    if missed:
+        raise SystemExit(f"{len(missed)} calls were not killed at (stage, number, call): {missed}")
     shutil.rmtree(folder)
-    tqdm.write(f"{args.edits} edits: killed at {args.moments} moments and {killed} calls, always the same bits")
+    tqdm.write(
+        f"{args.edits} edits: killed at {args.moments} moments, {len(killed)} calls and {taking_up} times while taking up, "
+        "always the same bits"
+    )
 
 
 if __name__ == "__main__":
