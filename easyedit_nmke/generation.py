@@ -17,7 +17,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from easyedit_nmke.arch import context_length, evaluating
 from easyedit_nmke.metrics import TOKEN_BUDGET, Pair, batches, body_and_head, device, read_targets
-from easyedit_nmke.products import Frozen
+from easyedit_nmke.products import frozen
 from easyedit_nmke.prompts import Tokens, encode, pad
 
 # Around an answer these do not count: quotes, brackets, marks. Signs that mean something (C++, -5, 5 %) do.
@@ -39,7 +39,7 @@ def greedy_texts(model, tok, prompts: Sequence[str], new_tokens: int = 10, token
     rows = _prompt_rows(tok, prompts, new_tokens, context_length(model))
     budget = token_budget if hasattr(model, "generate") else 0
     texts = [""] * len(rows)
-    with evaluating(model), torch.no_grad(), Frozen(), _greedy(model, tok, new_tokens) as config:
+    with evaluating(model), torch.no_grad(), frozen(device(model)), _greedy(model, tok, new_tokens) as config:
         for batch in batches(model, [len(ids) + new_tokens for ids in rows], budget):
             said = _continuations(model, _pad_left([rows[i] for i in batch], tok, device(model)), config)
             for i, ids in zip(batch, said, strict=True):

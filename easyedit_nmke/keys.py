@@ -9,7 +9,7 @@ import torch
 
 from .arch import ModelView
 from .hooks import first_tensor, only_at, record, record_calls
-from .products import Frozen
+from .products import frozen
 from .prompts import SUBJECT, Request, Tokens, encode, pad, position_before
 
 ROWS_AT_A_TIME = 128
@@ -118,7 +118,7 @@ class _Part:
         wanted = {
             "hidden": (blocks[layer], "input"), "key": (view.down(layer), "input"), "value": (blocks[self.z_layer], "output")
         }  # fmt: skip
-        with Frozen(), only_at(self.places), record(wanted, stop=True) as seen:
+        with frozen(view.device), only_at(self.places), record(wanted, stop=True) as seen:
             if self.hidden is None:
                 with record_calls(blocks[layer : self.z_layer + 1]) as self.calls:
                     view.model.base_model(**self.batch.inputs(), use_cache=False)

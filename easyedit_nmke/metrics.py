@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from easyedit_nmke.arch import context_length, evaluating
-from easyedit_nmke.products import Frozen
+from easyedit_nmke.products import frozen
 from easyedit_nmke.prompts import Request, Tokens, pad, without_end
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
@@ -37,7 +37,7 @@ def read_targets(model, tok, pairs: Sequence[Pair], read: Reader, token_budget: 
     """
     rows = _rows(tok, pairs, context_length(model))
     values: list[list] = [[] for _ in rows]
-    with evaluating(model), torch.no_grad(), Frozen():
+    with evaluating(model), torch.no_grad(), frozen(device(model)):
         for batch in batches(model, [len(ids) for ids, _ in rows], token_budget):
             tokens = pad([rows[i][0] for i in batch], tok, device(model))
             for i, found in zip(batch, _read_labels(model, tokens, [rows[i][1] for i in batch], read), strict=True):

@@ -6,6 +6,8 @@ fast for the few dozen rows of a target value's step. Both sum in float32; they 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch.nn.functional import linear as plain
 from torch.overrides import TorchFunctionMode
@@ -16,9 +18,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if _serves(x, weight) else plain(x, weight, bias)
 
 
-class Frozen(TorchFunctionMode):
-    """Inside it a model's linear layers go through `linear`. Gradients reach their inputs, never their weights."""
+def frozen(device: torch.device) -> AbstractContextManager:
+    """Inside it the linear layers of a model on a CPU go through `linear`. Gradients reach their inputs, never their weights."""
+    return _Frozen() if device.type == "cpu" else nullcontext()
 
+
+class _Frozen(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is plain and not kwargs and _serves(*args[:2]):
             return _Linear.apply(*args)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from .arch import ModelView
 from .hooks import first_tensor, only_at, record, record_calls
-from .products import Frozen
+from .products import frozen
 from .prompts import SUBJECT, Request, encode, position_before, target_tokens
 
 KL_PROMPT = "{} is a"
@@ -232,7 +232,7 @@ class _Above:
         positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
         first, self.places = self._places(view, z_layer) if batch.start else ({}, {})
-        with torch.no_grad(), Frozen(), only_at(first), record(wanted) as seen, record_calls(self.blocks) as calls:
+        with torch.no_grad(), frozen(view.device), only_at(first), record(wanted) as seen, record_calls(self.blocks) as calls:
             view.model.base_model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -277,7 +277,7 @@ class _Above:
         columns = torch.full_like(rows, batch.lookup - batch.start)
         value = delta[batch.owner.to(delta.device)].to(hidden)
         outputs = [hidden.index_put((rows, columns), value, accumulate=True)]
-        with Frozen(), only_at(self.places):
+        with frozen(hidden.device), only_at(self.places):
             for block, (args, kwargs) in zip(self.blocks, self.calls, strict=True):
                 hidden = outputs[-1].to(next(block.parameters()).device)
                 outputs.append(first_tensor(block(hidden, *args, **kwargs)))
@@ -328,7 +328,7 @@ def _log_probs(view: ModelView, batch: _Batch, states: torch.Tensor, final: torc
     """[places, V] at the targets (of `states`), the KL prompts' subjects and the locality prompts' ends (of `final`), from one
     product with the head; logits exist at these places only."""
     at = [batch.at(states, batch.target).to(final.device), batch.at(final, batch.subject), batch.at(final, batch.other)]
-    with Frozen():
+    with frozen(view.device):
         logits = view.readout.logits(torch.cat(at)).float()
     return log_softmax(logits, -1).split([len(part) for part in at])
 
