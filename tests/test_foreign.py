@@ -166,7 +166,14 @@ def without_luck(function):
 
 
 def base_editor(easyeditor, name, path, model, tok, requests, unrelated, seed, moments, monkeypatch):
-    """The edited model of `BaseEditor.edit(sequential_edit=True)`."""
+    """The edited model of `BaseEditor.edit(sequential_edit=True)`, as in a process of its own: without what earlier edits left in
+    EasyEdit's modules."""
+    for module in foreign._method_modules():
+        for variable, value in foreign._remembered(module).items():
+            if value is foreign._ABSENT:
+                monkeypatch.delattr(module, variable, raising=False)
+            else:
+                monkeypatch.setattr(module, variable, value, raising=False)
     _, _, kind = inside.registering.easyedit_method(name)
     hparams = kind.from_hparams(str(path))
     hparams.model_name, hparams.sequential_edit = ModelPair((model, tok)), True
