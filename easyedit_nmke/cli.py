@@ -318,7 +318,7 @@ def _compare(args, console: Console) -> int:
     try:
         _comparison(lines, [], console)
     except ImportError as error:
-        console.print(f"results in {args.out}; {error}", highlight=False, soft_wrap=True)
+        console.print(f"results in {args.out}; {error}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
