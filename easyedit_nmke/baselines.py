@@ -22,7 +22,7 @@ from .edit import Opens, Writes, apply_method, check_model, edited_parameters, p
 from .editor import edit_layers
 from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
 from .keys import Contexts, subject_states
-from .log import Edit, EditReport, Undo, check_undo, standing
+from .log import EditReport, Undo, check_undo, standing
 from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from .solver import CovarianceSolver
 from .state import LifelongState
@@ -240,8 +240,7 @@ def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, reso
     opens, writes = METHODS[hparams.alg_name]
     if writes is not edit_layers:
         raise ValueError(f"edits of {hparams.alg_name} cannot be solved again from their values; undo them without resolve")
-    check_undo(state.events, edit)
-    (place,) = (i for i, event in enumerate(state.events) if isinstance(event, Edit) and edit in event.ids)
+    place = check_undo(state.events, edit)
     later, now = state.events[place:], standing(state.events)
     with state.together():
         state.rewind(place)

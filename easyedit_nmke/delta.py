@@ -1,6 +1,6 @@
 """Edits as one small file: the factors of every update, to be written into the base model again, to the bit.
 
-Factors are those of `state.Update`: w_out [D, F] of a layer += left [D, k] · right [k, F], one update after the other.
+Factors are those of `updates.Update`: w_out [D, F] of a layer += left [D, k] · right [k, F], one update after the other.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .arch import ModelView, evaluating
@@ -262,8 +263,7 @@ def _packed(mask: torch.Tensor) -> torch.Tensor:
     indices = mask.nonzero()[:, 0].int()
     if 4 * len(indices) < len(mask) / 8:
         return indices
-    bits = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8).to(torch.uint8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
 
 def _unpacked(packed: torch.Tensor, neurons: int) -> torch.Tensor:
@@ -271,4 +271,4 @@ def _unpacked(packed: torch.Tensor, neurons: int) -> torch.Tensor:
         mask = torch.zeros(neurons, dtype=torch.bool)
         mask[packed.long()] = True
         return mask
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[:neurons]
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=neurons, bitorder="little")).bool()

@@ -3,7 +3,7 @@ what nobody will read (`only_at`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,6 +72,15 @@ def record_calls(modules: Sequence[torch.nn.Module]) -> Iterator[list[tuple[tupl
     finally:
         for handle in handles:
             handle.remove()
+
+
+def repeated(
+    blocks: Iterable[torch.nn.Module], hidden: torch.Tensor, calls: Iterable[tuple[tuple, dict]]
+) -> Iterator[torch.Tensor]:
+    """The output of each block, one after the other, called as `record_calls` saw; the first on `hidden`."""
+    for block, (args, kwargs) in zip(blocks, calls, strict=True):
+        hidden = first_tensor(block(hidden.to(next(block.parameters()).device), *args, **kwargs))
+        yield hidden
 
 
 @contextmanager

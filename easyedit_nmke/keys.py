@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .arch import ModelView
-from .hooks import first_tensor, only_at, record, record_calls
+from .hooks import only_at, record, record_calls, repeated
 from .products import frozen
 from .prompts import SUBJECT, Request, Tokens, encode, pad, position_before
 
@@ -123,9 +123,7 @@ class _Part:
                 with record_calls(blocks[layer : self.z_layer + 1]) as self.calls:
                     view.model.base_model(**self.batch.inputs(), use_cache=False)
             else:
-                hidden = self.hidden
-                for block, (args, kwargs) in zip(blocks[self.start : self.z_layer + 1], self.calls, strict=True):
-                    hidden = first_tensor(block(hidden.to(next(block.parameters()).device), *args, **kwargs))
+                list(repeated(blocks[self.start : self.z_layer + 1], self.hidden, self.calls))
         self.calls = self.calls[len(self.calls) - (self.z_layer + 1 - layer) :]
         self.start, self.hidden = layer, seen["hidden"]
         places = self.places[view.ffn(layer)]

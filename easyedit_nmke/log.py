@@ -110,8 +110,8 @@ def standing(events: Iterable[Event]) -> dict[int, str]:
     return found
 
 
-def check_undo(events: Sequence[Event], edit: int) -> None:
-    """ValueError for an edit that cannot be taken out."""
+def check_undo(events: Sequence[Event], edit: int) -> int:
+    """Which of the events made `edit`; ValueError for one that cannot be taken out."""
     now = standing(events)
     if edit not in now:
         raise ValueError(
@@ -122,3 +122,4 @@ def check_undo(events: Sequence[Event], edit: int) -> None:
     if now[edit] != "effective":
         newer = now[edit].split()[-1]
         raise ValueError(f"edit {edit} is {now[edit]}; undo {newer} first, which brings {edit} back")
+    return next(i for i, event in enumerate(events) if isinstance(event, Edit) and edit in event.ids)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 
@@ -24,6 +22,7 @@ from . import generation, metrics
 from .arch import ModelView
 from .drift import weight_drift
 from .edit import edited_parameters, peak_memory
+from .journal import versions
 from .lifelong import LifelongEditor
 from .prompts import Request
 from .updates import fingerprint
@@ -226,13 +225,6 @@ def _mean_by_layer(reports: Sequence[Mapping[int, float]]) -> dict[str, float]:
 
 def stamp(editor, data: Mapping | None = None, command: str | None = None) -> dict:
     """What a result depends on: method, hyperparameters, data, model and library versions."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     view = ModelView(editor.model)
     weights = {name: parameter for name, parameter in editor.model.named_parameters()}
     return {
@@ -245,10 +237,7 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
         "device": str(view.device),
         "threads": torch.get_num_threads(),
         "command": command,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: installed(name) for name in ("easyedit-nmke", "torch", "transformers", "numpy")},
-        },
+        "versions": versions("easyedit-nmke", "torch", "transformers", "numpy"),
     }
 
 

@@ -218,9 +218,7 @@ class LifelongState:
 
         The other updates stay as they were solved. An edit that superseded another brings that one back. Errors are ValueErrors.
         """
-        check_undo(self.events, edit)
-        (place,) = (i for i, event in enumerate(self.events) if isinstance(event, Edit) and edit in event.ids)
-        self._check_replays(place)
+        self._check_replays(check_undo(self.events, edit))
         with self._unchanged_on_error():
             self.events.append(Undo(edit))
             self._write()

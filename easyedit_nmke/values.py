@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
 from .arch import ModelView
-from .hooks import first_tensor, only_at, record, record_calls
+from .hooks import only_at, record, record_calls, repeated
 from .products import frozen
 from .prompts import SUBJECT, Request, encode, position_before, target_tokens
 
@@ -276,12 +276,9 @@ class _Above:
         rows = torch.arange(len(hidden), device=hidden.device)
         columns = torch.full_like(rows, batch.lookup - batch.start)
         value = delta[batch.owner.to(delta.device)].to(hidden)
-        outputs = [hidden.index_put((rows, columns), value, accumulate=True)]
+        hidden = hidden.index_put((rows, columns), value, accumulate=True)
         with frozen(hidden.device), only_at(self.places):
-            for block, (args, kwargs) in zip(self.blocks, self.calls, strict=True):
-                hidden = outputs[-1].to(next(block.parameters()).device)
-                outputs.append(first_tensor(block(hidden, *args, **kwargs)))
-        return outputs
+            return [hidden, *repeated(self.blocks, hidden, self.calls)]
 
 
 class _Before:

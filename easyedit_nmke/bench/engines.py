@@ -15,6 +15,7 @@ import torch
 
 from .. import metrics
 from ..arch import evaluating
+from ..attribution.cached import free_memory
 from ..baselines import apply_to_model
 from ..edit import followed, settings_of, synchronise
 from ..editor import neuron_masks
@@ -25,7 +26,7 @@ from ..register import easyedit_method
 from ..solver import CovarianceSolver
 from ..state import LifelongState
 from ..values import target_values
-from .machine import Clock, Measured, free_memory, held_memory
+from .machine import Clock, Measured, held_memory
 from .shapes import Bed
 
 CANNOT_RUN = (ValueError, ImportError, RuntimeError, MemoryError, FloatingPointError)
@@ -156,7 +157,7 @@ class EasyEdit:
     def _check_fits(self) -> None:
         size = (2 if self.needs_past else 1) * len(self.bed.layers) * self.bed.neurons**2 * 4
         free = free_memory(torch.device("cpu"))
-        if free is not None and size > free:
+        if free and size > free:
             raise ValueError(f"its matrices take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
 
     def _modules(self) -> dict[str, str]:

@@ -10,12 +10,13 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 import torch
 
+from ..attribution.cached import free_memory
 from ..edit import peak_memory, synchronise
+from ..journal import versions
 
 
 @dataclasses.dataclass
@@ -107,26 +108,18 @@ class Clock:
 
 def surroundings() -> dict:
     """Hardware and library versions."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "hardware": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "free_memory_gb": round((free_memory(torch.device("cpu")) or 0) / 1e9, 1),
+            "free_memory_gb": round(free_memory(torch.device("cpu")) / 1e9, 1),
             "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],
         },
         "versions": {
-            "python": platform.python_version(),
+            **versions("easyedit-nmke", "torch", "transformers", "numpy", "triton"),
             "cuda": torch.version.cuda,
-            **{name: installed(name) for name in ("easyedit-nmke", "torch", "transformers", "numpy", "triton")},
         },
     }
 
@@ -137,14 +130,3 @@ def _cpu_model() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be allocated; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None

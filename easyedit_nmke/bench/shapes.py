@@ -14,12 +14,12 @@ import torch
 
 from .. import atlas
 from ..arch import ModelView, evaluating
+from ..attribution.cached import free_memory
 from ..edit import phase
 from ..hparams import CLASSES, HyperParams, read
 from ..keys import Contexts, keys_of
 from ..log import EditReport
 from ..prompts import Request, context_templates
-from .machine import free_memory
 
 RANK = 0.25  # share of directions that updates may not touch
 COSINE = 0.5  # between synthesised past keys
@@ -201,7 +201,7 @@ def _random_model(config, device, dtype: torch.dtype, seed: int):
 def _check_fits(config, device, dtype: torch.dtype) -> None:
     size = sum(p.numel() for p in _random_model(config, "meta", dtype, 0).parameters()) * dtype.itemsize
     free = free_memory(torch.device(device))
-    if free is not None and size > free:
+    if free and size > free:
         raise ValueError(
             f"the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}; "
             f"give --layers with less than {config.num_hidden_layers} blocks, or --dtype bfloat16"

@@ -332,8 +332,13 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def installed() -> dict[str, str]:
     """Versions of the libraries that edits depend on, as they are here."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
+    return {name: found for name, found in versions(*LIBRARIES).items() if found}
+
+
+def versions(*libraries: str) -> dict[str, str | None]:
+    """Of Python and of libraries; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(libraries)}
+    for name in libraries:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
