@@ -7,7 +7,7 @@ this engine, `apply_nmke_to_model` is the method itself.
 import importlib
 
 # Eagerly: a function named as its module would be shadowed by the module's first import.
-from .register import accelerate_easyedit, register
+from .easyedit.register import accelerate_easyedit, register
 
 __version__ = "0.1.0"
 
@@ -17,12 +17,12 @@ _HOMES = {
     "MEMITHyperParams": "hparams",
     "ROMEHyperParams": "hparams",
     "FTHyperParams": "hparams",
-    "LifelongEditor": "lifelong",
-    "LifelongState": "state",
-    "load_delta": "delta",
-    "apply_nmke_to_model": "editor",
-    "apply_to_model": "baselines",
-    "open_state": "baselines",
+    "LifelongEditor": "editor",
+    "LifelongState": "history.state",
+    "load_delta": "history.delta",
+    "apply_nmke_to_model": "methods.nmke",
+    "apply_to_model": "methods.baselines",
+    "open_state": "methods.baselines",
 }
 __all__ = [*_HOMES, "accelerate_easyedit", "register"]
 

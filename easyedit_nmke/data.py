@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from easyedit_nmke.prompts import SUBJECT, Request
+from .models.prompts import SUBJECT, Request
 
 # The type under which EasyEdit's scripts file the unrelated prompts of ZsRE and CounterFact records.
 NEIGHBORHOOD = "neighborhood"

@@ -1,200 +1,206 @@
-"""One NMKE edit on one page: values, masks, closed-form updates, state."""
+"""Editing without EasyEdit: `LifelongEditor`, with BaseEditor's calls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from tqdm import tqdm
 
-from .arch import ModelView
-from .attribution import AttributionCache, choose, neuron_scores
-from .drift import mask_overlap
-from .durable import Ground, opened
-from .edit import apply_method, phase, require, settings_of, write
-from .hparams import AlphaEditHyperParams, NMKEHyperParams
-from .keys import Ascent, Contexts, attribution_inputs
-from .log import EditReport
-from .masks import NeuronMask, neuron_mask, shuffled
-from .nullspace import RowSpace, row_spaces
-from .prompts import Request, context_templates, target_tokens
-from .solver import NullSpaceSolver, RestrictedSolver
-from .state import LifelongState
-from .updates import Update
-from .values import reference_norm, target_values
+from . import atlas
+from .history.state import LifelongState
+from .hparams import HyperParams
+from .methods.baselines import apply_to_model, open_state, undo
+from .methods.contract import carried_state, check_model, check_requests, followed
+from .models.arch import ModelView
+from .models.prompts import Request
+from .scores import metrics
+
+logger = logging.getLogger(__name__)
 
 
-def apply_nmke_to_model(
-    model,
-    tok,
-    requests: Sequence[Mapping | Request],
-    hparams: NMKEHyperParams,
-    copy: bool = False,
-    return_orig_weights: bool = False,
-    keep_original_weight: bool = False,
-    state: LifelongState | None = None,
-    **kwargs,
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """Write `requests` into the model by one NMKE update; EasyEdit's calling convention.
-
-    requests: EasyEdit's dictionaries or `Request`s. copy: edit a deep copy. return_orig_weights: also return the edited
-    parameters as they were before this call, by name. state: past keys and projector; by default the one that the model
-    carries from its last edit with the same settings, or a new one. Other keywords of EasyEdit's convention change nothing.
-
-    Raises ValueError, before anything changes, for requests, hyperparameters or models that cannot be edited. When anything
-    fails on the way, weights and state are as before the call, bit for bit.
-    """
-    require(hparams, NMKEHyperParams)
-    return apply_method(open_state, edit_layers, model, tok, requests, hparams, copy, return_orig_weights, state)
-
-
-def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True) -> LifelongState:
-    """A new state: context templates, and one solver per layer with the projector of the model as it is now; with `state_dir` the
-    one that is kept there (see `durable.opened`)."""
-    return opened(_measure, _build, model, tok, hparams, progress)
-
-
-def _measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
-    templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-    spaces, norm = row_spaces(view, tok, hparams, progress), None
-    if hparams.value_norm == "anchored":
-        flat = [template for group in templates for template in group]
-        norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
-    statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
-    return Ground(templates, statistics, norm)
-
-
-def _build(view: ModelView, ground: Ground, hparams: AlphaEditHyperParams) -> LifelongState:
-    def space(layer: int) -> RowSpace:
-        return RowSpace(*(ground.statistics[f"{part}.{layer}"].to(view.weight(layer).device) for part in RowSpace._fields))
-
-    solvers = {layer: _solver(space(layer), hparams) for layer in hparams.layers}
-    return LifelongState(settings_of(hparams), solvers, ground.templates, ground.value_norm)
-
-
-def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver | RestrictedSolver:
-    soft, relative = hparams.regularizer == "covariance", hparams.l2_scale == "auto"
-    if (soft or relative) and not torch.isfinite(space.energy):
-        raise ValueError(
-            "P_loc names a projector, which tells nothing of the size of keys; "
-            "remove it, or set regularizer: nullspace and l2_scale: absolute"
-        )
-    l2 = hparams.L2 * space.energy.item() if relative else hparams.L2
-    strength = hparams.mom2_update_weight * space.eigenvalues if soft else None
-    if hparams.solve == "restricted" and hparams.neurons != "all":
-        return RestrictedSolver(space.basis, l2, strength)
-    if space.null.shape[1] and not soft:
-        return NullSpaceSolver(space.null, l2, null=True)
-    return NullSpaceSolver(space.basis, l2, strength)
-
-
-def edit_layers(
-    view: ModelView, tok, requests, hparams, state: LifelongState, z: torch.Tensor | None = None
-) -> tuple[dict[int, torch.Tensor], EditReport]:
-    """Compute and write the update layer by layer; returns the keys of the edited model, if they are to be remembered, and what
-    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT. z [D, requests]: values that were found before.
-
-    A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's.
-    """
-    report, z_layer = EditReport(len(requests)), hparams.layers[-1]
-    flat = state.flat_templates
-    contexts = Contexts(state.templates, hparams.locality_prompts if hparams.key_contexts == "relations" else ())
-    with phase(report, "values"):
-        if z is None:
-            values = target_values(view, tok, requests, flat, z_layer, hparams)
-            report.value_loss = [value.loss for value in values]
-            z = torch.stack([value.z for value in values], 1)
-            if state.value_norm is not None:
-                z = z * (state.value_norm / z.norm(dim=0))
-        report.z = z = z.to(view.weight(z_layer).device)
-    with phase(report, "attribution"):
-        masks = neuron_masks(view, tok, requests, flat, hparams, state, report)
-        if masks and hparams.control == "random":
-            masks = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in masks.items()}
-    ascent, found = Ascent(view, tok, requests, contexts, z_layer), {}
-    for index, layer in enumerate(hparams.layers):
-        with phase(report, "keys"):
-            found[layer], current = ascent(layer)
-        residual = (z - current.to(z)) / (len(hparams.layers) - index)
-        if index == 0:
-            report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
-        with phase(report, "solve"):
-            weight = view.w_out(layer)
-            mask = masks[layer].mask.to(weight.device) if layer in masks else None
-            right = _directions(state.solvers[layer], found[layer], mask, hparams).T.float().contiguous()
-        with phase(report, "apply"):
-            write(weight, Update(layer, residual.to(weight.device).float(), right), report, state.masters.get(layer))
-        report.density[layer] = masks[layer].density if layer in masks else 1.0
-        if layer in masks:
-            chosen = masks[layer].mask != 0
-            report.ratios[layer] = (masks[layer].general_ratio, masks[layer].specific_ratio)
-            if layer in state.masks:
-                report.overlap[layer] = mask_overlap(state.masks[layer], chosen)
-            report.masks[layer] = chosen
-    if state.attribution_cache is not None:
-        with phase(report, "attribution"):
-            w_out = {layer: view.w_out(layer) for layer in hparams.layers}
-            state.attribution_cache.follow(report.updates, w_out, view.readout)
-    remembers = all(hasattr(solver, "append") for solver in state.solvers.values())
-    return found if remembers else {}, report
-
-
-def _directions(solver, keys: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:
-    """The solver's; for the control "uniform" the unmasked ones, each scaled to the norm of the masked one."""
-    masked = solver.directions(keys, mask)
-    if mask is None or hparams.control != "uniform":
-        return masked
-    whole = solver.directions(keys)
-    return whole * (masked.norm(dim=0) / whole.norm(dim=0).clamp(min=1e-30))
-
-
-def neuron_masks(
-    view: ModelView,
-    tok,
-    requests: Sequence[Request],
-    templates: Sequence[str],
-    hparams,
-    state: LifelongState | None = None,
-    report: EditReport | None = None,
-) -> dict[int, NeuronMask]:
-    """The mask of every edited layer for one edit; empty when `neurons: all` leaves nothing to attribute. `state` keeps what
-    attribution can use again, `report` takes note of how it was done."""
-    if hparams.neurons == "all":
-        return {}
-    cache, backend = _attribution_backend(view, hparams, state, report)
-    filled = [(request, request.fill(template)[0]) for request in requests for template in templates]
-    texts = [text for _, text in filled]
-    seen = attribution_inputs(view, tok, texts, hparams.layers, hparams.attribution_position)
-    targets = seen.predicted
-    if hparams.attribution_target == "target_new":
-        targets = torch.tensor([target_tokens(tok, text, request.target_new)[0] for request, text in filled])
-    masks, readout = {}, view.readout
-    for layer in hparams.layers:
-        coefficients = seen.coefficients[layer]
-        device, w_out = coefficients.device, view.w_out(layer)
-        here = readout.to(device)
-        scores = neuron_scores(
-            coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),
-            strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
-            final_hidden=seen.final_hidden.to(device), backend=backend,
-            projection=cache.projection(layer, w_out, here) if backend == "cached" else None,
-        )  # fmt: skip
-        masks[layer] = neuron_mask(scores, hparams)
-    return masks
-
-
-def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:
-    """(cache, backend) of this edit's attribution; the state's cache counts it, the report says why."""
-    if hparams.attribution_strategy == "mpc":
-        backend, reason = hparams.attribution_backend.replace("cached", "auto"), "MPC needs no vocabulary"
-        cache = None
+def load_model(hparams: HyperParams):
+    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple."""
+    name = hparams.model_name
+    device = None if hparams.model_parallel else _device(hparams.device)
+    if isinstance(name, tuple):
+        model, tok = name
     else:
-        if state is not None and state.attribution_cache is None:
-            state.attribution_cache = AttributionCache()
-        cache = None if state is None else state.attribution_cache
-        w_out = view.w_out(hparams.layers[0])
-        backend, reason = choose(hparams.attribution_backend, w_out, view.readout, len(hparams.layers), cache)
-        if cache is not None:
-            cache.uses += 1
-    if report is not None:
-        report.attribution = f"{backend}: {reason}"
-    return cache, backend
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = atlas.DIRECTORY if name == "atlas" else name
+        spread = "auto" if hparams.model_parallel and name != "atlas" else None
+        try:
+            tok = AutoTokenizer.from_pretrained(folder)
+            dtype = "float16" if hparams.fp16 else hparams.dtype
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=spread)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    return (model if device is None else model.to(device)), tok
+
+
+def _device(wanted) -> torch.device:
+    numbered = isinstance(wanted, int) or (isinstance(wanted, str) and wanted.isdigit())
+    name = f"cuda:{wanted}" if numbered else wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {wanted!r}, expected a CUDA index (0), 'cpu', 'cuda:1' or another torch device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {wanted!r} (CUDA), but no CUDA device is visible here; set `device: cpu`")
+    return device
+
+
+class LifelongEditor:
+    """Edits one model request after request, with the calls of EasyEdit's BaseEditor; by NMKE, AlphaEdit, MEMIT, ROME or FT,
+    whichever the hyperparameters are of."""
+
+    def __init__(self, hparams: HyperParams):
+        hparams.validate()
+        self.hparams, self.model_name, self.alg_name = hparams, hparams.model_name, hparams.alg_name
+        self.model, self.tok = load_model(hparams)
+        check_model(ModelView(self.model), hparams)
+        self._state: LifelongState | None = None
+
+    @classmethod
+    def from_hparams(cls, hparams: HyperParams) -> LifelongEditor:
+        return cls(hparams)
+
+    @property
+    def state(self) -> LifelongState:
+        """What the method keeps from edit to edit (statistics, past keys, templates); made on first use, which for most runs the
+        covariance of keys (once per model, cached on disk)."""
+        if self._state is None:
+            self._state = carried_state(self.model, self.tok, self.hparams, open_state)
+        return self._state
+
+    def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
+        """Write one batch of requests; returns the edited parameters as they were before, by name."""
+        _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
+        return before
+
+    def undo(self, edit: int, resolve: bool = False) -> None:
+        """Take one edit out (see `LifelongState.undo`); with `resolve`, later ones are solved again without it."""
+        undo(self.model, self.tok, self.hparams, self.state, edit, resolve)
+
+    def close(self) -> None:
+        """Let another process go on with the state that `state_dir` keeps."""
+        if self._state is not None and self._state.book is not None:
+            self._state.book.close()
+
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put parameters back (as returned by `apply` and `edit`), and past keys with them."""
+        with torch.no_grad():
+            for name, original in weights.items():
+                self.model.get_parameter(name).copy_(original)
+        if self._state is not None:
+            self._state.follow(followed(ModelView(self.model), self.hparams))
+
+    def edit(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: str | Sequence[str] | None = None,
+        target_neg=None,
+        rephrase_prompts: str | Sequence[str] | None = None,
+        locality_inputs: Mapping[str, Mapping] | None = None,
+        portability_inputs: Mapping[str, Mapping] | None = None,
+        sequential_edit: bool = True,
+        verbose: bool = True,
+        *,
+        subject: str | Sequence[str] | None = None,
+        requests: Sequence[Mapping | Request] | None = None,
+        keep_original_weight: bool = False,
+    ):
+        """Edit, and score before and after: (metrics, model, weights as they were before this call), as BaseEditor.edit.
+
+        metrics[i] has "pre", "post" (right after the request's own edit, as EasyEdit scores), "time" in seconds, and with
+        `sequential_edit` also "final": after all edits of this call. Without `sequential_edit` every edit is taken back after
+        its scoring. `hparams.batch_size` requests share one update. `requests` (EasyEdit's dictionaries) replaces the columns;
+        target_neg and keep_original_weight are accepted as in EasyEdit and change nothing.
+        """
+        if requests is None:
+            requests = make_requests(
+                prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
+            )
+        checked = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
+        for batch in _chunks(checked, self.hparams.batch_size):
+            check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates)
+        metrics.check(self.model, self.tok, checked)
+        return self._edit(checked, sequential_edit, verbose)
+
+    def batch_edit(self, prompts, target_new, *args, sequential_edit: bool = False, **kwargs):
+        """`edit` with BaseEditor.batch_edit's default: each batch is taken back after its scoring."""
+        return self.edit(prompts, target_new, *args, sequential_edit=sequential_edit, **kwargs)
+
+    def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
+        with self.state.as_of(self.state.claimed):  # a process that was stopped made later edits, which this one will claim
+            before = metrics.quality(self.model, self.tok, requests)
+        results = [
+            {"case_id": i, "requested_rewrite": request.to_dict(), "pre": pre}
+            for i, (request, pre) in enumerate(zip(requests, before, strict=True))
+        ]
+        originals: dict[str, torch.Tensor] = {}
+        batches = list(_chunks(results, self.hparams.batch_size))
+        for batch in tqdm(batches, desc="editing", unit="edit", disable=not verbose):
+            asked = [requests[result["case_id"]] for result in batch]
+            started = time.perf_counter()
+            weights = self.apply(asked)
+            seconds = time.perf_counter() - started
+            originals = originals or weights
+            try:
+                for result, post in zip(batch, metrics.quality(self.model, self.tok, asked), strict=True):
+                    metrics.add_locality_accuracy(result["pre"], post)
+                    result.update(post=post, time=seconds)
+            finally:
+                if not sequential:
+                    self.restore(weights)
+        if sequential:
+            for result, final in zip(results, metrics.quality(self.model, self.tok, requests), strict=True):
+                metrics.add_locality_accuracy(result["pre"], final)
+                result["final"] = final
+        return results, self.model, originals
+
+
+def make_requests(prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs) -> list[dict]:
+    """EasyEdit's columns to request dictionaries. ValueError when they are of different lengths or the subject is missing."""
+
+    def column(value):
+        return [value] if isinstance(value, str) else list(value)
+
+    prompts = column(prompts)
+    if subject is None:
+        raise ValueError("NMKE needs the subject of every prompt; give subject=[...], one for each prompt")
+    columns = {"target_new": column(target_new), "subject": column(subject)}
+    for name, value in (("ground_truth", ground_truth), ("rephrase_prompt", rephrase_prompts)):
+        if value is not None:
+            columns[name] = column(value)
+    records = [{"prompt": prompt, "locality": {}, "portability": {}} for prompt in prompts]
+    for name, values in columns.items():
+        if len(values) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts but {len(values)} values of {name}; give one for each prompt")
+        for record, value in zip(records, values, strict=True):
+            record[name] = value
+    for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
+        for kind, entry in (inputs or {}).items():
+            if not isinstance(entry, Mapping) or not {"prompt", "ground_truth"} <= set(entry):
+                raise ValueError(f"{section}_inputs[{kind!r}] needs 'prompt' and 'ground_truth', got {entry!r}")
+            asked, answers = column(entry["prompt"]), column(entry["ground_truth"])
+            if len(asked) != len(prompts) or len(answers) != len(prompts):
+                raise ValueError(
+                    f"{section}_inputs[{kind!r}] has {len(asked)} prompts and {len(answers)} answers, expected {len(prompts)}"
+                )
+            for record, prompt, answer in zip(records, asked, answers, strict=True):
+                if prompt is not None:
+                    record[section][kind] = {"prompt": prompt, "ground_truth": answer}
+    return records
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

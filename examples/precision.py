@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from easyedit_nmke import LifelongEditor, atlas, compare, hparams, protocol
-from easyedit_nmke.prompts import Request
+from easyedit_nmke import LifelongEditor, atlas, hparams
+from easyedit_nmke.experiments import compare, protocol
+from easyedit_nmke.models.prompts import Request
 
 RUNS = {"float32": ("float32", True), "bfloat16, masters": ("bfloat16", True), "bfloat16, no masters": ("bfloat16", False)}
 SCORES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "same_subject": "Same subject", "general": "General"}

@@ -1,7 +1,7 @@
 """Edit one fact of the embedded model, look at the answer, and take the edit back: python examples/quickstart.py"""
 
 from easyedit_nmke import LifelongEditor, NMKEHyperParams, atlas
-from easyedit_nmke.generation import answer, greedy_texts
+from easyedit_nmke.scores.generation import answer, greedy_texts
 
 editor = LifelongEditor.from_hparams(NMKEHyperParams.from_hparams("atlas"))
 request = atlas.requests(1)[0]

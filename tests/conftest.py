@@ -73,7 +73,7 @@ def requests():
 @pytest.fixture
 def weights():
     """weights(model, hparams) -> {layer: copy of the down projection}."""
-    from easyedit_nmke.arch import ModelView
+    from easyedit_nmke.models.arch import ModelView
 
     def take(model, hparams):
         view = ModelView(model)

@@ -31,7 +31,8 @@ import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from easyedit_nmke import atlas, cli, protocol
+from easyedit_nmke import atlas, cli
+from easyedit_nmke.experiments import protocol
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=4, mom2_dataset="atlas", mom2_n_samples=200,

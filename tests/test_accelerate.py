@@ -11,8 +11,9 @@ import torch
 
 import easyedit_nmke
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import baselines, covariance, nullspace
-from easyedit_nmke.arch import ModelView
+from easyedit_nmke.methods import baselines
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.statistics import covariance, nullspace
 
 easyeditor, known, edits, chosen = inside.easyeditor, inside.known, inside.edits, side_by_side.chosen
 pytestmark = pytest.mark.easyedit

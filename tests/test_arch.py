@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from easyedit_nmke import hooks
-from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.keys import Ascent, Contexts, attribution_inputs, key_and_value, keys_of, subject_states
-from easyedit_nmke.prompts import Request
+from easyedit_nmke.methods.keys import Ascent, Contexts, attribution_inputs, key_and_value, keys_of, subject_states
+from easyedit_nmke.models import hooks
+from easyedit_nmke.models.arch import FAMILIES, ModelView
+from easyedit_nmke.models.prompts import Request
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -138,7 +138,7 @@ def test_keys_of_one_layer_after_the_other_are_those_of_whole_passes(tiny, monke
         Request(f"{before} birthplace of {name} is", name, "Rome") for before, name in (("The", "Mara Vosk"), ("So the", "Ola T"))
     ]
     contexts = Contexts([["{}"], ["I say. {}", "So. {}"]], ["{} speaks", "The home of {} is called"])
-    monkeypatch.setattr("easyedit_nmke.keys.ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr("easyedit_nmke.methods.keys.ROWS_AT_A_TIME", 3)
     ran = []
     for i, block in enumerate(view.blocks):
         block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_nmke.arch import Readout
 from easyedit_nmke.attribution import neuron_scores
+from easyedit_nmke.models.arch import Readout
 
 BACKENDS = ["reference", "fast", "auto"]
 # Largest error over the largest score. Measured: 2e-15 for the reference (float64), 3e-6 for the others (float32 or better).

@@ -9,10 +9,10 @@ import torch
 from test_attribution import make_case
 
 from easyedit_nmke import apply_nmke_to_model, attribution
-from easyedit_nmke.arch import ModelView
 from easyedit_nmke.attribution import AttributionCache, cached, choose, fast, plain
-from easyedit_nmke.keys import attribution_inputs
-from easyedit_nmke.updates import Update
+from easyedit_nmke.methods.keys import attribution_inputs
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.updates import Update
 
 SIZE = (3, 63, 33, 301)
 
@@ -261,7 +261,7 @@ def test_many_prompts_are_read_in_chunks(tiny, monkeypatch, position):
     texts = ["The owner of it is " + "the " * n for n in (0, 3, 1, 9, 2)]
     view = ModelView(model)
     whole = attribution_inputs(view, tok, texts, [0, 1], position)
-    monkeypatch.setattr("easyedit_nmke.keys.ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr("easyedit_nmke.methods.keys.ROWS_AT_A_TIME", 2)
     parts = attribution_inputs(view, tok, texts, [0, 1], position)
     assert torch.equal(whole.predicted, parts.predicted)
     assert torch.allclose(whole.final_hidden, parts.final_hidden, atol=1e-5)

@@ -7,8 +7,8 @@ import torch
 
 from easyedit_nmke import bench, cli
 from easyedit_nmke.bench import engines, machine, parts, shapes
-from easyedit_nmke.prompts import encode, target_tokens
-from easyedit_nmke.solver import NullSpaceSolver
+from easyedit_nmke.methods.solver import NullSpaceSolver
+from easyedit_nmke.models.prompts import encode, target_tokens
 
 TINY = shapes.Shape("llama", shapes._llama("llama", 32, 96, 4, 4, 2, 700), (0, 1))
 TINY_GPT2 = shapes.Shape("gpt2", dict(n_embd=32, n_layer=4, n_head=4, n_positions=128, vocab_size=700), (0, 1), "gpt2-xl")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli
-from easyedit_nmke.journal import Journal
-from easyedit_nmke.protocol import Segment
+from easyedit_nmke.experiments.protocol import Segment
+from easyedit_nmke.history.journal import Journal
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,

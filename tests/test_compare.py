@@ -11,8 +11,8 @@ import pytest
 from conftest import tiny_model
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import compare
-from easyedit_nmke.compare import ABLATIONS, Method, Plan
+from easyedit_nmke.experiments import compare
+from easyedit_nmke.experiments.compare import ABLATIONS, Method, Plan
 from easyedit_nmke.hparams import read
 
 QUICK = dict(

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from easyedit_nmke import corpus as sources
-from easyedit_nmke import nullspace
-from easyedit_nmke.arch import ModelView
-from easyedit_nmke.corpus import corpus
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.statistics import corpus as sources
+from easyedit_nmke.statistics import nullspace
+from easyedit_nmke.statistics.corpus import corpus
 
 
 def test_files(tmp_path):

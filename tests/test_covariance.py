@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import easyedit_nmke
-from easyedit_nmke import corpus as sources
-from easyedit_nmke import covariance, nullspace
-from easyedit_nmke.arch import ModelView
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.statistics import corpus as sources
+from easyedit_nmke.statistics import covariance, nullspace
 
 RAGGED = ["The birthplace of Mara Vosk is Rome.", "", "copy a b c : a b c.", " \n", "Mara Vosk", "a " * 300] * 3
 
@@ -264,7 +264,7 @@ def checkout() -> bool:
 def test_layer_stats_of_easyedit_leave_a_file_that_is_found(tiny, nmke_hparams, monkeypatch):
     """The path and the numbers of EasyEdit's own pass over a text."""
     pytest.importorskip("datasets")
-    easyedit_nmke.register(text_only=True)
+    easyedit_nmke.easyedit.register(text_only=True)
     stats = importlib.import_module("easyeditor.models.rome.layer_stats")
     model, tok = tiny("llama")
     model.config._name_or_path = "some/where/tiny"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from easyedit_nmke.data import Refusal, load
-from easyedit_nmke.prompts import Request
+from easyedit_nmke.models.prompts import Request
 
 DATA = Path(__file__).parent / "data"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from easyedit_nmke import drift
-from easyedit_nmke.drift import mask_overlap, weight_drift
+from easyedit_nmke.scores import drift
+from easyedit_nmke.scores.drift import mask_overlap, weight_drift
 
 SHAPES = [(1, 7), (63, 5), (300, 1000)]  # the last has more rows than are summed at once
 

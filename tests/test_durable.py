@@ -11,13 +11,14 @@ import sys
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, durable, open_state
-from easyedit_nmke.arch import ModelView
-from easyedit_nmke.edit import followed
+from easyedit_nmke import LifelongEditor, open_state
+from easyedit_nmke.history import durable
+from easyedit_nmke.history.journal import Journal
+from easyedit_nmke.history.log import Edit, EditReport, standing
 from easyedit_nmke.hparams import read
-from easyedit_nmke.journal import Journal
-from easyedit_nmke.log import Edit, EditReport, standing
-from easyedit_nmke.updates import Update, fingerprint
+from easyedit_nmke.methods.contract import followed
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.updates import Update, fingerprint
 
 
 @pytest.fixture

@@ -17,10 +17,12 @@ import yaml
 
 import easyedit_nmke
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import covariance, metrics, nullspace, prompts
-from easyedit_nmke.arch import ModelView
+from easyedit_nmke.models import prompts
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.scores import metrics
+from easyedit_nmke.statistics import covariance, nullspace
 
-registering = importlib.import_module("easyedit_nmke.register")
+registering = importlib.import_module("easyedit_nmke.easyedit.register")
 
 ATLAS_FILE = Path(__file__).parents[1] / "hparams" / "NMKE" / "atlas.yaml"
 FAMILIES = ["atlas", "llama", "qwen2", "gpt2"]
@@ -91,7 +93,7 @@ def stand_in(no_easyeditor, tmp_path, monkeypatch):
 def test_missing_easyedit_is_one_clear_sentence(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "EASYEDIT_HOME"}
     environment["PYTHONPATH"] = str(Path(easyedit_nmke.__file__).parents[1])
-    code = "import easyedit_nmke; easyedit_nmke.register()"
+    code = "import easyedit_nmke; easyedit_nmke.easyedit.register()"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.count("Traceback") == 1, run.stderr
@@ -103,17 +105,17 @@ def test_missing_easyedit_is_one_clear_sentence(tmp_path):
 def test_home_without_easyedit_is_named(no_easyeditor, tmp_path, monkeypatch):
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
     with pytest.raises(ImportError, match=f"EASYEDIT_HOME={tmp_path} has no easyeditor/__init__.py"):
-        easyedit_nmke.register()
+        easyedit_nmke.easyedit.register()
 
 
 def test_register_twice_is_once(stand_in):
     home = stand_in()
     assert registering.find_easyedit() == home
-    assert easyedit_nmke.register() is sys.modules["easyeditor"]
+    assert easyedit_nmke.easyedit.register() is sys.modules["easyeditor"]
     tables = importlib.import_module("easyeditor.util.alg_dict")
     batchable = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
     wrapper = batchable.is_batchable_method
-    easyedit_nmke.register()
+    easyedit_nmke.easyedit.register()
     assert batchable.is_batchable_method is wrapper
     assert [name for name in ("NMKE", "MEMIT", "ROME") if batchable.is_batchable_method(name)] == ["NMKE", "MEMIT"]
     assert dict(tables.ALG_DICT) == {"ROME": print, "NMKE": easyedit_nmke.apply_nmke_to_model}
@@ -124,14 +126,14 @@ def test_register_after_easyeditor_was_imported(stand_in, monkeypatch):
     monkeypatch.syspath_prepend(str(stand_in()))
     monkeypatch.delenv("EASYEDIT_HOME")
     copied = importlib.import_module("easyeditor.editors.editor").ALG_DICT
-    easyedit_nmke.register()
+    easyedit_nmke.easyedit.register()
     assert copied["NMKE"] is easyedit_nmke.apply_nmke_to_model
 
 
 def test_another_method_of_that_name_is_replaced_with_a_warning(stand_in, caplog):
     stand_in(**{"util/alg_dict": "ALG_DICT = {'NMKE': print}"})
     with caplog.at_level(logging.WARNING):
-        easyedit_nmke.register()
+        easyedit_nmke.easyedit.register()
     assert "already has a method 'NMKE'" in caplog.text
     assert importlib.import_module("easyeditor.util.alg_dict").ALG_DICT["NMKE"] is easyedit_nmke.apply_nmke_to_model
 
@@ -150,7 +152,7 @@ def test_unusable_easyedit_says_why(stand_in, monkeypatch, file, text, said):
     monkeypatch.setattr(registering, "MULTIMODAL_PACKAGES", frozenset({"no_such_vision"}))
     stand_in(**{file: text})
     with pytest.raises(ImportError, match=said) as caught:
-        easyedit_nmke.register()
+        easyedit_nmke.easyedit.register()
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +169,7 @@ class Mine(Compose): pass
 def test_text_only_puts_placeholders_where_a_package_is_missing(stand_in, monkeypatch):
     monkeypatch.setattr(registering, "MULTIMODAL_PACKAGES", frozenset({"no_such_vision", "json"}))
     stand_in(vision=VISION, __init__="from . import vision")
-    easyedit_nmke.register(text_only=True)
+    easyedit_nmke.easyedit.register(text_only=True)
     vision = sys.modules["easyeditor.vision"]
     assert vision.json is sys.modules["json"], "an installed package is imported as ever"
     assert repr(vision.hub) == "<placeholder for no_such_vision.models.hub>"
@@ -186,7 +188,7 @@ def test_placeholders_fool_nobody_else(stand_in, tmp_path, monkeypatch):
     (tmp_path / "checkout" / "bystander_check.py").write_text(check)
     stand_in(__init__=look)
     before = importlib.import_module("builtins").__import__
-    easyedit_nmke.register(text_only=True)
+    easyedit_nmke.easyedit.register(text_only=True)
     assert importlib.import_module("builtins").__import__ is before
     assert sys.modules["bystander_check"].found is None, "asked while EasyEdit was being imported"
     assert importlib.util.find_spec("no_such_vision") is None
@@ -207,7 +209,7 @@ def easyeditor(tmp_path, monkeypatch):
     except ImportError as missing:
         pytest.skip(str(missing))
     monkeypatch.chdir(tmp_path)
-    package = easyedit_nmke.register(text_only=True)
+    package = easyedit_nmke.easyedit.register(text_only=True)
     for method in ("alphaedit.AlphaEdit_main", "memit.memit_main", "rome.rome_main"):
         module = importlib.import_module(f"easyeditor.models.{method}")
         for name in ("CONTEXT_TEMPLATES_CACHE", "P_loaded", "cache_c_new"):
@@ -486,7 +488,7 @@ def test_with_the_mask_off_the_update_is_alphaedits(
     templates = prompts.context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
 
     values = {}
-    engine = importlib.import_module("easyedit_nmke.editor")
+    engine = importlib.import_module("easyedit_nmke.methods.nmke")
     compute = engine.target_values
 
     def remember(view, tok, requests, *rest):
@@ -523,7 +525,7 @@ def test_target_values_are_alphaedits(easyeditor, known, nmke_hparams, edits, fa
     hparams = nmke_hparams(model, tok, v_loss_layer=ModelView(model).depth - 1)
     templates = prompts.context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
     request = edits[0]
-    values = importlib.import_module("easyedit_nmke.values")
+    values = importlib.import_module("easyedit_nmke.methods.values")
     flat = [template for group in templates for template in group]
     ours = values.target_values(ModelView(model), tok, [prompts.Request.from_dict(request)], flat, hparams.layers[-1], hparams)[0].z
     compute_z = importlib.import_module("easyeditor.models.alphaedit.compute_z").compute_z

@@ -9,8 +9,10 @@ import test_easyedit as inside
 import torch
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import baselines, covariance, hparams, nullspace
-from easyedit_nmke.arch import ModelView
+from easyedit_nmke import hparams
+from easyedit_nmke.methods import baselines
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.statistics import covariance, nullspace
 
 easyeditor, known, edits = inside.easyeditor, inside.known, inside.edits
 pytestmark = pytest.mark.easyedit

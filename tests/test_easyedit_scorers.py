@@ -13,8 +13,9 @@ import torch
 from test_metrics import byte_bpe, tiny_llama
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import data, generation, metrics
-from easyedit_nmke.prompts import Request
+from easyedit_nmke import data
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.scores import generation, metrics
 
 registering = inside.registering
 easyeditor = inside.easyeditor

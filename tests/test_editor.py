@@ -6,12 +6,14 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, apply_nmke_to_model, covariance, editor
-from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.keys import Ascent, Contexts, key_and_value, keys_of
-from easyedit_nmke.prompts import Request
-from easyedit_nmke.solver import NullSpaceSolver
-from easyedit_nmke.values import CALIBRATION, Value, target_values
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model
+from easyedit_nmke.methods import nmke as editor
+from easyedit_nmke.methods.keys import Ascent, Contexts, key_and_value, keys_of
+from easyedit_nmke.methods.solver import NullSpaceSolver
+from easyedit_nmke.methods.values import CALIBRATION, Value, target_values
+from easyedit_nmke.models.arch import FAMILIES, ModelView
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.statistics import covariance
 
 
 def fingerprints(model):

@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import delta, edit, editor, export, generation, load_delta
-from easyedit_nmke.arch import ModelView
-from easyedit_nmke.log import EditReport
-from easyedit_nmke.updates import Update, accumulate
+from easyedit_nmke import load_delta
+from easyedit_nmke.history import delta, export
+from easyedit_nmke.history.log import EditReport
+from easyedit_nmke.methods import contract as edit
+from easyedit_nmke.methods import nmke as editor
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.updates import Update, accumulate
+from easyedit_nmke.scores import generation
 
 CARD = export.Card("some/model", "0123456789abcdef", "NMKE", 5, "2026-01-31", [{"Edits": 5, "Rel": 0.98, "Gen": None}])
 FAMILIES = ["llama", "qwen2", "gpt2", "gptj"]

@@ -15,11 +15,13 @@ import torch
 import yaml
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import covariance, foreign, generation, metrics
-from easyedit_nmke.arch import ModelView
-from easyedit_nmke.foreign import EasyEditMethod, TextByText
+from easyedit_nmke.easyedit import foreign
+from easyedit_nmke.easyedit.foreign import EasyEditMethod, TextByText
 from easyedit_nmke.hparams import ModelPair, shipped
-from easyedit_nmke.prompts import Request
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.scores import generation, metrics
+from easyedit_nmke.statistics import covariance
 
 easyeditor, known = inside.easyeditor, inside.known
 SHIPPED = [

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from easyedit_nmke import metrics
-from easyedit_nmke.generation import answer, fluency, greedy_texts, says, target_log_probs
+from easyedit_nmke.scores import metrics
+from easyedit_nmke.scores.generation import answer, fluency, greedy_texts, says, target_log_probs
 
 PROMPTS = [
     "The people of Cape Wuzes are citizens of",

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import harness, metrics
 from easyedit_nmke.atlas import facts as world
+from easyedit_nmke.scores import harness, metrics
 
 LIMIT = 60
 TASK = """
@@ -24,7 +24,7 @@ metric_list:
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
 """
-DATA = "custom_dataset: !function easyedit_nmke.harness.fact_documents"
+DATA = "custom_dataset: !function easyedit_nmke.scores.harness.fact_documents"
 
 
 @pytest.fixture

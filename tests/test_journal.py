@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_nmke import journal
-from easyedit_nmke.journal import Journal, disk, lock
+from easyedit_nmke.history import journal
+from easyedit_nmke.history.journal import Journal, disk, lock
 
 COUNT = 4
 CHANGES = ("open", "write", "pwrite", "fsync", "replace", "ftruncate", "unlink", "makedirs")
@@ -541,7 +541,7 @@ def test_a_journal_that_nobody_holds_can_be_opened_again(sound, tmp_path):
     found = Journal.open(folder)
     del found
     Journal.open(folder).close()
-    code = "import sys; from easyedit_nmke.journal import Journal; found = Journal.open(sys.argv[1])"
+    code = "import sys; from easyedit_nmke.history.journal import Journal; found = Journal.open(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (folder / "lock").read_bytes() == b""
 

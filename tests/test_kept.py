@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import cli, kept, load_delta
+from easyedit_nmke import cli, load_delta
+from easyedit_nmke.cli import kept
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, NMKEHyperParams, metrics
+from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.lifelong import load_model
-from easyedit_nmke.prompts import Request
+from easyedit_nmke.editor import load_model
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.scores import metrics
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from easyedit_nmke.masks import neuron_mask
+from easyedit_nmke.attribution.masks import neuron_mask
 
 SELECTIONS = ["both", "general", "specific", "overlap", "non_overlap", "all"]
 DEFAULTS = {

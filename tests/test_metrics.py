@@ -7,8 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from easyedit_nmke import metrics
-from easyedit_nmke.metrics import (
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.scores import metrics
+from easyedit_nmke.scores.metrics import (
     add_locality_accuracy,
     by_kind,
     exact_match,
@@ -18,7 +19,6 @@ from easyedit_nmke.metrics import (
     summary,
     token_accuracy,
 )  # fmt: skip
-from easyedit_nmke.prompts import Request
 
 WORDS = "the mother tongue of a small town is known to speak French English Dutch and many rivers run through it"
 PAIRS = [

@@ -2,8 +2,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyedit_nmke import covariance, nullspace
-from easyedit_nmke.arch import ModelView
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.statistics import covariance, nullspace
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from easyedit_nmke import products
-from easyedit_nmke.arch import ModelView
+from easyedit_nmke.models import products
+from easyedit_nmke.models.arch import ModelView
 
 FAMILIES = ["llama", "gpt2", "gptj"]
 

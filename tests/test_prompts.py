@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from easyedit_nmke import atlas
-from easyedit_nmke.prompts import Request, context_templates, encode, pad, position_before, target_tokens
+from easyedit_nmke.models.prompts import Request, context_templates, encode, pad, position_before, target_tokens
 
 RECORD = {"prompt": "The birthplace of Mara Vosk is", "subject": "Mara Vosk", "target_new": " Rome"}
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyedit_nmke import LifelongEditor, NMKEHyperParams, generation, metrics, protocol
+from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.drift import weight_drift
-from easyedit_nmke.prompts import Request
-from easyedit_nmke.protocol import Scorer, Segment
+from easyedit_nmke.experiments import protocol
+from easyedit_nmke.experiments.protocol import Scorer, Segment
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.scores import generation, metrics
+from easyedit_nmke.scores.drift import weight_drift
 
 
 @pytest.fixture

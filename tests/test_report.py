@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from easyedit_nmke import cli, figures, report
+from easyedit_nmke import cli
+from easyedit_nmke.experiments import figures, report
 
 CHECKPOINTS = (1, 25, 50, 100, 200, 400)
 # method: (Rel lost per root of edits, Loc lost, Rel at once, s/edit, mask density)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from easyedit_nmke import ridge
-from easyedit_nmke.ridge import PANEL, Ridge, times, transposed_times
-from easyedit_nmke.solver import CovarianceSolver, NullSpaceSolver, RestrictedSolver
+from easyedit_nmke.methods import ridge
+from easyedit_nmke.methods.ridge import PANEL, Ridge, times, transposed_times
+from easyedit_nmke.methods.solver import CovarianceSolver, NullSpaceSolver, RestrictedSolver
 
 WIDTH = 150  # switches to the primal at 128 columns, refactors at 192, 256, …
 
@@ -158,7 +158,7 @@ def error(found, expected):
 
 @pytest.mark.parametrize(("null", "scale"), [(False, 0.01), (True, 0.01), (True, 1.0)])
 def test_two_thousand_edits_with_correlated_keys(null, scale, caplog):
-    caplog.set_level(logging.INFO, "easyedit_nmke.ridge")
+    caplog.set_level(logging.INFO, "easyedit_nmke.methods.ridge")
     rank = 700 if null else 300
     u, v = spaces(1024, rank)
     keys = correlated(1024, 2001)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_nmke.solver import NullSpaceSolver
+from easyedit_nmke.methods.solver import NullSpaceSolver
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SIZES = [(1, 0), (1, 1), (7, 0), (7, 3), (7, 7), (63, 20), (1000, 0), (1000, 300)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from easyedit_nmke.solver import NullSpaceSolver, RestrictedSolver
+from easyedit_nmke.methods.solver import NullSpaceSolver, RestrictedSolver
 
 SIZES = [(7, 0), (7, 3), (63, 20), (200, 150)]
 

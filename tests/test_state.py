@@ -3,9 +3,9 @@ import logging
 import pytest
 import torch
 
-from easyedit_nmke.log import EditReport
-from easyedit_nmke.solver import NullSpaceSolver
-from easyedit_nmke.state import LifelongState
+from easyedit_nmke.history.log import EditReport
+from easyedit_nmke.history.state import LifelongState
+from easyedit_nmke.methods.solver import NullSpaceSolver
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, NMKEHyperParams, metrics
+from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
+from easyedit_nmke.history.log import standing
+from easyedit_nmke.history.state import LifelongState
 from easyedit_nmke.hparams import read
-from easyedit_nmke.log import standing
-from easyedit_nmke.prompts import Request
-from easyedit_nmke.state import LifelongState
-from easyedit_nmke.updates import accumulate
+from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.updates import accumulate
+from easyedit_nmke.scores import metrics
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def picture(editor):
 
 
 def _names(editor):
-    from easyedit_nmke.arch import ModelView
+    from easyedit_nmke.models.arch import ModelView
 
     return {layer: ModelView(editor.model).weight_name(layer) for layer in editor.hparams.layers}
 
@@ -76,8 +77,8 @@ def test_rollback_gives_every_earlier_state_to_the_bit(begin, requests, kind, dt
 
 
 def _followed(editor):
-    from easyedit_nmke.arch import ModelView
-    from easyedit_nmke.edit import followed
+    from easyedit_nmke.methods.contract import followed
+    from easyedit_nmke.models.arch import ModelView
 
     return followed(ModelView(editor.model), editor.hparams)
 
@@ -148,7 +149,7 @@ def test_a_new_answer_to_an_edited_prompt_takes_the_place_of_its_key(begin, requ
 
 
 def test_a_failed_new_answer_leaves_the_old_one_and_its_key(begin, requests, monkeypatch):
-    from easyedit_nmke import editor as page
+    from easyedit_nmke.methods import nmke as page
 
     editor = begin(dtype=torch.bfloat16)
     one, two = requests(2)
@@ -233,9 +234,9 @@ def test_small_updates_are_not_rounded_away(begin, requests, monkeypatch):
             state.masters = {}
         g = torch.Generator().manual_seed(0)
         for _ in range(200):
-            from easyedit_nmke.edit import write
-            from easyedit_nmke.log import EditReport
-            from easyedit_nmke.updates import Update
+            from easyedit_nmke.history.log import EditReport
+            from easyedit_nmke.methods.contract import write
+            from easyedit_nmke.models.updates import Update
 
             report = EditReport(1)
             for layer, weight in _followed(editor).items():
@@ -249,7 +250,7 @@ def test_small_updates_are_not_rounded_away(begin, requests, monkeypatch):
 
 
 def test_later_edits_are_solved_again_without_the_one_that_is_taken_out(begin, requests, tmp_path, monkeypatch):
-    from easyedit_nmke import editor as page
+    from easyedit_nmke.methods import nmke as page
 
     records = requests(5)
     editor = begin(state_dir=str(tmp_path / "state"))

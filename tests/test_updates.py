@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from easyedit_nmke import updates
-from easyedit_nmke.updates import Update, accumulate, fingerprint
+from easyedit_nmke.models import updates
+from easyedit_nmke.models.updates import Update, accumulate, fingerprint
 
 
 def some(k=1, rows=5, columns=7, seed=0, layer=0):

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke.arch import FAMILIES, ModelView
-from easyedit_nmke.prompts import Request, position_before, target_tokens
-from easyedit_nmke.values import target_values
+from easyedit_nmke.methods.values import target_values
+from easyedit_nmke.models.arch import FAMILIES, ModelView
+from easyedit_nmke.models.prompts import Request, position_before, target_tokens
 
 TEMPLATES = ["{}", "I say this. {}", "Because of what you know by now. {}"]
 REQUEST = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome and")

@@ -7,9 +7,9 @@ from test_attribution import READOUTS, make_case
 
 from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.attribution import AttributionCache, fused
+from easyedit_nmke.attribution.masks import neuron_mask
+from easyedit_nmke.history.state import Update
 from easyedit_nmke.hparams import NMKEHyperParams
-from easyedit_nmke.masks import neuron_mask
-from easyedit_nmke.state import Update
 
 # P, N, D, V: one of each, one tile and a bit, many prompts, a vocabulary of several tiles
 SIZES = [(1, 1, 3, 5), (6, 33, 16, 129), (40, 17, 33, 37), (2, 70, 7, 500)]

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..products import linear
-from ..updates import Update, fingerprint
+from ..models.products import linear
+from ..models.updates import Update, fingerprint
 from .linear import project
 
 logger = logging.getLogger(__name__)

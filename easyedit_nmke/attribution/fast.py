@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..products import linear
+from ..models.products import linear
 from .linear import LOG2E, Perturbation, cap, columns, constant, perturbation, project
 
 CPU_BUDGET, CUDA_BUDGET = 256 << 20, 2 << 30

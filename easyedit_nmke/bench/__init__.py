@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from ..attribution import BACKENDS
-from ..edit import peak_memory
-from ..prompts import Request
-from ..solver import NullSpaceSolver
+from ..methods.contract import peak_memory
+from ..methods.solver import NullSpaceSolver
+from ..models.prompts import Request
 from . import parts
 from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, covariance_solvers
 from .machine import Clock, Measured, busy, check_device, spread, surroundings

@@ -13,19 +13,19 @@ from contextlib import contextmanager
 
 import torch
 
-from .. import metrics
-from ..arch import evaluating
 from ..attribution.cached import free_memory
-from ..baselines import apply_to_model
-from ..edit import followed, settings_of, synchronise
-from ..editor import neuron_masks
-from ..foreign import FAMILY_WORDS, Enclosure
-from ..keys import Contexts, key_and_value, keys_of
-from ..prompts import Request
-from ..register import easyedit_method
-from ..solver import CovarianceSolver
-from ..state import LifelongState
-from ..values import target_values
+from ..easyedit.foreign import FAMILY_WORDS, Enclosure
+from ..easyedit.register import easyedit_method
+from ..history.state import LifelongState
+from ..methods.baselines import apply_to_model
+from ..methods.contract import followed, settings_of, synchronise
+from ..methods.keys import Contexts, key_and_value, keys_of
+from ..methods.nmke import neuron_masks
+from ..methods.solver import CovarianceSolver
+from ..methods.values import target_values
+from ..models.arch import evaluating
+from ..models.prompts import Request
+from ..scores import metrics
 from .machine import Clock, Measured, held_memory
 from .shapes import Bed
 

@@ -15,8 +15,8 @@ from statistics import median
 import torch
 
 from ..attribution.cached import free_memory
-from ..edit import peak_memory, synchronise
-from ..journal import versions
+from ..history.journal import versions
+from ..methods.contract import peak_memory, synchronise
 
 
 @dataclasses.dataclass

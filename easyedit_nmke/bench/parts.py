@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..arch import Readout
 from ..attribution import BACKENDS, LOWEST_LOG_PROB, AttributionCache, neuron_scores, plain
-from ..solver import NullSpaceSolver
+from ..methods.solver import NullSpaceSolver
+from ..models.arch import Readout
 from .engines import CANNOT_RUN
 from .machine import Clock, Measured, busy, check_device, spread, surroundings
 from .shapes import RANK, SHAPES, orthonormal, shape_named, synthetic_keys

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import atlas
-from ..arch import ModelView, evaluating
 from ..attribution.cached import free_memory
-from ..edit import phase
+from ..history.log import EditReport
 from ..hparams import CLASSES, HyperParams, read
-from ..keys import Contexts, keys_of
-from ..log import EditReport
-from ..prompts import Request, context_templates
+from ..methods.contract import phase
+from ..methods.keys import Contexts, keys_of
+from ..models.arch import ModelView, evaluating
+from ..models.prompts import Request, context_templates
 
 RANK = 0.25  # share of directions that updates may not touch
 COSINE = 0.5  # between synthesised past keys

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .updates import Update
+from ..models.updates import Update
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from .arch import ModelView
+from ..models.arch import ModelView
 from .covariance import each_moment, moment_files, own_file, save
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
-from .arch import ModelView
-from .hooks import only_at, record, record_calls, repeated
-from .products import frozen
-from .prompts import SUBJECT, Request, encode, position_before, target_tokens
+from ..models.arch import ModelView
+from ..models.hooks import only_at, record, record_calls, repeated
+from ..models.products import frozen
+from ..models.prompts import SUBJECT, Request, encode, position_before, target_tokens
 
 KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
-from easyedit_nmke.arch import context_length, evaluating
-from easyedit_nmke.metrics import TOKEN_BUDGET, Pair, batches, body_and_head, device, read_targets
-from easyedit_nmke.products import frozen
-from easyedit_nmke.prompts import Tokens, encode, pad
+from ..models.arch import context_length, evaluating
+from ..models.products import frozen
+from ..models.prompts import Tokens, encode, pad
+from .metrics import TOKEN_BUDGET, Pair, batches, body_and_head, device, read_targets
 
 # Around an answer these do not count: quotes, brackets, marks. Signs that mean something (C++, -5, 5 %) do.
 _SOFT = r""" \t,;:!?"'“”‘’«»()\[\]{}"""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from easyedit_nmke.arch import context_length, evaluating
-from easyedit_nmke.products import frozen
-from easyedit_nmke.prompts import Request, Tokens, pad, without_end
+from ..models.arch import context_length, evaluating
+from ..models.products import frozen
+from ..models.prompts import Request, Tokens, pad, without_end
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
 SAME_SUBJECT = "same_subject"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import atlas
+from .. import atlas
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from .arch import ModelView, evaluating
-from .hparams import HyperParams
-from .log import EditReport
-from .prompts import Request, encode, target_tokens
-from .state import LifelongState
-from .updates import Update, accumulate
+from ..history.log import EditReport
+from ..history.state import LifelongState
+from ..hparams import HyperParams
+from ..models.arch import ModelView, evaluating
+from ..models.prompts import Request, encode, target_tokens
+from ..models.updates import Update, accumulate
 
 logger = logging.getLogger(__name__)
 

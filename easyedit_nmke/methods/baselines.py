@@ -14,19 +14,19 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
-from . import editor
-from .arch import ModelView
-from .covariance import moments
-from .durable import Ground, opened
-from .edit import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
-from .editor import edit_layers
-from .hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
+from ..history.durable import Ground, opened
+from ..history.log import EditReport, Undo, check_undo, standing
+from ..history.state import LifelongState
+from ..hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROMEHyperParams
+from ..models.arch import ModelView
+from ..models.prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
+from ..models.updates import Update
+from ..statistics.covariance import moments
+from . import nmke as editor
+from .contract import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
 from .keys import Contexts, subject_states
-from .log import EditReport, Undo, check_undo, standing
-from .prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
+from .nmke import edit_layers
 from .solver import CovarianceSolver
-from .state import LifelongState
-from .updates import Update
 from .values import target_values
 
 FT_LOSS_TO_STOP = 1e-2

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import atlas
-from .arch import evaluating
-from .atlas import facts as world
+from .. import atlas
+from ..atlas import facts as world
+from ..models.arch import evaluating
 
-TASKS = Path(__file__).parent / "atlas" / "tasks"
+TASKS = Path(__file__).parents[1] / "atlas" / "tasks"
 MAIN_METRICS = ("acc", "exact_match", "acc_norm")  # in order of preference
 FEWSHOT_SEED = 1234  # which examples come before a question, in tasks that show some: the harness' own choice
 ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # without which the metric itself refuses

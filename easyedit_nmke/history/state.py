@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..models.updates import HALF, Update, accumulate, fingerprint
 from .log import Edit, EditReport, Event, Undo, check_undo, fact, standing
-from .updates import HALF, Update, accumulate, fingerprint
 
 logger = logging.getLogger(__name__)
 

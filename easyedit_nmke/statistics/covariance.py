@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .arch import ModelView, evaluating
+from ..models.arch import ModelView, evaluating
+from ..models.hooks import record
+from ..models.prompts import pad, without_end
+from ..models.updates import fingerprint
+from ..scores.metrics import batches
 from .corpus import SELF, Corpus, corpus, identity, own_texts
-from .hooks import record
-from .metrics import batches
-from .prompts import pad, without_end
-from .updates import fingerprint
 
 logger = logging.getLogger(__name__)
 

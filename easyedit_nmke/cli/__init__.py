@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .hparams import NMKEHyperParams, read
+from ..hparams import NMKEHyperParams, read
 
 EXAMPLES = {
     "demo": "nmke demo --edits 50",
@@ -188,10 +188,10 @@ def _check(args, console: Console) -> int:
 
 
 def _demo(args, console: Console) -> int:
-    from . import atlas
-    from .lifelong import LifelongEditor
-    from .prompts import Request
-    from .protocol import Scorer, Segment, stamp, write_json
+    from .. import atlas
+    from ..editor import LifelongEditor
+    from ..experiments.protocol import Scorer, Segment, stamp, write_json
+    from ..models.prompts import Request
 
     requests = [Request.from_dict(record) for record in atlas.requests(args.edits, split="test", seed=args.seed)]
     settings = NMKEHyperParams.from_hparams("atlas")
@@ -226,7 +226,7 @@ def _demo(args, console: Console) -> int:
 
 
 def _answers(model, tok, requests) -> list[str]:
-    from . import generation
+    from ..scores import generation
 
     return [generation.answer(text) for text in generation.greedy_texts(model, tok, [request.prompt for request in requests])]
 
@@ -277,7 +277,7 @@ def _mean(values) -> float:
 
 
 def _run(args, console: Console) -> int:
-    from . import compare
+    from ..experiments import compare
 
     tasks = _tasks(args)
     overrides = _overrides(args, args.model)
@@ -305,7 +305,7 @@ def _run(args, console: Console) -> int:
 
 
 def _compare(args, console: Console) -> int:
-    from . import compare
+    from ..experiments import compare
 
     tasks = _tasks(args)
     overrides = _overrides(args, args.model_path)
@@ -334,7 +334,7 @@ def _tasks(args) -> tuple[str, ...]:
         raise ValueError(f"--out {args.out} is a file; give a folder for the results")
     tasks = tuple(name.strip() for name in (args.harness or "").split(",") if name.strip())
     if tasks:
-        from . import harness
+        from ..scores import harness
 
         harness.check_tasks(tasks, args.harness_tasks, args.harness_allow_code)
     return tasks
@@ -342,7 +342,7 @@ def _tasks(args) -> tuple[str, ...]:
 
 def _compared(args, tasks, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
     """Run a comparison under a progress bar; its lines."""
-    from . import compare
+    from ..experiments import compare
 
     plan = compare.Plan(
         tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, tasks=tasks,
@@ -386,8 +386,8 @@ def _asked_to_stop() -> Iterator[list]:
 
 
 def _report(args, console: Console) -> int:
-    from . import report
-    from .page import write
+    from ..experiments import report
+    from ..experiments.page import write
 
     lines, notes = report.read(args.folder)
     if args.markdown:
@@ -401,7 +401,7 @@ def _report(args, console: Console) -> int:
 
 def _comparison(lines: list[dict], notes: list[str], console: Console) -> None:
     """The table of the last checkpoint that all methods have reached, and what it says in words."""
-    from . import report
+    from ..experiments import report
 
     last = report.shared_checkpoint(lines)
     headings, body = report.rows(lines, last)
@@ -467,8 +467,8 @@ def _export(args, console: Console) -> int:
 def _bench(args, console: Console) -> int:
     import torch
 
-    from . import bench
-    from .protocol import write_json
+    from .. import bench
+    from ..experiments.protocol import write_json
 
     if args.out and args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder; give a file")
@@ -486,7 +486,7 @@ def _bench(args, console: Console) -> int:
 
 
 def _measured(args, device: str, said) -> dict:
-    from . import bench
+    from .. import bench
 
     if args.part is None:
         if args.neurons:

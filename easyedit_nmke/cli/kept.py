@@ -9,13 +9,13 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
-from . import generation
-from .durable import history, undo
-from .export import Card, LoraReport, check_new, export_delta, export_lora, export_model
-from .hparams import CLASSES
-from .journal import Journal
-from .lifelong import LifelongEditor
-from .log import Edit, standing
+from ..editor import LifelongEditor
+from ..history.durable import history, undo
+from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
+from ..history.journal import Journal
+from ..history.log import Edit, standing
+from ..hparams import CLASSES
+from ..scores import generation
 
 
 def find(folder: str | Path) -> Path:

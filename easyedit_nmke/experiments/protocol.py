@@ -18,14 +18,14 @@ from statistics import fmean
 import torch
 from safetensors.torch import save_file
 
-from . import generation, metrics
-from .arch import ModelView
-from .drift import weight_drift
-from .edit import edited_parameters, peak_memory
-from .journal import versions
-from .lifelong import LifelongEditor
-from .prompts import Request
-from .updates import fingerprint
+from ..editor import LifelongEditor
+from ..history.journal import versions
+from ..methods.contract import edited_parameters, peak_memory
+from ..models.arch import ModelView
+from ..models.prompts import Request
+from ..models.updates import fingerprint
+from ..scores import generation, metrics
+from ..scores.drift import weight_drift
 
 logger = logging.getLogger(__name__)
 

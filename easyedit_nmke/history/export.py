@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from .arch import ModelView
+from ..models.arch import ModelView
+from ..models.updates import Update
 from .delta import FILE, joined, save_delta, short
-from .updates import Update
 
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 

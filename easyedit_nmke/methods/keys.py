@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .arch import ModelView
-from .hooks import only_at, record, record_calls, repeated
-from .products import frozen
-from .prompts import SUBJECT, Request, Tokens, encode, pad, position_before
+from ..models.arch import ModelView
+from ..models.hooks import only_at, record, record_calls, repeated
+from ..models.products import frozen
+from ..models.prompts import SUBJECT, Request, Tokens, encode, pad, position_before
 
 ROWS_AT_A_TIME = 128
 

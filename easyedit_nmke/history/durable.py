@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arch import ModelView, evaluating
-from .edit import check_model, followed
-from .hparams import HyperParams
+from ..hparams import HyperParams
+from ..methods.contract import check_model, followed
+from ..models.arch import ModelView, evaluating
+from ..models.updates import Update, fingerprint
 from .journal import Journal, Record, installed
 from .log import Edit, EditReport, Event, Undo, check_undo
 from .state import LifelongState
-from .updates import Update, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .arch import ModelView
-from .updates import Update, accumulate, fingerprint
+from ..models.arch import ModelView
+from ..models.updates import Update, accumulate, fingerprint
 
 FILE = "delta.safetensors"
 _FORMAT = "easyedit_nmke delta 1"

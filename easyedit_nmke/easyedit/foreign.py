@@ -24,11 +24,12 @@ import numpy
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from . import atlas, corpus, covariance
-from .arch import ModelView
-from .hooks import record
-from .hparams import shipped
-from .prompts import Request
+from .. import atlas
+from ..hparams import shipped
+from ..models.arch import ModelView
+from ..models.hooks import record
+from ..models.prompts import Request
+from ..statistics import corpus, covariance
 from .register import easyedit_method
 
 logger = logging.getLogger(__name__)

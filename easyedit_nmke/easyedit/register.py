@@ -39,7 +39,7 @@ def register(text_only: bool = False) -> ModuleType:
     """
     home = find_easyedit()
     easyeditor = _import_easyedit(home, behind_placeholders=text_only)
-    from .editor import apply_nmke_to_model  # here, so that importing the package stays light
+    from ..methods.nmke import apply_nmke_to_model  # here, so that importing the package stays light
 
     methods, batchable = _tables(home)
     if methods.get(ALG_NAME) is not apply_nmke_to_model:
@@ -101,8 +101,8 @@ def _on_this_engine(name: str, original: Callable) -> Callable:
     """EasyEdit's calling convention and hyperparameter object in front of this package's method of that name."""
 
     def apply(model, tok, requests, hparams, *args, **kwargs):
-        from .baselines import apply_to_model
-        from .hparams import CLASSES
+        from ..hparams import CLASSES
+        from ..methods.baselines import apply_to_model
 
         kind = CLASSES[name]
         known = {field: getattr(hparams, field) for field in kind.__dataclass_fields__ if hasattr(hparams, field)}

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 
-from . import atlas, data, metrics
-from .arch import ModelView
-from .edit import check_requests
-from .hparams import CLASSES, HyperParams, read, shipped
-from .lifelong import LifelongEditor, load_model
-from .prompts import Request
+from .. import atlas, data
+from ..editor import LifelongEditor, load_model
+from ..hparams import CLASSES, HyperParams, read, shipped
+from ..methods.contract import check_requests
+from ..models.arch import ModelView
+from ..models.prompts import Request
+from ..scores import metrics
 from .protocol import Scorer, Segment, hparams_differ, save_edited, settings_differ, stamp, whole, write_json
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Method:
         if self.settings is not None:
             kept = {} if self.settings.alg_name == "FT" else {"state_dir": str(state_dir)}
             return LifelongEditor.from_hparams(dataclasses.replace(self.settings, **kept))
-        from .foreign import EasyEditMethod
+        from ..easyedit.foreign import EasyEditMethod
 
         return EasyEditMethod(self.easyedit, self.file, load_model(self.base), seed=seed)
 
@@ -351,7 +352,7 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) 
 def _tasks(plan: Plan) -> Callable | None:
     if not plan.tasks:
         return None
-    from . import harness
+    from ..scores import harness
 
     tasks = harness.check_tasks(plan.tasks, plan.task_folder, plan.allow_code)
 
