@@ -9,51 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from . import atlas
 from .history.state import LifelongState
 from .hparams import HyperParams
 from .methods.baselines import apply_to_model, open_state, undo
-from .methods.contract import carried_state, check_model, check_requests, followed
+from .methods.contract import carried_state, check_requests
 from .models.arch import ModelView
+from .models.loading import load_model
 from .models.prompts import Request
+from .models.weights import check_model, followed
 from .scores import metrics
 
 logger = logging.getLogger(__name__)
-
-
-def load_model(hparams: HyperParams):
-    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple."""
-    name = hparams.model_name
-    device = None if hparams.model_parallel else _device(hparams.device)
-    if isinstance(name, tuple):
-        model, tok = name
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = atlas.DIRECTORY if name == "atlas" else name
-        spread = "auto" if hparams.model_parallel and name != "atlas" else None
-        try:
-            tok = AutoTokenizer.from_pretrained(folder)
-            dtype = "float16" if hparams.fp16 else hparams.dtype
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=spread)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
-    return (model if device is None else model.to(device)), tok
-
-
-def _device(wanted) -> torch.device:
-    numbered = isinstance(wanted, int) or (isinstance(wanted, str) and wanted.isdigit())
-    name = f"cuda:{wanted}" if numbered else wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {wanted!r}, expected a CUDA index (0), 'cpu', 'cuda:1' or another torch device") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {wanted!r} (CUDA), but no CUDA device is visible here; set `device: cpu`")
-    return device
 
 
 class LifelongEditor:

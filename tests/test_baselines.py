@@ -10,12 +10,12 @@ from easyedit_nmke import LifelongEditor, hparams
 from easyedit_nmke.experiments import protocol
 from easyedit_nmke.methods import baselines, values
 from easyedit_nmke.methods import nmke as editor
-from easyedit_nmke.methods.contract import edited_parameters
 from easyedit_nmke.methods.keys import Ascent
 from easyedit_nmke.methods.solver import CovarianceSolver
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.prompts import Request, position_before, target_tokens
+from easyedit_nmke.models.weights import edited_parameters
 from easyedit_nmke.statistics import covariance, nullspace
 
 METHODS = ["AlphaEdit", "MEMIT", "ROME", "FT"]

@@ -16,9 +16,9 @@ from easyedit_nmke.history import durable
 from easyedit_nmke.history.journal import Journal
 from easyedit_nmke.history.log import Edit, EditReport, standing
 from easyedit_nmke.hparams import read
-from easyedit_nmke.methods.contract import followed
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.updates import Update, fingerprint
+from easyedit_nmke.models.weights import followed
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.editor import load_model
+from easyedit_nmke.models.loading import load_model
 from easyedit_nmke.models.prompts import Request
 from easyedit_nmke.scores import metrics
 

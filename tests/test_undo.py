@@ -77,8 +77,8 @@ def test_rollback_gives_every_earlier_state_to_the_bit(begin, requests, kind, dt
 
 
 def _followed(editor):
-    from easyedit_nmke.methods.contract import followed
     from easyedit_nmke.models.arch import ModelView
+    from easyedit_nmke.models.weights import followed
 
     return followed(ModelView(editor.model), editor.hparams)
 

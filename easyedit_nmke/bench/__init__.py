@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..attribution import BACKENDS
-from ..methods.contract import peak_memory
 from ..methods.solver import NullSpaceSolver
+from ..models.device import peak_memory
 from ..models.prompts import Request
 from . import parts
 from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, covariance_solvers

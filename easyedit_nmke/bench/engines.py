@@ -18,13 +18,15 @@ from ..easyedit.foreign import FAMILY_WORDS, Enclosure
 from ..easyedit.register import easyedit_method
 from ..history.state import LifelongState
 from ..methods.baselines import apply_to_model
-from ..methods.contract import followed, settings_of, synchronise
+from ..methods.contract import settings_of
 from ..methods.keys import Contexts, key_and_value, keys_of
 from ..methods.nmke import neuron_masks
 from ..methods.solver import CovarianceSolver
 from ..methods.values import target_values
 from ..models.arch import evaluating
+from ..models.device import synchronise
 from ..models.prompts import Request
+from ..models.weights import followed
 from ..scores import metrics
 from .machine import Clock, Measured, held_memory
 from .shapes import Bed

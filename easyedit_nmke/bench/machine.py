@@ -16,7 +16,7 @@ import torch
 
 from ..attribution.cached import free_memory
 from ..history.journal import versions
-from ..methods.contract import peak_memory, synchronise
+from ..models.device import peak_memory, synchronise
 
 
 @dataclasses.dataclass

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from .. import atlas, data
-from ..editor import LifelongEditor, load_model
+from ..editor import LifelongEditor
 from ..hparams import CLASSES, HyperParams, read, shipped
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
+from ..models.loading import load_model
 from ..models.prompts import Request
 from ..scores import metrics
 from .protocol import Scorer, Segment, hparams_differ, save_edited, settings_differ, stamp, whole, write_json

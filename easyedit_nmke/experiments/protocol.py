@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 
 from ..editor import LifelongEditor
 from ..history.journal import versions
-from ..methods.contract import edited_parameters, peak_memory
 from ..models.arch import ModelView
+from ..models.device import peak_memory
 from ..models.prompts import Request
 from ..models.updates import fingerprint
+from ..models.weights import edited_parameters
 from ..scores import generation, metrics
 from ..scores.drift import weight_drift
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from ..hparams import HyperParams
-from ..methods.contract import check_model, followed
 from ..models.arch import ModelView, evaluating
 from ..models.updates import Update, fingerprint
+from ..models.weights import check_model, followed
 from .journal import Journal, Record, installed
 from .log import Edit, EditReport, Event, Undo, check_undo
 from .state import LifelongState

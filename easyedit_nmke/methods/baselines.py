@@ -21,9 +21,10 @@ from ..hparams import CLASSES, FTHyperParams, HyperParams, MEMITHyperParams, ROM
 from ..models.arch import ModelView
 from ..models.prompts import SUBJECT, Request, context_templates, encode, pad, target_tokens
 from ..models.updates import Update
+from ..models.weights import check_model, edited_parameters
 from ..statistics.covariance import moments
 from . import nmke as editor
-from .contract import Opens, Writes, apply_method, check_model, edited_parameters, phase, require, settings_of, write
+from .contract import Opens, Writes, apply_method, phase, require, settings_of, write
 from .keys import Contexts, subject_states
 from .nmke import edit_layers
 from .solver import CovarianceSolver

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,10 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..models.arch import ModelView, evaluating
+from ..models.device import peak_memory, synchronise
 from ..models.prompts import Request, encode, target_tokens
 from ..models.updates import Update, accumulate
+from ..models.weights import check_finite, check_model, edited_parameters, followed
 
 logger = logging.getLogger(__name__)
 
@@ -84,36 +85,6 @@ def require(hparams, kind: type[HyperParams]) -> None:
         raise ValueError(f"hparams is {got}, expected {kind.__name__}; `LifelongEditor` and `apply_to_model` take any method's")
 
 
-def edited_parameters(view: ModelView, hparams: HyperParams) -> dict[str, torch.nn.Parameter]:
-    """The parameters that an edit writes, by name: the output projection of every edited layer. FT also trains its bias, where
-    the architecture has one (GPT-2, GPT-J), as EasyEdit's does."""
-    if hparams.alg_name != "FT":
-        return {view.weight_name(layer): view.weight(layer) for layer in hparams.layers}
-    prefixes = {layer: view.weight_name(layer).removesuffix("weight") for layer in hparams.layers}
-    return {prefixes[layer] + name: p for layer in hparams.layers for name, p in view.down(layer).named_parameters()}
-
-
-class DownProjections(Mapping):
-    """layer -> w_out [D, F] of a model as it is at the moment, wherever it has been moved to."""
-
-    def __init__(self, view: ModelView, layers: Sequence[int]):
-        self.view, self.layers = view, tuple(layers)
-
-    def __getitem__(self, layer: int) -> torch.Tensor:
-        return self.view.w_out(layer)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-
-def followed(view: ModelView, hparams: HyperParams) -> Mapping:
-    """What a state follows: the edited down projections, by layer; of FT, which has no log to replay, all that it trains."""
-    return edited_parameters(view, hparams) if hparams.alg_name == "FT" else DownProjections(view, hparams.layers)
-
-
 def write(weight: torch.Tensor, update: Update, report: EditReport, master: torch.Tensor | None = None) -> None:
     """weight [D, F] += update in place, and note it in the report as it was added (see `Update.rounded`).
 
@@ -128,32 +99,6 @@ def write(weight: torch.Tensor, update: Update, report: EditReport, master: torc
         accumulate(weight, master, [u for u in report.updates if u.layer == update.layer])
     if not torch.isfinite(weight).all():
         raise FloatingPointError(f"the update of layer {update.layer} is not finite; the model is left as it was")
-
-
-def check_model(view: ModelView, hparams: HyperParams) -> None:
-    """ValueError for a model that cannot be edited with these hyperparameters."""
-    view.check_layers(hparams.layers)
-    loss_layer = getattr(hparams, "v_loss_layer", None)
-    if loss_layer is not None and loss_layer >= view.depth:
-        raise ValueError(f"v_loss_layer is {loss_layer}, but the model's last block is {view.depth - 1}")
-    for layer in hparams.layers:
-        weight = view.weight(layer)
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"{view.weight_name(layer)} is {weight.dtype}: quantised weights cannot be edited; "
-                "load the model in bfloat16 or float32"
-            )
-        if weight.dtype == torch.float16 and weight.device.type == "cpu":
-            raise ValueError("the model is in float16 on a CPU; load it in float32 or bfloat16 (or move it to a GPU)")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{view.weight_name(layer)} holds NaN or infinite values; load a sound copy of the model")
-
-
-def check_finite(model) -> None:
-    """ValueError when any parameter holds NaN or infinite values; reads the whole model, so once per state."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} holds NaN or infinite values; load a sound copy of the model")
 
 
 def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
@@ -234,28 +179,3 @@ def phase(report: EditReport, name: str) -> Iterator[None]:
     synchronise()
     report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
     report.peak_memory[name] = max(report.peak_memory.get(name, 0.0), peak_memory())
-
-
-def synchronise() -> None:
-    """Wait until the GPUs have done what they were given, so that its time is counted where it was caused."""
-    if torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
-
-
-def peak_memory(reset: bool = False) -> float:
-    """Most memory in MB since the last reset: allocated on the GPUs, else held by the process (0 where that cannot be read, which
-    is anywhere but on Linux)."""
-    if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        if reset:
-            for device in devices:
-                torch.cuda.reset_peak_memory_stats(device)
-        return sum(torch.cuda.max_memory_allocated(device) for device in devices) / 1e6
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(peak[1]) * 1024 / 1e6
-    except (OSError, TypeError):
-        return 0.0

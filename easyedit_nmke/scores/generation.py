@@ -16,9 +16,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from ..models.arch import context_length, evaluating
+from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
 from ..models.prompts import Tokens, encode, pad
-from .metrics import TOKEN_BUDGET, Pair, batches, body_and_head, device, read_targets
+from .metrics import TOKEN_BUDGET, Pair, read_targets
 
 # Around an answer these do not count: quotes, brackets, marks. Signs that mean something (C++, -5, 5 %) do.
 _SOFT = r""" \t,;:!?"'“”‘’«»()\[\]{}"""
@@ -39,9 +40,9 @@ def greedy_texts(model, tok, prompts: Sequence[str], new_tokens: int = 10, token
     rows = _prompt_rows(tok, prompts, new_tokens, context_length(model))
     budget = token_budget if hasattr(model, "generate") else 0
     texts = [""] * len(rows)
-    with evaluating(model), torch.no_grad(), frozen(device(model)), _greedy(model, tok, new_tokens) as config:
+    with evaluating(model), torch.no_grad(), frozen(input_device(model)), _greedy(model, tok, new_tokens) as config:
         for batch in batches(model, [len(ids) + new_tokens for ids in rows], budget):
-            said = _continuations(model, _pad_left([rows[i] for i in batch], tok, device(model)), config)
+            said = _continuations(model, _pad_left([rows[i] for i in batch], tok, input_device(model)), config)
             for i, ids in zip(batch, said, strict=True):
                 texts[i] = tok.decode(ids, skip_special_tokens=True)
     return texts

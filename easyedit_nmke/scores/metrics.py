@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ..models.arch import context_length, evaluating
+from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
 from ..models.prompts import Request, Tokens, pad, without_end
 
@@ -37,9 +38,9 @@ def read_targets(model, tok, pairs: Sequence[Pair], read: Reader, token_budget: 
     """
     rows = _rows(tok, pairs, context_length(model))
     values: list[list] = [[] for _ in rows]
-    with evaluating(model), torch.no_grad(), frozen(device(model)):
+    with evaluating(model), torch.no_grad(), frozen(input_device(model)):
         for batch in batches(model, [len(ids) for ids, _ in rows], token_budget):
-            tokens = pad([rows[i][0] for i in batch], tok, device(model))
+            tokens = pad([rows[i][0] for i in batch], tok, input_device(model))
             for i, found in zip(batch, _read_labels(model, tokens, [rows[i][1] for i in batch], read), strict=True):
                 values[i] = found
     return [(found, ids[start:]) for found, (ids, start) in zip(values, rows, strict=True)]
@@ -198,37 +199,6 @@ def _encode(tok, texts: list[str]) -> list[list[int]]:
 
 
 # ---- model
-
-
-def batches(model, lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices in order of length, in groups whose padded size (rows x longest) is within the budget, or of one row.
-
-    Always of one row for a wrapper: WISE picks one memory for a whole batch, padding included, so others would change its answer.
-    """
-    budget = token_budget if body_and_head(model) else 0
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # In order of length the newcomer is the longest, so it sets the width of the group it joins.
-        if batch and lengths[i] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def device(model) -> torch.device:
-    """Where token ids go: the embedding's device, also when the layers are spread over several."""
-    embed = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return (embed.weight if embed is not None else next(model.parameters())).device
-
-
-def body_and_head(model) -> tuple[torch.nn.Module, torch.nn.Module] | None:
-    """What makes the final hidden states, and what makes logits of them; None for a wrapper with no more than a forward pass."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft puts LoRA layers inside it
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    body = getattr(model, "base_model", model)
-    return None if head is None or body is model else (body, head)
 
 
 def _read_labels(model, tokens: Tokens, starts: Sequence[int], read: Reader) -> list[list]:

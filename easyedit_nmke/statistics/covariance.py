@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from ..models.arch import ModelView, evaluating
 from ..models.hooks import record
+from ..models.passes import batches
 from ..models.prompts import pad, without_end
 from ..models.updates import fingerprint
-from ..scores.metrics import batches
 from .corpus import SELF, Corpus, corpus, identity, own_texts
 
 logger = logging.getLogger(__name__)
