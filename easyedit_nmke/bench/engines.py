@@ -6,7 +6,7 @@ the reference attribution), `EasyEdit` its own functions, given the same templat
 
 from __future__ import annotations
 
-import importlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ import torch
 
 from ..attribution.cached import free_memory
 from ..easyedit.foreign import FAMILY_WORDS, Enclosure
-from ..easyedit.register import easyedit_method
+from ..easyedit.register import easyedit_method, easyedit_scorer
 from ..history.state import LifelongState
 from ..methods.baselines import apply_to_model
 from ..methods.contract import settings_of
@@ -146,8 +146,7 @@ class EasyEdit:
         self.bed, self.method, self.name, self.needs_past = bed, method, f"EasyEdit's {method}", method != "MEMIT"
         self._check_fits()
         self.apply = getattr(found, "easyedits_own", found)
-        self.main = importlib.import_module(self.apply.__module__)
-        self.score = importlib.import_module("easyeditor.evaluate").compute_edit_quality
+        self.main, self.score = sys.modules[self.apply.__module__], easyedit_scorer()
         self._inside = Enclosure(method, bed.tok, bed.seed)
         content = {**vars(bed.hparams(method)), **self._modules(), "stats_dir": "", "v_loss_layer": bed.view.depth - 1}
         self.hparams = kind(**{name: value for name, value in content.items() if name in kind.__dataclass_fields__})

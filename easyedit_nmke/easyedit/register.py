@@ -77,6 +77,12 @@ def easyedit_method(name: str) -> tuple[str, Callable, type]:
     return name, apply, next(c for c in settings if "Multimodal" not in c.__name__)
 
 
+def easyedit_scorer() -> Callable:
+    """EasyEdit's `compute_edit_quality`. Errors as :func:`register`."""
+    _import_easyedit(find_easyedit(), behind_placeholders=True)
+    return importlib.import_module("easyeditor.evaluate").compute_edit_quality
+
+
 def accelerate_easyedit(restore: bool = False, text_only: bool = False) -> ModuleType:
     """Lets EasyEdit's AlphaEdit and MEMIT run on this package's engine: same files, same calls, the same updates to a few parts in
     100 000 given the same templates and statistics. Returns the imported ``easyeditor``.
