@@ -139,7 +139,7 @@ def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp
     """SIGKILL while it edits; the same command again gives what an uninterrupted one gives."""
     script = tmp_path / "go.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom easyedit_nmke import compare\n"
+        "import sys\nfrom pathlib import Path\nfrom easyedit_nmke.experiments import compare\n"
         f"changes = {dict(QUICK, model_name=str(folder / 'model'), stats_dir=str(folder / 'stats'))!r}\n"
         "if __name__ == '__main__':\n"
         "    found = compare.methods('NMKE,AlphaEdit', 'atlas')\n"

@@ -264,7 +264,7 @@ def checkout() -> bool:
 def test_layer_stats_of_easyedit_leave_a_file_that_is_found(tiny, nmke_hparams, monkeypatch):
     """The path and the numbers of EasyEdit's own pass over a text."""
     pytest.importorskip("datasets")
-    easyedit_nmke.easyedit.register(text_only=True)
+    easyedit_nmke.register(text_only=True)
     stats = importlib.import_module("easyeditor.models.rome.layer_stats")
     model, tok = tiny("llama")
     model.config._name_or_path = "some/where/tiny"

@@ -93,7 +93,7 @@ import torch
 from conftest import tiny_model
 from transformers import PreTrainedTokenizerFast
 from easyedit_nmke import LifelongEditor, NMKEHyperParams, atlas
-from easyedit_nmke.updates import fingerprint
+from easyedit_nmke.models.updates import fingerprint
 tok = PreTrainedTokenizerFast.from_pretrained(atlas.DIRECTORY)
 model = tiny_model("llama", len(tok)).to(torch.bfloat16)
 values = dict(model_name=(model, tok), layers=[0, 1], device="cpu", v_num_grad_steps=2, v_lr=0.5, mom2_dataset="atlas",

@@ -93,7 +93,7 @@ def stand_in(no_easyeditor, tmp_path, monkeypatch):
 def test_missing_easyedit_is_one_clear_sentence(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "EASYEDIT_HOME"}
     environment["PYTHONPATH"] = str(Path(easyedit_nmke.__file__).parents[1])
-    code = "import easyedit_nmke; easyedit_nmke.easyedit.register()"
+    code = "import easyedit_nmke; easyedit_nmke.register()"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.count("Traceback") == 1, run.stderr
@@ -105,17 +105,17 @@ def test_missing_easyedit_is_one_clear_sentence(tmp_path):
 def test_home_without_easyedit_is_named(no_easyeditor, tmp_path, monkeypatch):
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
     with pytest.raises(ImportError, match=f"EASYEDIT_HOME={tmp_path} has no easyeditor/__init__.py"):
-        easyedit_nmke.easyedit.register()
+        easyedit_nmke.register()
 
 
 def test_register_twice_is_once(stand_in):
     home = stand_in()
     assert registering.find_easyedit() == home
-    assert easyedit_nmke.easyedit.register() is sys.modules["easyeditor"]
+    assert easyedit_nmke.register() is sys.modules["easyeditor"]
     tables = importlib.import_module("easyeditor.util.alg_dict")
     batchable = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
     wrapper = batchable.is_batchable_method
-    easyedit_nmke.easyedit.register()
+    easyedit_nmke.register()
     assert batchable.is_batchable_method is wrapper
     assert [name for name in ("NMKE", "MEMIT", "ROME") if batchable.is_batchable_method(name)] == ["NMKE", "MEMIT"]
     assert dict(tables.ALG_DICT) == {"ROME": print, "NMKE": easyedit_nmke.apply_nmke_to_model}
@@ -126,14 +126,14 @@ def test_register_after_easyeditor_was_imported(stand_in, monkeypatch):
     monkeypatch.syspath_prepend(str(stand_in()))
     monkeypatch.delenv("EASYEDIT_HOME")
     copied = importlib.import_module("easyeditor.editors.editor").ALG_DICT
-    easyedit_nmke.easyedit.register()
+    easyedit_nmke.register()
     assert copied["NMKE"] is easyedit_nmke.apply_nmke_to_model
 
 
 def test_another_method_of_that_name_is_replaced_with_a_warning(stand_in, caplog):
     stand_in(**{"util/alg_dict": "ALG_DICT = {'NMKE': print}"})
     with caplog.at_level(logging.WARNING):
-        easyedit_nmke.easyedit.register()
+        easyedit_nmke.register()
     assert "already has a method 'NMKE'" in caplog.text
     assert importlib.import_module("easyeditor.util.alg_dict").ALG_DICT["NMKE"] is easyedit_nmke.apply_nmke_to_model
 
@@ -152,7 +152,7 @@ def test_unusable_easyedit_says_why(stand_in, monkeypatch, file, text, said):
     monkeypatch.setattr(registering, "MULTIMODAL_PACKAGES", frozenset({"no_such_vision"}))
     stand_in(**{file: text})
     with pytest.raises(ImportError, match=said) as caught:
-        easyedit_nmke.easyedit.register()
+        easyedit_nmke.register()
     assert "\n" not in str(caught.value)
 
 
@@ -169,7 +169,7 @@ class Mine(Compose): pass
 def test_text_only_puts_placeholders_where_a_package_is_missing(stand_in, monkeypatch):
     monkeypatch.setattr(registering, "MULTIMODAL_PACKAGES", frozenset({"no_such_vision", "json"}))
     stand_in(vision=VISION, __init__="from . import vision")
-    easyedit_nmke.easyedit.register(text_only=True)
+    easyedit_nmke.register(text_only=True)
     vision = sys.modules["easyeditor.vision"]
     assert vision.json is sys.modules["json"], "an installed package is imported as ever"
     assert repr(vision.hub) == "<placeholder for no_such_vision.models.hub>"
@@ -188,7 +188,7 @@ def test_placeholders_fool_nobody_else(stand_in, tmp_path, monkeypatch):
     (tmp_path / "checkout" / "bystander_check.py").write_text(check)
     stand_in(__init__=look)
     before = importlib.import_module("builtins").__import__
-    easyedit_nmke.easyedit.register(text_only=True)
+    easyedit_nmke.register(text_only=True)
     assert importlib.import_module("builtins").__import__ is before
     assert sys.modules["bystander_check"].found is None, "asked while EasyEdit was being imported"
     assert importlib.util.find_spec("no_such_vision") is None
@@ -209,7 +209,7 @@ def easyeditor(tmp_path, monkeypatch):
     except ImportError as missing:
         pytest.skip(str(missing))
     monkeypatch.chdir(tmp_path)
-    package = easyedit_nmke.easyedit.register(text_only=True)
+    package = easyedit_nmke.register(text_only=True)
     for method in ("alphaedit.AlphaEdit_main", "memit.memit_main", "rome.rome_main"):
         module = importlib.import_module(f"easyeditor.models.{method}")
         for name in ("CONTEXT_TEMPLATES_CACHE", "P_loaded", "cache_c_new"):

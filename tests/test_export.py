@@ -317,7 +317,7 @@ FRESH = """
 import re, sys
 from pathlib import Path
 import torch
-from easyedit_nmke import generation
+from easyedit_nmke.scores import generation
 prompts, found = Path("prompts.txt").read_text().splitlines(), {}
 for kind in ("model", "delta", "lora"):
     names = {}
