@@ -13,7 +13,7 @@ from conftest import tiny_model
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.experiments import compare
 from easyedit_nmke.experiments.compare import ABLATIONS, Method, Plan
-from easyedit_nmke.hparams import read
+from easyedit_nmke.methods import read
 
 QUICK = dict(
     device="cpu", v_num_grad_steps=1, v_lr=0.1, mom2_n_samples=50, template_prefixes=["The"], layers=[0, 1], v_loss_layer=None

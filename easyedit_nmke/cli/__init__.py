@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from ..hparams import NMKEHyperParams, read
+from ..methods import read
+from ..methods.nmke import NMKEHyperParams
 
 EXAMPLES = {
     "demo": "nmke demo --edits 50",

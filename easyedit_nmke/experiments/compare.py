@@ -27,7 +27,9 @@ import torch
 
 from .. import atlas, data
 from ..editor import LifelongEditor
-from ..hparams import CLASSES, HyperParams, read, shipped
+from ..hparams import HyperParams, shipped
+from ..methods import methods as editing_methods
+from ..methods import read
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
 from ..models.loading import load_model
@@ -151,8 +153,9 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
             found.append(Method(name, easyedit=method, file=_easyedit_file(method, model, directory), base=base))
             continue
         file, preset = VARIANTS.get(bare, ("{method}/{model}", {}))
-        if bare not in VARIANTS and bare not in CLASSES:
-            known = [*CLASSES, *VARIANTS, "easyedit:<method>"]
+        known = editing_methods()
+        if bare not in VARIANTS and bare not in known:
+            known = [*known, *VARIANTS, "easyedit:<method>"]
             close = difflib.get_close_matches(bare, known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"method {bare!r} is not known{hint}; known: {', '.join(known)}")
