@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import load_delta
+from easyedit_nmke import load_delta, methods
 from easyedit_nmke.history import delta, export
 from easyedit_nmke.history.weights import EditedWeights
-from easyedit_nmke import methods
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.updates import LowRank
 from easyedit_nmke.models.weights import Matrices
