@@ -45,6 +45,10 @@ class LifelongEditor:
             self._state = carried_state(self.model, self.tok, self.hparams, open_state)
         return self._state
 
+    def open(self) -> LifelongState:
+        """Open the state now (statistics, past keys, earlier edits on disk), which else the first edit does; returns it."""
+        return self.state
+
     def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
         """Write one batch of requests; returns the edited parameters as they were before, by name."""
         _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
