@@ -174,10 +174,15 @@ class HyperParams:
 
     def differences(self, stored: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
         """What is not as in `stored` (an earlier `to_dict`, from JSON), in words. What is absent there had its default."""
-        now = json.loads(json.dumps(self.to_dict()))
-        then = {**json.loads(json.dumps(defaults(type(self)))), **stored}
-        names = (name for name in dict.fromkeys([*now, *stored]) if name not in free)
-        return [f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]
+        return differences(stored, self.to_dict(), defaults(type(self)), free)
+
+
+def differences(one: Mapping, other: Mapping, default: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What two `to_dict`s do not share, in words, but for what is `free`. What is absent in one had its `default`."""
+    one, other, default = (json.loads(json.dumps(content)) for content in (one, other, default))
+    names = (name for name in dict.fromkeys([*other, *one]) if name not in free)
+    pairs = ((name, one.get(name, default.get(name)), other.get(name, default.get(name))) for name in names)
+    return [f"{name} {was!r} -> {now!r}" for name, was, now in pairs if was != now]
 
 
 def defaults(kind: type[HyperParams]) -> dict[str, Any]:
