@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ..attribution import STRATEGIES
 from ..editor import LifelongEditor
 from ..hparams import HyperParams, shipped
 from ..methods import methods as editing_methods
@@ -51,9 +52,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "fixed 0.3/0.3, exact ties": {"ratio": "fixed", "general_ratio": 0.3, "specific_ratio": 0.3, "mask_ties": "exact"},
         },
         "attribution": {
-            "LPS": {"attribution_strategy": "lps"},
-            "PSA": {"attribution_strategy": "psa"},
-            "MPC": {"attribution_strategy": "mpc"},
+            **{strategy.label: {"attribution_strategy": name} for name, strategy in STRATEGIES.items()},
             "new target": {"attribution_target": "target_new"},
             "exact norm": {"attribution_norm": "exact"},
             "padded end": {"attribution_position": "padded_end"},
