@@ -27,6 +27,10 @@ def _check(args, console: Console) -> int:
 
 
 VERB = Verb(
-    "report every problem of hyperparameter files at once", "nmke check hparams/NMKE/llama3-8b.yaml", _check, _arguments,
+    "check",
+    "report every problem of hyperparameter files at once",
+    "nmke check hparams/NMKE/llama3-8b.yaml",
+    _check,
+    _arguments,
     needs_arguments=True,
-)  # fmt: skip
+)

@@ -100,6 +100,9 @@ def _legend(edits: int) -> str:
 
 
 VERB = Verb(
-    "edit the embedded model with NMKE and with AlphaEdit, and score both after all edits", "nmke demo --edits 50", _demo,
+    "demo",
+    "edit the embedded model with NMKE and with AlphaEdit, and score both after all edits",
+    "nmke demo --edits 50",
+    _demo,
     _arguments,
-)  # fmt: skip
+)
