@@ -19,7 +19,7 @@ from easyedit_nmke.experiments import compare, methods, processes
 from easyedit_nmke.experiments.compare import Plan
 from easyedit_nmke.experiments.methods import ABLATIONS, Method
 from easyedit_nmke.experiments.protocol import Progress
-from easyedit_nmke.hparams import read
+from easyedit_nmke.methods import read
 
 QUICK = dict(
     device="cpu", v_num_grad_steps=1, v_lr=0.1, mom2_n_samples=50, template_prefixes=["The"], layers=[0, 1], v_loss_layer=None
@@ -257,6 +257,7 @@ def test_a_folder_that_does_not_say_which_model_is_meant_is_refused(easyedit_fil
 
 def test_methods_whose_edits_a_run_keeps():
     assert methods.keeps_edits(read("NMKE/atlas")) and not methods.keeps_edits(read("FT/atlas"))
+    assert methods.keeps_edits(methods.changed(read("FT/atlas"), {"keep_updates": True}))
 
 
 def test_an_error_in_a_process_ends_the_comparison_with_its_message(plan):

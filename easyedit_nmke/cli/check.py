@@ -6,7 +6,6 @@ import argparse
 
 from rich.console import Console
 
-from ..hparams import read
 from .verb import Verb
 
 
@@ -15,6 +14,8 @@ def _arguments(check: argparse.ArgumentParser) -> None:
 
 
 def _check(args, console: Console) -> int:
+    from ..methods import read
+
     bad = 0
     for name in args.files:
         try:

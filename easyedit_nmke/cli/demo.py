@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ..hparams import NMKEHyperParams
 from .verb import Verb, cells, positive, quiet_libraries, score_table
 
 
@@ -25,6 +24,7 @@ def _demo(args, console: Console) -> int:
     from .. import atlas
     from ..editor import LifelongEditor
     from ..experiments.protocol import Scorer, Segment, stamp, write_json
+    from ..methods.nmke import NMKEHyperParams
     from ..models.prompts import Request
     from ..scores.table import in_shell
 

@@ -13,7 +13,7 @@ from ..history.durable import history, undo
 from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
 from ..history.journal import Journal
 from ..history.log import Edit, standing
-from ..hparams import CLASSES
+from ..methods import method_named
 from ..scores import generation
 from ..scores.table import in_shell
 
@@ -76,7 +76,7 @@ def open_editor(folder: Path, model: str | None = None, device: str | None = Non
     with Journal.open(folder, write=False) as journal:
         content = journal.header["hparams"]
     changes = {name: value for name, value in (("model_name", model), ("device", device)) if value is not None}
-    hparams = CLASSES[content["alg_name"]].from_dict(
+    hparams = method_named(content["alg_name"], str(folder)).hparams.from_dict(
         {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
     )
     editor = LifelongEditor.from_hparams(hparams)

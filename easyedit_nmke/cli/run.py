@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ..hparams import read
 from .report import comparison
 from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table
 
@@ -60,6 +59,7 @@ def _run(args, console: Console) -> int:
     from ..experiments.compare import state_directory
     from ..experiments.methods import Method, changed, keeps_edits
     from ..experiments.stream import stream as chosen
+    from ..methods import read
 
     quiet_libraries(args)
     tasks = _tasks(args)

@@ -15,7 +15,10 @@ from typing import Any
 import yaml
 
 from ..editor import LifelongEditor
-from ..hparams import CLASSES, HyperParams, NMKEHyperParams, read, shipped
+from ..hparams import HyperParams, shipped
+from ..methods import methods as editing_methods
+from ..methods import read
+from ..methods.nmke import NMKEHyperParams
 from ..models.loading import load_model
 
 # Labels that stand for settings of NMKE: the file they are read from, and what is changed in it.
@@ -93,7 +96,7 @@ class Method:
 
 def keeps_edits(hparams: HyperParams) -> bool:
     """Whether a run keeps the method's edits on disk, so that a stopped one goes on from its last edit."""
-    return hparams.alg_name != "FT"
+    return hparams.keeps_updates
 
 
 def methods(names: str, model: str, directory: Path | None = None, overrides: Mapping[str, Any] | None = None) -> list[Method]:
@@ -112,8 +115,9 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
             found.append(Method(name, easyedit=method, file=file, base=base))
             continue
         file, preset = VARIANTS.get(bare, ("{method}/{model}", {}))
-        if bare not in VARIANTS and bare not in CLASSES:
-            known = [*CLASSES, *VARIANTS, "easyedit:<method>"]
+        known = editing_methods()
+        if bare not in VARIANTS and bare not in known:
+            known = [*known, *VARIANTS, "easyedit:<method>"]
             close = difflib.get_close_matches(bare, known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"method {bare!r} is not known{hint}; known: {', '.join(known)}")

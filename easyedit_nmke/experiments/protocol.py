@@ -24,7 +24,6 @@ from ..models.arch import ModelView
 from ..models.device import peak_memory
 from ..models.prompts import Request
 from ..models.updates import fingerprint
-from ..models.weights import edited_parameters
 from ..scores import generation, metrics
 from ..scores.drift import weight_drift
 from ..scores.table import measured
@@ -135,7 +134,7 @@ class Segment:
         self.failed: list[int] = []
         self.seconds = 0.0
         ours = isinstance(self.editor, LifelongEditor)
-        self.weights = edited_parameters(ModelView(self.editor.model), self.editor.hparams) if ours else {}
+        self.weights = _edited(self.editor) if ours else {}
         self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.kept = self.editor.state if ours and self.editor.state.book else None
         notes = [note["segment"] for _, note in self.kept.notes if "segment" in note] if self.kept else []
@@ -288,8 +287,7 @@ def failed_edits(line: Mapping) -> int:
 
 def save_edited(editor: LifelongEditor, path: Path) -> None:
     """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
-    view = ModelView(editor.model)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in edited_parameters(view, editor.hparams).items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in _edited(editor).items()}
     with whole(path) as temporary:
         save_file(tensors, temporary)
 
@@ -298,6 +296,10 @@ def write_json(path: Path, content) -> None:
     """All or nothing."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _edited(editor: LifelongEditor) -> dict[str, torch.nn.Parameter]:
+    return {name: editor.model.get_parameter(name) for name in editor.method.matrices(editor.model, editor.hparams)}
 
 
 class whole:
