@@ -96,17 +96,34 @@ def _export(args, console: Console) -> int:
 
 
 LOG = Verb(
-    "list the edits that are kept in a folder: what was asked, when, and whether it still counts", "nmke log results", _log,
-    _log_arguments, needs_arguments=True,
-)  # fmt: skip
+    "log",
+    "list the edits that are kept in a folder: what was asked, when, and whether it still counts",
+    "nmke log results",
+    _log,
+    _log_arguments,
+    needs_arguments=True,
+)
 UNDO = Verb(
-    "take one edit out, wherever it lies; the others stay", "nmke undo results 17", _undo, _undo_arguments, needs_arguments=True
+    "undo",
+    "take one edit out, wherever it lies; the others stay",
+    "nmke undo results 17",
+    _undo,
+    _undo_arguments,
+    needs_arguments=True,
 )
 ROLLBACK = Verb(
-    "take all edits after one out, as if they had never been", "nmke rollback results 100", _rollback, _rollback_arguments,
+    "rollback",
+    "take all edits after one out, as if they had never been",
+    "nmke rollback results 100",
+    _rollback,
+    _rollback_arguments,
     needs_arguments=True,
-)  # fmt: skip
+)
 EXPORT = Verb(
-    "write the edited model for others: a checkpoint, a delta, or a LoRA adapter", "nmke export results --to lora --rank 64",
-    _export, _export_arguments, needs_arguments=True,
-)  # fmt: skip
+    "export",
+    "write the edited model for others: a checkpoint, a delta, or a LoRA adapter",
+    "nmke export results --to lora --rank 64",
+    _export,
+    _export_arguments,
+    needs_arguments=True,
+)

@@ -109,8 +109,9 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
             found.append(Method(name, easyedit=method, file=file, base=base))
             continue
         file, preset = VARIANTS.get(bare, ("{method}/{model}", {}))
-        if bare not in VARIANTS and bare not in editing_methods():
-            known = [*editing_methods(), *VARIANTS, "easyedit:<method>"]
+        known = editing_methods()
+        if bare not in VARIANTS and bare not in known:
+            known = [*known, *VARIANTS, "easyedit:<method>"]
             close = difflib.get_close_matches(bare, known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"method {bare!r} is not known{hint}; known: {', '.join(known)}")
