@@ -13,6 +13,7 @@ import os
 
 import torch
 
+from ..models.products import exact_products
 from . import fast, reference
 from .cached import AttributionCache, Projection
 
@@ -22,6 +23,7 @@ NORMS = ("frozen", "exact")
 LOWEST_LOG_PROB = math.log(1e-8)  # LPS clamps probabilities to [1e-8, 1]
 
 
+@exact_products()
 @torch.no_grad()
 def neuron_scores(
     coefficients: torch.Tensor,

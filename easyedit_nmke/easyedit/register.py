@@ -12,7 +12,6 @@ Nothing is remembered here: whether NMKE is registered is read off EasyEdit's ow
 """
 
 import builtins
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -22,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from ..messages import did_you_mean
 
 ALG_NAME = "NMKE"
 ACCELERATED = ("AlphaEdit", "MEMIT")
@@ -63,8 +64,7 @@ def easyedit_method(name: str) -> tuple[str, Callable, type]:
     register(text_only=True)
     methods = {known.lower(): known for known in _tables(find_easyedit())[0] if known != ALG_NAME}
     if name.lower() not in methods:
-        close = [methods[known] for known in difflib.get_close_matches(name.lower(), methods, n=1)]
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(name, methods.values())
         raise ValueError(f"EasyEdit has no method {name!r}{hint}; it has {', '.join(methods.values())}")
     name = methods[name.lower()]
     apply = _tables(find_easyedit())[0][name]

@@ -6,9 +6,7 @@ A segment is one editor over one stream of requests. Its editor is anything with
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..editor import LifelongEditor
+from ..files import whole, write_json  # noqa: F401  write_json is imported from here
 from ..history.journal import versions
 from ..models.arch import ModelView
 from ..models.device import peak_memory
@@ -263,29 +262,3 @@ def save_edited(editor: LifelongEditor, path: Path) -> None:
     tensors = {name: p.detach().cpu().contiguous() for name, p in edited_parameters(view, editor.hparams).items()}
     with whole(path) as temporary:
         save_file(tensors, temporary)
-
-
-def write_json(path: Path, content) -> None:
-    """All or nothing."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class whole:
-    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            with self.temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)

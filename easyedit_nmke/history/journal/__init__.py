@@ -4,7 +4,7 @@
     base.safetensors    tensors that hold for the whole journal; written once
     index.jsonl         one line per record: its content, size and SHA-256 of its tensors' file, checksum
     edits/000000.safetensors, ...    the tensors of each record
-    lock                the writer's process, host and start
+    lock, lock.json     the writer's lock; its process, host and start
     dropped/            what was damaged and taken out, never deleted
 
 A record is written in three steps: its tensors to a temporary file, its line to the index, and the file renamed to its place. It
@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from .disk import explained, seal, sync_folder, temporary, unseal, write, write_fully, write_new
+from ...files import BINARY, sync_folder, write_fully, write_new, write_whole
+from .disk import explained, seal, temporary, unseal
 from .lock import Lock
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,8 @@ class Journal:
             journal = cls(path, json.loads(text), mark, Lock(path / LOCK))
             with journal._closed_on_error():
                 _check_empty(path)
-                write(path / BASE, data)
-                write(path / HEADER, text + b"\n")
+                write_whole(path / BASE, data, temporary(path / BASE))
+                write_whole(path / HEADER, text + b"\n", temporary(path / HEADER))
                 journal._open_index()
         return journal
 
@@ -217,7 +218,7 @@ class Journal:
 
     def _open_index(self) -> None:
         os.makedirs(self.path / EDITS, exist_ok=True)
-        self._index = os.open(self.path / INDEX, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._index = os.open(self.path / INDEX, os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
         self._held.callback(os.close, self._index)
         sync_folder(self.path)
         self._settle()
@@ -279,7 +280,7 @@ class Journal:
             return None
         where = next(path for i in itertools.count() if not (path := self.path / DROPPED / f"{i:03d}").exists())
         os.makedirs(where)
-        write(where / INDEX, b"\n".join(lines))
+        write_whole(where / INDEX, b"\n".join(lines), temporary(where / INDEX))
         for _, path in files:
             os.replace(path, where / path.name)
         return where
@@ -312,7 +313,7 @@ def _check_empty(path: Path) -> None:
         raise ValueError(f"{path} already holds a journal; open it, or choose another directory")
     # A `create` that was killed leaves these.
     ours = {LOCK, BASE, temporary(path / BASE).name, temporary(path / HEADER).name}
-    others = sorted(p.name for p in path.iterdir() if p.name not in ours)
+    others = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(f"{LOCK}."))
     if others:
         raise ValueError(f"{path} is not empty (it holds {', '.join(others[:3])}) and no journal; choose another directory")
 

@@ -1,4 +1,4 @@
-"""Writing that survives: whole files or none, text that carries its checksum, errors that say what to do."""
+"""What the journal writes: text that carries its checksum, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -46,44 +45,5 @@ def explained(what: str):
 
 
 def temporary(path: Path) -> Path:
+    """Where a file of the journal is written first; the one writer's, so that the next one writes over what was left."""
     return path.with_name(path.name + ".tmp")
-
-
-def write(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all."""
-    try:
-        write_new(temporary(path), data)
-        os.replace(temporary(path), path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary(path))
-        raise
-    sync_folder(path.parent)
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """All of it on the disk, or OSError."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        write_fully(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def write_fully(file: int, data: bytes) -> None:
-    """A write may take less than it is given."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-def sync_folder(path: Path) -> None:
-    """A renamed file is in its place for good only after this."""
-    if os.name != "posix":  # a folder cannot be opened there
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
