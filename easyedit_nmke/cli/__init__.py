@@ -150,6 +150,7 @@ def _add_kept(verb) -> None:
         sub.add_argument("--model", metavar="NAME", help="where the base model lies now, if it was moved")
         sub.add_argument("--device", metavar="NAME", help="instead of the one that the edits were made on")
     log.add_argument("--check", action="store_true", help="also load the model and ask it")
+    log.add_argument("--verify", action="store_true", help="first read every file and check that it is what was written")
     undo.add_argument("edit", type=_positive, metavar="ID", help="its number in `nmke log`")
     undo.add_argument("--resolve", action="store_true", help="solve the later edits again without it (loads the model)")
     rollback.add_argument("to", type=int, metavar="ID", help="the last edit that stays, 0 for none")
@@ -420,6 +421,11 @@ def _comparison(lines: list[dict], notes: list[str], console: Console) -> None:
 def _log(args, console: Console) -> int:
     from . import kept
 
+    if args.verify and (problems := kept.verify(args.folder).problems):
+        for problem in problems:
+            console.print(f"{problem.file} {problem.reason}", highlight=False, markup=False, soft_wrap=True)
+        files = "this file" if len(problems) == 1 else "these files"
+        raise ValueError(f"{args.folder} is damaged, see above; put {files} back from a backup")
     table = Table(title=f"Edits in {args.folder}", title_justify="left", box=SIMPLE)
     table.add_column("Edit", justify="right")
     names = ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if args.check else []), "When", "Now")
@@ -431,6 +437,7 @@ def _log(args, console: Console) -> int:
         asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
         table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
     console.print(table)
+    console.print(kept.verified(args.folder), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
