@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..models.products import exact_products
 from . import fast, reference
 from .cached import AttributionCache, Projection
 
@@ -43,6 +44,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 )
 
 
+@exact_products()
 @torch.no_grad()
 def neuron_scores(
     coefficients: torch.Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import yaml
 from ..attribution import STRATEGIES
 from ..editor import LifelongEditor
 from ..hparams import HyperParams, shipped
+from ..messages import did_you_mean
 from ..methods import methods as editing_methods
 from ..methods import read
 from ..methods.nmke import NMKEHyperParams
@@ -112,9 +112,7 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
         known = editing_methods()
         if bare not in VARIANTS and bare not in known:
             known = [*known, *VARIANTS, "easyedit:<method>"]
-            close = difflib.get_close_matches(bare, known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"method {bare!r} is not known{hint}; known: {', '.join(known)}")
+            raise ValueError(f"method {bare!r} is not known{did_you_mean(bare, known)}; known: {', '.join(known)}")
         path = file.format(method=bare, model=model)
         settings = read(directory / path if directory else path)
         found.append(Method(name, changed(settings, {**preset, **changes, **(overrides or {})})))

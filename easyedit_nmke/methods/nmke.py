@@ -14,7 +14,8 @@ from ..attribution.masks import NeuronMask, neuron_mask, shuffled
 from ..history.durable import Ground
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import did_you_mean, is_number, report, setting
+from ..hparams import is_number, report, setting
+from ..messages import did_you_mean
 from ..models.arch import ModelView
 from ..models.prompts import Request, target_tokens
 from ..models.updates import of_parameter
