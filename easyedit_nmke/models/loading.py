@@ -8,7 +8,8 @@ from .device import device_of
 
 
 def load_model(hparams: HyperParams):
-    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple."""
+    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple,
+    on which nothing is set."""
     name = hparams.model_name
     device = None if hparams.model_parallel else device_of(hparams.device)
     if isinstance(name, tuple):
@@ -25,6 +26,6 @@ def load_model(hparams: HyperParams):
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
+        if tok.pad_token_id is None:  # for the user's own calls; here nothing needs one
+            tok.pad_token = tok.eos_token
     return (model if device is None else model.to(device)), tok

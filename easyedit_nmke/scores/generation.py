@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
-from ..models.prompts import Tokens, encode, pad
+from ..models.prompts import Tokens, open_end, pad, tokenised_all
 from .metrics import TOKEN_BUDGET, Pair, read_targets
 
 # Around an answer these do not count: quotes, brackets, marks. Signs that mean something (C++, -5, 5 %) do.
@@ -29,20 +29,23 @@ _SURROUNDING = re.compile(rf"^[{_SOFT}.\n]+|[{_SOFT}.\n]+$")
 # ---- free generation
 
 
-def greedy_texts(model, tok, prompts: Sequence[str], new_tokens: int = 10, token_budget: int = TOKEN_BUDGET) -> list[str]:
+def greedy_texts(
+    model, tok, prompts: Sequence[str], new_tokens: int = 10, token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[str]:
     """What the model says after each prompt, greedily: at most `new_tokens` tokens, ending before an end-of-text token.
 
     Prompts of like length share a batch; `token_budget`: their tokens, padding and new ones included (a longer prompt goes
     alone). The tokenizer's padding side and pad token, and the sampling settings that a model comes with, do not matter. A text
     ends at the tokenizer's eos or at one of the model's own end tokens. The model is put in evaluation mode and left as it was
-    found. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
+    found. `separator`: what stands between prompt and answer, as in the scores of targets: spaces at a prompt's end are left to the
+    model. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
     """
-    rows = _prompt_rows(tok, prompts, new_tokens, context_length(model))
+    rows = _prompt_rows(tok, prompts, new_tokens, context_length(model), separator)
     budget = token_budget if hasattr(model, "generate") else 0
     texts = [""] * len(rows)
     with evaluating(model), torch.no_grad(), frozen(input_device(model)), _greedy(model, tok, new_tokens) as config:
         for batch in batches(model, [len(ids) + new_tokens for ids in rows], budget):
-            said = _continuations(model, _pad_left([rows[i] for i in batch], tok, input_device(model)), config)
+            said = _continuations(model, _pad_left([rows[i] for i in batch], input_device(model)), config)
             for i, ids in zip(batch, said, strict=True):
                 texts[i] = tok.decode(ids, skip_special_tokens=True)
     return texts
@@ -72,9 +75,11 @@ def says(text: str, target: str) -> tuple[bool, bool]:
 # ---- probability and fluency
 
 
-def target_log_probs(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[float]:
+def target_log_probs(
+    model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[float]:
     """Mean log-probability of each target's tokens after its prompt, teacher-forced, in nats; errors as `read_targets`."""
-    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, _log_probs, token_budget)]
+    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, _log_probs, token_budget, separator)]
 
 
 def fluency(texts: Sequence[str]) -> float | None:
@@ -108,8 +113,9 @@ def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ---- decoding
 
 
-def _prompt_rows(tok, prompts: Sequence[str], new_tokens: int, context: int | None) -> list[list[int]]:
-    rows = [encode(tok, prompt) for prompt in prompts]
+def _prompt_rows(tok, prompts: Sequence[str], new_tokens: int, context: int | None, separator: str | None) -> list[list[int]]:
+    asked = [(open_end(prompt, separator, tok)[0], None, None) for prompt in prompts]
+    rows = [found.ids for found in tokenised_all(tok, asked)]
     for prompt, ids in zip(prompts, rows, strict=True):
         if not ids:
             raise ValueError(f"prompt {prompt!r} has no token, so there is nothing to go on from")
@@ -119,9 +125,9 @@ def _prompt_rows(tok, prompts: Sequence[str], new_tokens: int, context: int | No
     return rows
 
 
-def _pad_left(rows: Sequence[Sequence[int]], tok, where: torch.device) -> Tokens:
+def _pad_left(rows: Sequence[Sequence[int]], where: torch.device) -> Tokens:
     """Every row ends in the last column, so that a batch goes on from there."""
-    turned = pad([row[::-1] for row in rows], tok, where)
+    turned = pad([row[::-1] for row in rows], where)
     return Tokens(turned.ids.flip(1), turned.mask.flip(1))
 
 
@@ -137,7 +143,7 @@ def _greedy(model, tok, new_tokens: int) -> Iterator[GenerationConfig]:
         # A wrapper may choose its weights by the text it is given, so it is given the whole text at every step.
         use_cache=body_and_head(model) is not None,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+        pad_token_id=0,  # of rows that have ended; every embedding has it
     )
     if owner is None:
         yield config
