@@ -10,6 +10,7 @@ from .. import atlas, data
 from ..editor import LifelongEditor
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
+from ..models.chat import in_chat
 from ..models.prompts import Request
 from ..scores import metrics
 
@@ -28,7 +29,8 @@ def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
     """The first `edits` (None: all) facts of the embedded model's test half, or records of a file, in an order that the seed
     decides (0: as they are), without those that this model and its templates cannot be edited with or scored on."""
     if source in atlas.SOURCES:
-        requests = [Request.from_dict(r) for r in atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])]
+        facts = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
+        requests = [_asked(editor, Request.from_dict(r)) for r in facts]
         return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
     loaded = data.load(Path(source))
     order = list(range(len(loaded.requests)))
@@ -36,11 +38,13 @@ def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
         random.Random(seed).shuffle(order)
     view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
     accepted, refused, batch = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
+    separator, asked = getattr(editor.hparams, "target_separator", None), {}
     for place in order:
         try:
-            begun = [loaded.requests[i] for i in accepted[len(accepted) // batch * batch :]]
-            check_requests(view, editor.tok, [*begun, loaded.requests[place]], templates)
-            metrics.check(editor.model, editor.tok, [loaded.requests[place]])
+            asked[place] = _asked(editor, loaded.requests[place])
+            begun = [asked[i] for i in accepted[len(accepted) // batch * batch :]]
+            check_requests(view, editor.tok, [*begun, asked[place]], templates, separator)
+            metrics.check(editor.model, editor.tok, [asked[place]], separator)
             accepted.append(place)
         except ValueError as error:
             refused.append(data.Refusal(loaded.indices[place], str(error)))
@@ -51,6 +55,9 @@ def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
         raise ValueError(f"{edits} edits were asked for, but {len(accepted)} records of {source} can be edited; ask for fewer")
     chosen = accepted[:edits]
     facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
-    return Stream(
-        [loaded.requests[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, {**facts, "edits": len(chosen)}
-    )
+    return Stream([asked[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, {**facts, "edits": len(chosen)})
+
+
+def _asked(editor, request: Request) -> Request:
+    """The request as it is asked of the editor's model: with `use_chat_template` in its chat format."""
+    return in_chat(editor.tok, request) if getattr(editor.hparams, "use_chat_template", False) else request
