@@ -29,7 +29,7 @@ from .protocol import (
     stamp,
     whole,
     write_json,
-)  # fmt: skip
+)
 from .stream import stream
 
 logger = logging.getLogger(__name__)
