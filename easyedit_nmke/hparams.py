@@ -6,7 +6,6 @@ The classes stand with their methods (`methods/`), each field with what it may b
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import site
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from .messages import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -174,10 +175,15 @@ class HyperParams:
 
     def differences(self, stored: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
         """What is not as in `stored` (an earlier `to_dict`, from JSON), in words. What is absent there had its default."""
-        now = json.loads(json.dumps(self.to_dict()))
-        then = {**json.loads(json.dumps(defaults(type(self)))), **stored}
-        names = (name for name in dict.fromkeys([*now, *stored]) if name not in free)
-        return [f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]
+        return differences(stored, self.to_dict(), defaults(type(self)), free)
+
+
+def differences(one: Mapping, other: Mapping, default: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What two `to_dict`s do not share, in words, but for what is `free`. What is absent in one had its `default`."""
+    one, other, default = (json.loads(json.dumps(content)) for content in (one, other, default))
+    names = (name for name in dict.fromkeys([*other, *one]) if name not in free)
+    pairs = ((name, one.get(name, default.get(name)), other.get(name, default.get(name))) for name in names)
+    return [f"{name} {was!r} -> {now!r}" for name, was, now in pairs if was != now]
 
 
 def defaults(kind: type[HyperParams]) -> dict[str, Any]:
@@ -251,12 +257,6 @@ _EASYEDIT_EVALUATION = {"evaluation_type", "api_key"}
 def report(source: str, problems: list[str]) -> str:
     noun = "problem" if len(problems) == 1 else "problems"
     return f"{source}: {len(problems)} {noun}\n" + "\n".join(f"  - {p}" for p in problems)
-
-
-def did_you_mean(name: str, known) -> str:
-    """ " (did you mean ...?)", or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _number(f: dataclasses.Field | None, value: Any) -> Any:

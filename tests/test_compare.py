@@ -256,8 +256,8 @@ def test_a_folder_that_does_not_say_which_model_is_meant_is_refused(easyedit_fil
 
 
 def test_methods_whose_edits_a_run_keeps():
-    assert methods.keeps_edits(read("NMKE/atlas")) and not methods.keeps_edits(read("FT/atlas"))
-    assert methods.keeps_edits(methods.changed(read("FT/atlas"), {"keep_updates": True}))
+    assert read("NMKE/atlas").keeps_updates and not read("FT/atlas").keeps_updates
+    assert methods.changed(read("FT/atlas"), {"keep_updates": True}).keeps_updates
 
 
 def test_an_error_in_a_process_ends_the_comparison_with_its_message(plan):

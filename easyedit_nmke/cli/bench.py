@@ -27,7 +27,7 @@ def _bench(args, console: Console) -> int:
     import torch
 
     from .. import bench
-    from ..experiments.protocol import write_json
+    from ..files import write_json
 
     quiet_libraries(args)
     if args.out and args.out.is_dir():

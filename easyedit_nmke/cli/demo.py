@@ -23,7 +23,8 @@ def _arguments(demo: argparse.ArgumentParser) -> None:
 def _demo(args, console: Console) -> int:
     from .. import atlas
     from ..editor import LifelongEditor
-    from ..experiments.protocol import Scorer, Segment, stamp, write_json
+    from ..experiments.protocol import Scorer, Segment, stamp
+    from ..files import write_json
     from ..methods.nmke import NMKEHyperParams
     from ..models.prompts import Request
     from ..scores.table import in_shell

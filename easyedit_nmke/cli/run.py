@@ -57,14 +57,14 @@ def _shared_arguments(sub: argparse.ArgumentParser) -> None:
 def _run(args, console: Console) -> int:
     from ..editor import LifelongEditor
     from ..experiments.compare import state_directory
-    from ..experiments.methods import Method, changed, keeps_edits
+    from ..experiments.methods import Method, changed
     from ..experiments.stream import stream as chosen
     from ..methods import read
 
     quiet_libraries(args)
     tasks = _tasks(args)
     settings = changed(read(args.hparams), _overrides(args, args.model))
-    if keeps_edits(settings):
+    if settings.keeps_updates:
         settings.state_dir = str(state_directory(args.out, settings.alg_name, args.seed))
     editor = LifelongEditor.from_hparams(settings)
     try:
