@@ -9,7 +9,10 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
+import torch
+
 from ..editor import LifelongEditor
+from ..history.checkpoint import ModelReport
 from ..history.durable import history, undo
 from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
 from ..history.journal import Journal
@@ -86,18 +89,20 @@ def open_editor(folder: Path, model: str | None = None, device: str | None = Non
 
 def export(
     folder: str | Path, to: str, out: Path, columns: Mapping[str, str], rank: int | None = None, model: str | None = None,
-    device: str | None = None,
-) -> LoraReport | None:  # fmt: skip
-    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora". columns: the
-    scores that the card shows, and their headings."""
-    if rank is not None and to != "lora":
-        raise ValueError(f"--rank is for --to lora, not for --to {to}")
+    device: str | None = None, dtype: str | None = None,
+) -> ModelReport | LoraReport | None:  # fmt: skip
+    """Write the edited model of a state to `out`; returns what an adapter's rank, or rounding a whole model to `dtype` (by default
+    the base's), leaves out. to: "model", "delta" or "lora". columns: the scores that the card shows, and their headings."""
+    for name, value, kind in (("--rank", rank, "lora"), ("--dtype", dtype, "model")):
+        if value is not None and to != kind:
+            raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
     check_new(out)
     with closing(open_editor(find(folder), model, device)) as editor:
         card = _card(editor, columns)
         originals, updates = editor.state.changes()
         if to == "model":
-            return export_model(editor.model, editor.tok, out, card)
+            kind = None if dtype is None else getattr(torch, dtype)
+            return export_model(editor.model, editor.tok, out, card, kind, editor.state.masters)
         if to == "delta":
             return export_delta(editor.model, updates, originals, out, card)
         return export_lora(editor.model, updates, out, card, rank)

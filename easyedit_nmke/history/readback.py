@@ -1,0 +1,162 @@
+"""What was exported, loaded again from the folder written and compared with the edited model, before it is called done.
+
+Each function here returns what it has compared, in words for the card, and raises a RuntimeError that says what differs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..models.arch import ModelView, evaluating
+from ..models.loading import base_folder, load_again
+from ..models.updates import HALF, Update
+from .delta import joined, load_delta
+
+PROMPTS = ("The capital of France is", "She was born in the city of", "1, 2, 3, 4,", "Once upon a time there was a king who")
+
+# Largest ||difference|| / ||logits|| that two runs of the same weights may have. On one device they are equal to the bit; where the
+# second model had to go to another, sums come in another order: about 1e-6 in float32 (1e-3 where a GPU multiplies in TF32), and
+# 1e-2 in 16 bits, whose every number is rounded by up to 4e-3.
+_TOLERANCE, _HALF_TOLERANCE = 2e-3, 3e-2
+# Of ||B·A - the sum of updates|| / ||the sum||, in float32.
+_FACTORS = 1e-4
+
+
+def check_checkpoint(folder: Path, model, tok, written: Mapping[str, torch.Tensor]) -> str:
+    """A whole model's folder. written: the edited parameters as rounded for it, by name; all others must be the model's."""
+    fresh, fresh_tok = _loaded(folder, model)
+    _compare_parameters(fresh, model, written)
+    return f"from this folder; every parameter equal to the bit, {_compare_logits(fresh, fresh_tok, model, tok, written)}"
+
+
+def check_delta(folder: Path, model, originals: Mapping[int, torch.Tensor], base: str) -> str:
+    """A delta's folder, on its base loaded anew. A base that is in no folder cannot be: then on the model itself, which has its
+    original weights (layer -> w_out [D, F]) for that long."""
+    view, where = ModelView(model), base_folder(base)
+    try:
+        if where is None:
+            with _holding(model, {view.weight_name(layer): _as_stored(view, w) for layer, w in originals.items()}) as edited:
+                load_delta(model, folder)
+                if any(not torch.equal(model.get_parameter(name), tensor) for name, tensor in edited.items()):
+                    raise ValueError("it gives other weights than the edited ones")
+            return "into the model in memory with its original weights: equal to the bit (the base lies in no folder here)"
+        fresh, _ = _loaded(where, model)
+        load_delta(fresh, folder)
+    except ValueError as error:
+        raise RuntimeError(f"the delta read back is not the edited model; nothing was exported: {error}") from error
+    _compare_parameters(fresh, model, {})
+    return f"into the base model loaded anew; every parameter equal to the bit, {_compare_logits(fresh, None, model, None, {})}"
+
+
+def check_lora(folder: Path, model, updates: Sequence[Update], errors: Mapping[int, float], base: str) -> str:
+    """An adapter's folder: its factors against the updates, of which it leaves out `errors` (layer -> share); then what PEFT
+    makes of it on the base loaded anew, where there are both."""
+    view, stored = ModelView(model), load_file(folder / "adapter_model.safetensors")
+    products = {}
+    for layer, (left, right) in joined(updates).items():
+        module = f"base_model.model.{view.weight_name(layer).removesuffix('.weight')}"
+        products[layer] = stored[f"{module}.lora_B.weight"] @ stored[f"{module}.lora_A.weight"]
+        whole = left.float() @ right.float()
+        lost = (products[layer] - whole).norm().item() / max(whole.norm().item(), 1e-30)
+        if not abs(lost - errors[layer]) <= _FACTORS:
+            raise RuntimeError(f"the adapter read back leaves out {lost:.2%} of layer {layer}'s updates, not {errors[layer]:.2%}")
+    factors = "its factors are those of the updates"
+    if (where := base_folder(base)) is None:
+        return f"{factors}; not by PEFT, as the base model lies in no folder here, but by arithmetic"
+    if importlib.util.find_spec("peft") is None:
+        return f"{factors}; not by PEFT, which is not installed here, but by arithmetic"
+    from peft import PeftModel
+
+    fresh, _ = _loaded(where, model)
+    fresh_view, merged = ModelView(fresh), {}
+    for layer, product in products.items():
+        weight = fresh_view.w_out(layer)
+        total = (weight.float() + product.to(weight.device)).to(weight.dtype).to(view.w_out(layer).device)
+        merged[view.weight_name(layer)] = _as_stored(view, total)
+    adapted = PeftModel.from_pretrained(fresh, folder)
+    return f"by PEFT onto the base model loaded anew: {_compare_logits(adapted, None, model, None, merged)}; {factors}"
+
+
+def _loaded(folder: Path, model):
+    try:
+        return load_again(folder, model)
+    except Exception as error:  # whatever transformers says of a folder that it cannot read
+        raise RuntimeError(f"{folder} cannot be loaded again: {error}") from error
+
+
+def _compare_parameters(fresh, model, written: Mapping[str, torch.Tensor]) -> None:
+    found = dict(fresh.named_parameters())
+    wanted = {name: written.get(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta}
+    wrong = [name for name, tensor in wanted.items() if name not in found or not _same(found[name], tensor)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RuntimeError(
+            f"the export read back differs from the edited model in {', '.join(wrong[:3])}{more}; nothing was exported"
+        )
+
+
+def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether the same bits were loaded, in the dtype they were loaded in."""
+    return found.shape == wanted.shape and torch.equal(found, wanted.detach().to(found.device, found.dtype))
+
+
+@torch.no_grad()
+def _compare_logits(fresh, fresh_tok, model, tok, written: Mapping[str, torch.Tensor]) -> str:
+    """Of a few prompts, the model's own taken with its edited parameters as they were written. Without tokenizers the prompts are
+    fixed tokens."""
+    view, worst = ModelView(model), 0.0
+    device = next(fresh.parameters()).device
+    for ids in _prompts(view, fresh_tok, tok):
+        with evaluating(model), _holding(model, written):
+            wanted = model(ids.to(view.device)).logits.float().cpu()
+        with evaluating(fresh):
+            got = fresh(ids.to(device)).logits.float().cpu()
+        worst = max(worst, ((got - wanted).norm() / wanted.norm()).nan_to_num(nan=float("inf")).item())
+    allowed = _HALF_TOLERANCE if model.dtype in HALF else _TOLERANCE
+    if worst > allowed:
+        raise RuntimeError(
+            f"the export read back gives other logits than the edited model (they differ by {worst:.1e} of their norm, "
+            f"allowed are {allowed:.0e}); nothing was exported"
+        )
+    return f"logits of {len(PROMPTS)} prompts within {worst:.1e} of their norm (allowed: {allowed:.0e})"
+
+
+def _prompts(view: ModelView, fresh_tok, tok) -> list[torch.Tensor]:
+    """Token ids [1, T] of each prompt."""
+    if tok is None:
+        draw, most = torch.Generator().manual_seed(0), view.model.get_input_embeddings().weight.shape[0]
+        return [torch.randint(most, (1, 8), generator=draw) for _ in PROMPTS]
+    found = []
+    for prompt in PROMPTS:
+        ids, again = tok(prompt)["input_ids"], fresh_tok(prompt)["input_ids"]
+        if list(ids) != list(again):
+            raise RuntimeError(
+                f"the tokenizer read back makes other tokens of {prompt!r}: {again}, not {ids}; nothing was exported"
+            )
+        found.append(torch.tensor([ids]))
+    return found
+
+
+def _as_stored(view: ModelView, weight: torch.Tensor) -> torch.Tensor:
+    """w_out [D, F] as the model's parameter."""
+    return weight.T if view.family.transposed else weight
+
+
+@contextmanager
+@torch.no_grad()
+def _holding(model, tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside it, some of the model's parameters have other values; yields their own."""
+    before = {name: model.get_parameter(name).detach().clone() for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+        yield before
+    finally:
+        for name, tensor in before.items():
+            model.get_parameter(name).copy_(tensor)
