@@ -126,7 +126,7 @@ def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(_lora_config(view, list(factors), rank, card.base), indent=2)
         (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        checked = check_lora(temporary, model, updates, errors, card.base)
+        checked = check_lora(temporary, model, tensors, updates, errors, card.base)
         what = f"a LoRA adapter of rank {rank} on the down projections of layers {', '.join(map(str, factors))}"
         left_out = f"; it leaves out {report.total:.2%} of the updates (Frobenius norm)" if report.total else ""
         code = (

@@ -54,18 +54,22 @@ def check_delta(folder: Path, model, originals: Mapping[int, torch.Tensor], base
     return f"into the base model loaded anew; every parameter equal to the bit, {_compare_logits(fresh, None, model, None, {})}"
 
 
-def check_lora(folder: Path, model, updates: Sequence[Update], errors: Mapping[int, float], base: str) -> str:
-    """An adapter's folder: its factors against the updates, of which it leaves out `errors` (layer -> share); then what PEFT
-    makes of it on the base loaded anew, where there are both."""
-    view, stored = ModelView(model), load_file(folder / "adapter_model.safetensors")
-    products = {}
+def check_lora(
+    folder: Path, model, written: Mapping[str, torch.Tensor], updates: Sequence[Update], errors: Mapping[int, float], base: str
+) -> str:
+    """An adapter's folder: its factors, those `written`, against the updates, of which they leave out `errors` (layer -> share);
+    then what PEFT makes of it on the base loaded anew, where there are both."""
+    view, stored, products = ModelView(model), load_file(folder / "adapter_model.safetensors"), {}
+    if stored.keys() != written.keys() or any(not torch.equal(stored[name], tensor) for name, tensor in written.items()):
+        raise RuntimeError("the adapter read back holds other factors than were written; nothing was exported")
     for layer, (left, right) in joined(updates).items():
         module = f"base_model.model.{view.weight_name(layer).removesuffix('.weight')}"
         products[layer] = stored[f"{module}.lora_B.weight"] @ stored[f"{module}.lora_A.weight"]
         whole = left.float() @ right.float()
         lost = (products[layer] - whole).norm().item() / max(whole.norm().item(), 1e-30)
         if not abs(lost - errors[layer]) <= _FACTORS:
-            raise RuntimeError(f"the adapter read back leaves out {lost:.2%} of layer {layer}'s updates, not {errors[layer]:.2%}")
+            told = f"{lost:.2%} of layer {layer}'s updates, not {errors[layer]:.2%}"
+            raise RuntimeError(f"the adapter read back leaves out {told}; nothing was exported")
     factors = "its factors are those of the updates"
     if (where := base_folder(base)) is None:
         return f"{factors}; not by PEFT, as the base model lies in no folder here, but by arithmetic"
