@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..models.arch import ModelView
+from ..models.loading import base_folder
 from .delta import short
 
 _FORMATS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them, with their indices
@@ -33,7 +35,7 @@ _CHUNK = 1 << 24
 
 class ModelReport(NamedTuple):
     """What rounding an edited model to its file's dtype leaves out of the edits (||lost|| / ||whole||, Frobenius), by layer and in
-    all; tensors outside the blocks by name. shards: how many of how many files were written anew."""
+    all; tensors outside the blocks by name. dtype: of the edited tensors, the widest. shards: files written anew, and all."""
 
     dtype: str
     errors: dict[int | str, float]
@@ -53,6 +55,12 @@ class Base:
     places: Mapping[str, str]
     index: str | None
     pickled: bool
+
+    @classmethod
+    def of(cls, name: str) -> Base | None:
+        """Of the model that `load_model` opens by `name`; None when its weights are not on this machine, or in another format."""
+        folder = base_folder(name)
+        return cls.find(folder) if folder else None
 
     @classmethod
     def find(cls, folder: Path) -> Base | None:
@@ -122,11 +130,11 @@ def write_checkpoint(
             else:
                 shutil.copyfile(base.folder / file, target)
             sizes += _bytes(target)
-    kinds = sorted({short(tensor.dtype) for tensor in written.values()})
+    kind = reduce(torch.promote_types, {tensor.dtype for tensor in written.values()}) if written else model.dtype
     _copy_others(base, into, sizes, dtype if written else None)
     errors = {place: lost[place] / whole[place] if lost[place] else 0.0 for place in lost}
     total = math.hypot(*lost.values()) / math.hypot(*whole.values()) if any(lost.values()) else 0.0
-    return ModelReport(", ".join(kinds) or short(model.dtype), errors, total, (anew, len(files))), written
+    return ModelReport(short(kind), errors, total, (anew, len(files))), written
 
 
 def replace_tensors(source: Path, target: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from ..models.arch import ModelView
-from ..models.loading import base_folder
 from ..models.updates import Update
 from .checkpoint import Base, ModelReport, write_checkpoint
 from .delta import FILE, joined, save_delta, short
@@ -61,8 +60,7 @@ def export_model(
     masters: layer -> w_out [D, F] float32, where the model's own weights are these, rounded (`LifelongState.masters`). ValueError
     when `folder` holds anything; RuntimeError, and no folder, when what was written does not come back as the edited model.
     """
-    where = base_folder(card.base)
-    base = Base.find(where) if where else None
+    base = Base.of(card.base)
     if base is None and dtype is not None:
         raise ValueError(f"dtype is {short(dtype)}, but the files of {card.base!r} are not here; cast the model instead")
     report, written, name = None, {}, Path(folder).name
