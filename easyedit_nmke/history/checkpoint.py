@@ -86,8 +86,8 @@ class Base:
                 near = [place for place in self.places if any(_ends(place, name) for name in names)]
                 if len(near) != 1 or near[0] in found:
                     raise ValueError(
-                        f"{names[0]} is {'none' if not near else 'more than one'} of the tensors in {self.folder}, which the model "
-                        "was converted from when it was loaded; export the edits alone (--to delta or --to lora)"
+                        f"{names[0]} is {'none' if not near else 'more than one'} of the tensors in {self.folder}, so it "
+                        "cannot be written there; export the edits alone (--to delta or --to lora)"
                     )
                 owned = near
             found |= dict.fromkeys(owned, names[0])
