@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..hparams import HyperParams
-from ..models.arch import ModelView, evaluating
+from ..models.arch import ModelView, editing
 from ..models.updates import Update, fingerprint
 from ..models.weights import check_model, followed
 from .journal import Journal, Record, installed
@@ -57,7 +57,7 @@ def opened(measure: Measures, build: Builds, model, tok, hparams: HyperParams, p
     kept = hparams.state_dir is not None
     if kept and Journal.exists(hparams.state_dir):
         return _continued(build, view, hparams)
-    with evaluating(model):
+    with editing(model):
         ground = measure(view, tok, hparams, progress)
     state = build(view, ground, hparams)
     if kept:

@@ -15,7 +15,7 @@ import torch
 from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
-from ..models.arch import ModelView, evaluating
+from ..models.arch import ModelView, editing
 from ..models.device import peak_memory, synchronise
 from ..models.prompts import Request, encode, target_tokens
 from ..models.updates import Update, accumulate
@@ -59,7 +59,7 @@ def apply_method(
     if copy:
         model = deepcopy(model)
         view = ModelView(model)
-    with evaluating(model):
+    with editing(model):
         if state is None:
             state = carried_state(model, tok, hparams, opens)
         elif state.settings != settings_of(hparams):
