@@ -16,7 +16,7 @@ from ..models.arch import ModelView
 from ..models.prompts import Request, context_templates, target_tokens
 from ..models.updates import Update
 from ..scores.drift import mask_overlap
-from ..statistics.nullspace import RowSpace, row_spaces
+from ..statistics.nullspace import RowSpace, check_protection, row_spaces
 from .contract import apply_method, phase, require, settings_of, write
 from .keys import Ascent, Contexts, attribution_inputs
 from .solver import NullSpaceSolver, RestrictedSolver
@@ -56,6 +56,7 @@ def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True)
 def _measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
     templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
     spaces, norm = row_spaces(view, tok, hparams, progress), None
+    check_protection(spaces, hparams)
     if hparams.value_norm == "anchored":
         flat = [template for group in templates for template in group]
         norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
