@@ -66,6 +66,8 @@ def _told(spaces: dict[int, RowSpace]) -> dict[int, RowSpace]:
 def check_protection(spaces: Mapping[int, RowSpace], hparams) -> None:
     """ValueError where edits could write nothing (a hard null space that protects every direction) or nothing is protected."""
     given = hparams.P_loc is not None and Path(hparams.P_loc).is_file()
+    if given and (hparams.regularizer == "covariance" or hparams.l2_scale == "auto"):
+        return  # neither works with a projector at all, whatever it protects
     name = "P_loc" if given else "nullspace_threshold" if hparams.nullspace_fraction is None else "nullspace_fraction"
     for layer, space in spaces.items():
         neurons, protected = space.basis.shape
