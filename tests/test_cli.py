@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli
 from easyedit_nmke.experiments.protocol import Segment
+from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
 
 SETTINGS = dict(
@@ -114,7 +115,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, r
         assert run("parts") == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     with Journal.open(tmp_path / "parts" / "state-NMKE-0") as journal:
-        assert len([r for r in journal.records() if r.content["kind"] == "edit"]) == {"before": 2, "scoring": 4}.get(stop, 3)
+        assert len([r for r in journal.records() if r.content["kind"] == EDIT]) == {"before": 2, "scoring": 4}.get(stop, 3)
     assert run("parts") == 0
     results = [list(map(json.loads, (tmp_path / f / "results.jsonl").read_text().splitlines())) for f in ("whole", "parts")]
     assert [line["checkpoint"] for line in results[1]] == [0, 2, 4]

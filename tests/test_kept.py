@@ -59,7 +59,7 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     assert all(torch.equal(model.get_parameter(name), p) for name, p in editor.model.named_parameters())
 
     shown = run(capsys, "export", results, "--to", "lora", "--rank", 2, "--out", tmp_path / "small")
-    report = kept.export(results, "lora", tmp_path / "again", {}, rank=2)
+    report = kept.export(results, "lora", tmp_path / "again", rank=2)
     assert f"Rank 2 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
     assert "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
 

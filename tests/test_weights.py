@@ -10,8 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from easyedit_nmke import LifelongEditor, apply_nmke_to_model
-from easyedit_nmke.methods import nmke
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model, open_state
+from easyedit_nmke.methods import located
 from easyedit_nmke.models.arch import ModelView, editing
 from easyedit_nmke.models.weights import check_model
 
@@ -192,7 +192,7 @@ def test_another_attention_is_sdpa_while_an_edit_is_made(tiny, nmke_hparams, req
 def test_a_failed_edit_gives_the_attention_back(tiny, nmke_hparams, requests, strange, monkeypatch):
     model, tok = tiny("llama")
     model.set_attn_implementation("strange_kernel")
-    monkeypatch.setattr(nmke, "target_values", lambda *_: pytest.fail(model.config._attn_implementation))
+    monkeypatch.setattr(located, "target_values", lambda *_: pytest.fail(model.config._attn_implementation))
     with pytest.raises(pytest.fail.Exception, match="sdpa"):
         apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
     assert model.config._attn_implementation == "strange_kernel"
@@ -201,7 +201,7 @@ def test_a_failed_edit_gives_the_attention_back(tiny, nmke_hparams, requests, st
 def test_a_state_is_opened_under_sdpa(tiny, nmke_hparams, strange):
     model, tok = tiny("llama")
     model.set_attn_implementation("strange_kernel")
-    nmke.open_state(model, tok, nmke_hparams(model, tok, value_norm="anchored"))
+    open_state(model, tok, nmke_hparams(model, tok, value_norm="anchored"))
     assert not strange and model.config._attn_implementation == "strange_kernel"
 
 

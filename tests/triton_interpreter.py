@@ -8,8 +8,8 @@ from test_attribution import READOUTS, make_case
 from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.attribution import AttributionCache, fused
 from easyedit_nmke.attribution.masks import neuron_mask
-from easyedit_nmke.history.state import Update
-from easyedit_nmke.hparams import NMKEHyperParams
+from easyedit_nmke.methods.nmke import NMKEHyperParams
+from easyedit_nmke.models.updates import LowRank
 
 # P, N, D, V: one of each, one tile and a bit, many prompts, a vocabulary of several tiles
 SIZES = [(1, 1, 3, 5), (6, 33, 16, 129), (40, 17, 33, 37), (2, 70, 7, 500)]
@@ -88,7 +88,7 @@ def test_the_kernel_reads_a_cache(dtype):
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(20, 3, generator=generator), 0.1 * torch.randn(3, 63, generator=generator)
     case.w_out.add_(left @ right)
-    cache.follow([Update(0, left, right)], {0: case.w_out}, case.readout)
+    cache.follow({0: [LowRank("0", left, right)]}, {0: case.w_out}, case.readout)
     held = cache.layers[0]
     for final in (case.final_hidden, None):
         args = (case.coefficients, case.residual, case.w_out, case.readout, case.target_ids, 30.0, final)

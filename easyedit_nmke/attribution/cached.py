@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..models.products import linear
-from ..models.updates import Update, fingerprint
+from ..models.updates import LowRank, fingerprint
 from .linear import project
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Projection:
         self.refreshes, self.reason, self.drift = self.refreshes + 1, reason, 0.0
         logger.debug("projections computed anew: %s", reason)
 
-    def follow(self, updates: Sequence[Update], w_out: torch.Tensor, readout) -> None:
+    def follow(self, updates: Sequence[LowRank], w_out: torch.Tensor, readout) -> None:
         """All that one edit added to w_out, as it is now."""
         if not self.synced:  # whatever else happened since the last use has not been looked at: there is nothing to follow from
             self.history = []
@@ -152,11 +152,10 @@ class AttributionCache:
                 "choose another attribution_backend"
             )
 
-    def follow(self, updates: Sequence[Update], weights: Mapping[int, torch.Tensor], readout) -> None:
-        """`updates` were written; weights: layer -> its w_out as it is now."""
-        for layer in {update.layer for update in updates} & set(self.layers):
-            w_out = weights[layer]
-            self.layers[layer].follow([u for u in updates if u.layer == layer], w_out, readout.to(w_out.device))
+    def follow(self, updates: Mapping[int, Sequence[LowRank]], weights: Mapping[int, torch.Tensor], readout) -> None:
+        """`updates` of each layer were written; weights: layer -> its w_out as it is now."""
+        for layer in set(updates) & set(self.layers):
+            self.layers[layer].follow(updates[layer], weights[layer], readout.to(weights[layer].device))
 
 
 def free_memory(device: torch.device) -> int:

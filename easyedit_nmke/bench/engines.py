@@ -17,8 +17,7 @@ from ..attribution.cached import free_memory
 from ..easyedit.foreign import FAMILY_WORDS, Enclosure
 from ..easyedit.register import easyedit_method, easyedit_scorer
 from ..history.state import LifelongState
-from ..methods.baselines import apply_to_model
-from ..methods.contract import settings_of
+from ..methods import apply_to_model, method_of
 from ..methods.keys import Contexts, key_and_value, keys_of
 from ..methods.nmke import neuron_masks
 from ..methods.solver import CovarianceSolver
@@ -26,7 +25,6 @@ from ..methods.values import target_values
 from ..models.arch import evaluating
 from ..models.device import synchronise
 from ..models.prompts import Request
-from ..models.weights import followed
 from ..scores import metrics
 from .machine import Clock, Measured, held_memory
 from .shapes import Bed
@@ -54,9 +52,9 @@ class Ours:
                 solver.append(self.bed.past(layer, count)[:, solver.count :])
 
     def edit(self, request: Request) -> Measured:
-        state = LifelongState(settings_of(self.hparams), self.solvers, self.bed.templates)
+        state = LifelongState(self.hparams.state_settings(), self.solvers, self.bed.templates)
         state.attribution_cache = self._cache
-        state.follow(followed(self.bed.view, self.hparams))  # what a first edit does once is not measured
+        state.follow(method_of(self.hparams).matrices(self.bed.model, self.hparams))  # what a first edit does once is not measured
         held, processor = held_memory(), time.process_time()
         synchronise()
         started = time.perf_counter()

@@ -15,7 +15,8 @@ import torch
 from .. import atlas
 from ..attribution.cached import free_memory
 from ..history.log import EditReport
-from ..hparams import CLASSES, HyperParams, read
+from ..hparams import HyperParams
+from ..methods import method_named, read
 from ..methods.contract import phase
 from ..methods.keys import Contexts, keys_of
 from ..models.arch import ModelView, evaluating
@@ -101,7 +102,7 @@ class Bed:
 
     def hparams(self, method: str, **changes) -> HyperParams:
         """Settings of a method of ours for this model."""
-        kind = CLASSES[method]
+        kind = method_named(method).hparams
         own = {"L2": self.l2, "mom2_update_weight": MEMIT_WEIGHT} if method != "NMKE" else {"L2": self.l2}
         content = {**self.settings, **own, **changes}
         content = {name: value for name, value in content.items() if name in kind.__dataclass_fields__}

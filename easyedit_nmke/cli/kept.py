@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import closing
 from datetime import date
 from pathlib import Path
@@ -14,8 +13,9 @@ from ..history.durable import history, undo
 from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
 from ..history.journal import Journal
 from ..history.log import Edit, standing
-from ..hparams import CLASSES
+from ..methods import method_named
 from ..scores import generation
+from ..scores.table import in_shell
 
 
 def find(folder: str | Path) -> Path:
@@ -76,25 +76,23 @@ def open_editor(folder: Path, model: str | None = None, device: str | None = Non
     with Journal.open(folder, write=False) as journal:
         content = journal.header["hparams"]
     changes = {name: value for name, value in (("model_name", model), ("device", device)) if value is not None}
-    hparams = CLASSES[content["alg_name"]].from_dict(
+    hparams = method_named(content["alg_name"], str(folder)).hparams.from_dict(
         {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
     )
     editor = LifelongEditor.from_hparams(hparams)
-    editor.state  # noqa: B018  opening it brings the model to the last edit
+    editor.open()  # which brings the model to the last edit
     return editor
 
 
 def export(
-    folder: str | Path, to: str, out: Path, columns: Mapping[str, str], rank: int | None = None, model: str | None = None,
-    device: str | None = None,
-) -> LoraReport | None:  # fmt: skip
-    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora". columns: the
-    scores that the card shows, and their headings."""
+    folder: str | Path, to: str, out: Path, rank: int | None = None, model: str | None = None, device: str | None = None
+) -> LoraReport | None:
+    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora"."""
     if rank is not None and to != "lora":
         raise ValueError(f"--rank is for --to lora, not for --to {to}")
     check_new(out)
     with closing(open_editor(find(folder), model, device)) as editor:
-        card = _card(editor, columns)
+        card = _card(editor)
         originals, updates = editor.state.changes()
         if to == "model":
             return export_model(editor.model, editor.tok, out, card)
@@ -103,13 +101,14 @@ def export(
         return export_lora(editor.model, updates, out, card, rank)
 
 
-def _card(editor: LifelongEditor, columns: Mapping[str, str]) -> Card:
+def _card(editor: LifelongEditor) -> Card:
     """Scores are those that were taken on the way, if no edit was taken out since."""
+    headings = in_shell()
     state, now = editor.state, list(standing(editor.state.events).values())
     weights = json.dumps(state.book.journal.header["model"]["weights"], sort_keys=True)
     lines = [note["segment"]["line"] for _, note in state.notes if "line" in note.get("segment", {})]
     scores = [
-        {"Edits": line["checkpoint"], **{heading: line["scores"].get(name) for name, heading in columns.items()}}
+        {"Edits": line["checkpoint"], **{heading: line["scores"].get(name) for name, heading in headings.items()}}
         for line in lines
         if "undone" not in now
     ]

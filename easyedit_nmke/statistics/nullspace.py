@@ -66,12 +66,13 @@ def _told(spaces: dict[int, RowSpace]) -> dict[int, RowSpace]:
 def check_protection(spaces: Mapping[int, RowSpace], hparams) -> None:
     """ValueError where edits could write nothing (a hard null space that protects every direction) or nothing is protected."""
     given = hparams.P_loc is not None and Path(hparams.P_loc).is_file()
-    if given and (hparams.regularizer == "covariance" or hparams.l2_scale == "auto"):
+    soft = getattr(hparams, "regularizer", None) == "covariance"
+    if given and (soft or getattr(hparams, "l2_scale", None) == "auto"):
         return  # neither works with a projector at all, whatever it protects
     name = "P_loc" if given else "nullspace_threshold" if hparams.nullspace_fraction is None else "nullspace_fraction"
     for layer, space in spaces.items():
         neurons, protected = space.basis.shape
-        if 0 < protected < neurons or (protected and hparams.regularizer == "covariance"):
+        if 0 < protected < neurons or (protected and soft):
             continue
         what = "an edit could write nothing" if protected else "an edit could change all that the model knows"
         advice = f"{'raise' if protected else 'lower'} nullspace_threshold, or set nullspace_fraction to the share to leave free"
