@@ -6,7 +6,6 @@ The classes stand with their methods (`methods/`), each field with what it may b
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import site
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from .messages import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -256,12 +257,6 @@ _EASYEDIT_EVALUATION = {"evaluation_type", "api_key"}
 def report(source: str, problems: list[str]) -> str:
     noun = "problem" if len(problems) == 1 else "problems"
     return f"{source}: {len(problems)} {noun}\n" + "\n".join(f"  - {p}" for p in problems)
-
-
-def did_you_mean(name: str, known) -> str:
-    """ " (did you mean ...?)", or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _number(f: dataclasses.Field | None, value: Any) -> Any:

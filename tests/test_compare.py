@@ -1,17 +1,21 @@
 """Methods side by side: how they are named, and that a comparison can be stopped at any moment."""
 
+import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import yaml
 from conftest import tiny_model
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.experiments import compare, methods
+from easyedit_nmke.experiments import compare, methods, processes
 from easyedit_nmke.experiments.compare import Plan
 from easyedit_nmke.experiments.methods import ABLATIONS, Method
 from easyedit_nmke.experiments.protocol import Progress
@@ -178,6 +182,82 @@ def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp
 
     assert scores("killed").keys() == scores("whole").keys() and len(scores("whole")) == 7
     assert not any((tmp_path / "killed" / "segments").iterdir())
+
+
+class Lost(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+class Failing(Method):
+    """Fails, once the other method has a result, with an error that cannot be told as it is."""
+
+    def editor(self, seed, state_dir):
+        results = state_dir.parents[1] / "results.jsonl"
+        while '"NMKE"' not in results.read_text():
+            time.sleep(0.05)
+        raise Lost("no weights left")
+
+
+def test_an_error_that_cannot_be_pickled_ends_the_comparison_and_keeps_its_results(plan, quick):
+    two = plan("NMKE", seeds=(0,), edits=12, checkpoints=(1, 12))
+    two = dataclasses.replace(two, methods=(*two.methods, Failing("failing")))
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in editor.*Lost: no weights left"):
+        compare.compare(two, jobs=2)
+    held = [line["checkpoint"] for line in compare.read_lines(two.directory / "results.jsonl") if line["method"] == "NMKE"]
+    assert held[:1] == [1] and not multiprocessing.active_children()
+
+
+def test_a_machine_with_too_few_cores_is_warned_of_once(plan, monkeypatch, caplog):
+    monkeypatch.setattr(processes, "cores", lambda: 0)
+    compare.compare(plan("NMKE", seeds=(0, 1), edits=1, checkpoints=(1,)))
+    assert len([record for record in caplog.records if "oversubscribed" in record.getMessage()]) == 1
+
+
+@pytest.fixture
+def easyedit_files(tmp_path):
+    """easyedit_files(**model) -> a folder with EasyEdit's AlphaEdit file for a model `new`, which says that much of it."""
+
+    def make(**said):
+        folder = tmp_path / "files"
+        (folder / "easyedit" / "AlphaEdit").mkdir(parents=True)
+        (folder / "easyedit" / "AlphaEdit" / "new.yaml").write_text(yaml.safe_dump({"alg_name": "AlphaEdit", "L2": 5, **said}))
+        return folder
+
+    return make
+
+
+def test_easyedits_methods_edit_the_model_that_the_folder_or_the_command_line_names(easyedit_files):
+    folder = easyedit_files(model_name="/models/theirs", device="cpu", fp16=True)
+    name = "easyedit:AlphaEdit"
+    (found,) = methods.methods(name, "new", folder)
+    assert (found.base.model_name, found.base.device, found.base.fp16) == ("/models/theirs", "cpu", True)
+    assert found.file == str(folder / "easyedit" / "AlphaEdit" / "new.yaml")
+    (found,) = methods.methods(name, "new", folder, {"model_name": "/models/mine", "dtype": "bfloat16"})
+    assert (found.base.model_name, found.base.device, found.base.dtype) == ("/models/mine", "cpu", "bfloat16")
+    (folder / "NMKE").mkdir()
+    content = {"alg_name": "NMKE", "model_name": "/models/ours", "layers": [0], "device": "cpu", "dtype": "float16"}
+    (folder / "NMKE" / "new.yaml").write_text(yaml.safe_dump(content))
+    (found,) = methods.methods(name, "new", folder)
+    assert (found.base.model_name, found.base.dtype) == ("/models/ours", "float16")
+
+
+def test_a_folder_that_does_not_say_which_model_is_meant_is_refused(easyedit_files, tmp_path):
+    folder = easyedit_files(device="cpu")
+    with pytest.raises(ValueError, match=r"no file says which model 'new' is: there is no .*NMKE/new.yaml, .*give --model-path"):
+        methods.methods("easyedit:AlphaEdit", "new", folder)
+    (found,) = methods.methods("easyedit:AlphaEdit", "new", folder, {"model_name": "/models/mine"})
+    assert found.base.model_name == "/models/mine"
+    with pytest.raises(ValueError, match="no file says which model 'llama9' is"):
+        methods.methods("easyedit:AlphaEdit", "llama9")
+
+
+def test_methods_whose_edits_a_run_keeps():
+    assert read("NMKE/atlas").keeps_updates and not read("FT/atlas").keeps_updates
+    assert methods.changed(read("FT/atlas"), {"keep_updates": True}).keeps_updates
 
 
 def test_an_error_in_a_process_ends_the_comparison_with_its_message(plan):

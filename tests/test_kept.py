@@ -77,6 +77,25 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     assert "1 edit taken out" in run(capsys, "rollback", results, 0) and not kept.edits(results)
 
 
+def test_files_are_verified(results, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "Never verified: --verify reads every file" in run(capsys, "log", results)
+    shown = run(capsys, "log", results, "--verify")
+    records = kept.verify(results).records
+    assert shown.count("effective") == 3 and f" {records} records: every byte as it was written" in shown
+    path = kept.find(results) / "edits" / "000001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "every byte as it was written" in run(capsys, "log", results)  # as of then; sizes are the same
+    assert cli.main(["log", str(results), "--verify"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "edits/000001.safetensors is not what was written (other checksum)\n"
+    assert "is damaged, see above; put this file back from a backup" in told.err
+    assert f" {records} records: 1 problem" in run(capsys, "log", results)
+    path.write_bytes(data)
+    run(capsys, "log", results, "--verify")
+
+
 def test_what_cannot_be_done_is_said(results, tmp_path, capsys):
     for argv, said in (
         (["log", tmp_path / "nowhere"], "holds no state of edits"),

@@ -11,7 +11,7 @@ import easyedit_nmke
 
 ROOT = Path(easyedit_nmke.__file__).parent
 FLOORS = (
-    {"hparams", "files", "extensions"},
+    {"hparams", "files", "messages", "extensions"},
     {"atlas"},
     {"models"},
     {"data", "statistics", "attribution", "history", "scores"},

@@ -13,8 +13,9 @@ from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.experiments import protocol
 from easyedit_nmke.experiments.protocol import Progress, Result, Scorer, Segment
+from easyedit_nmke.methods.solver import NullSpaceSolver
 from easyedit_nmke.models.prompts import Request
-from easyedit_nmke.scores import generation, metrics
+from easyedit_nmke.scores import generation, metrics, table
 from easyedit_nmke.scores.drift import weight_drift
 
 
@@ -131,6 +132,51 @@ def test_a_segment_of_other_settings_is_not_taken_up(begin, tmp_path):
     with pytest.raises(ValueError, match=r"begun with other settings \(data .*'x'.*'y'"):
         Segment(again.editor, again.scorer, "NMKE", 0, {**again.stamp, "data": {"name": "y"}})
     again.editor.close()
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, torch.linalg.LinAlgError])
+def test_edits_of_a_worn_out_model_that_cannot_be_written_are_listed_and_change_nothing(begin, tmp_path, monkeypatch, error):
+    """The second layer of the second edit fails, when the first layer is written already."""
+    solve, calls = NullSpaceSolver.directions, []
+
+    def directions(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error("the matrix is not positive definite")
+        return solve(self, *args)
+
+    monkeypatch.setattr(NullSpaceSolver, "directions", directions)
+    segment = begin(edits=3, state_dir=str(tmp_path / "state"))
+    lines, before = [], None
+    for event in segment.run([1, 2, 3]):
+        if isinstance(event, Result):
+            lines.append(event.line)
+            before = before or weights_of(segment)
+        elif len(segment.immediate) == 2:
+            assert all(torch.equal(weight, before[name]) for name, weight in weights_of(segment).items())
+            assert segment.editor.state.edits == 1
+    assert [line["failed"] for line in lines] == [[], [2], [2]] and list(map(protocol.failed_edits, lines)) == [0, 1, 1]
+    assert segment.editor.state.edits == 2 and len(segment.immediate) == 3
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights_of(segment).items())
+    segment.editor.close()
+    again = begin(edits=3, state_dir=str(tmp_path / "state"))
+    assert again.failed == [2] and again.lines == lines
+    again.editor.close()
+
+
+def test_bad_input_still_ends_a_run(begin, monkeypatch):
+    segment = begin(edits=2)
+    monkeypatch.setattr(
+        NullSpaceSolver, "directions", lambda *_: (_ for _ in ()).throw(ValueError("keys are [3], expected [F, K]"))
+    )
+    with pytest.raises(ValueError, match="keys are"):
+        list(segment.run([2]))
+    assert not segment.failed
+
+
+def test_every_score_has_its_row(begin):
+    (line,) = lines_of(begin(edits=2).run([2]))
+    assert set(line["scores"]) <= set(table.OWN)
 
 
 def test_batches_do_not_run_over_a_checkpoint(begin):

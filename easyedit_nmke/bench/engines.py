@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 
-from ..attribution.cached import free_memory
 from ..easyedit.foreign import FAMILY_WORDS, Enclosure
 from ..easyedit.register import easyedit_method, easyedit_scorer
 from ..history.state import LifelongState
@@ -23,7 +22,7 @@ from ..methods.nmke import neuron_masks
 from ..methods.solver import CovarianceSolver
 from ..methods.values import target_values
 from ..models.arch import evaluating
-from ..models.device import synchronise
+from ..models.device import free_memory, synchronise
 from ..models.prompts import Request
 from ..scores import metrics
 from .machine import Clock, Measured, held_memory
@@ -156,7 +155,7 @@ class EasyEdit:
     def _check_fits(self) -> None:
         size = (2 if self.needs_past else 1) * len(self.bed.layers) * self.bed.neurons**2 * 4
         free = free_memory(torch.device("cpu"))
-        if free and size > free:
+        if size > free:
             raise ValueError(f"its matrices take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
 
     def _modules(self) -> dict[str, str]:

@@ -7,7 +7,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from rich.console import Console
 
@@ -15,20 +14,9 @@ from ..extensions import with_extensions
 from . import bench, check, demo, edits, report, run
 from .verb import Verb
 
-VERBS: Mapping[str, Verb] = MappingProxyType(
-    {
-        "demo": demo.VERB,
-        "check": check.VERB,
-        "run": run.RUN,
-        "compare": run.COMPARE,
-        "report": report.VERB,
-        "log": edits.LOG,
-        "undo": edits.UNDO,
-        "rollback": edits.ROLLBACK,
-        "export": edits.EXPORT,
-        "bench": bench.VERB,
-    }
-)
+VERBS = (
+    demo.VERB, check.VERB, run.RUN, run.COMPARE, report.VERB, edits.LOG, edits.UNDO, edits.ROLLBACK, edits.EXPORT, bench.VERB,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,11 +49,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verbs() -> dict[str, Verb]:
-    """This package's verbs and those that others add. ValueError for what is no `Verb`."""
-    verbs = with_extensions("verbs", VERBS)
+    """This package's verbs, in the order of the help, and those that others add. ValueError for what is no `Verb`."""
+    verbs = with_extensions("verbs", {verb.name: verb for verb in VERBS})
     for name, verb in verbs.items():
-        if not isinstance(verb, Verb):
-            raise ValueError(f"the verb {name!r} of an installed package is {verb!r}, expected a Verb of easyedit_nmke.cli.verb")
+        if not isinstance(verb, Verb) or verb.name != name:
+            raise ValueError(f"the verb {name!r} of an installed package is {verb!r}, expected a Verb({name!r}, ...) of cli.verb")
     return verbs
 
 

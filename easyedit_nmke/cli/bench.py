@@ -27,7 +27,7 @@ def _bench(args, console: Console) -> int:
     import torch
 
     from .. import bench
-    from ..experiments.protocol import write_json
+    from ..files import write_json
 
     quiet_libraries(args)
     if args.out and args.out.is_dir():
@@ -79,6 +79,9 @@ def _aligned(headings: list[str], body: list[list[str]]) -> list[str]:
 
 
 VERB = Verb(
+    "bench",
     "time and memory of an edit: this package, the plain equations and EasyEdit, side by side",
-    "nmke bench --shape small --edits 3 --at 1,500 --out bench.json", _bench, _arguments,
-)  # fmt: skip
+    "nmke bench --shape small --edits 3 --at 1,500 --out bench.json",
+    _bench,
+    _arguments,
+)

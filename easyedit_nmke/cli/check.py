@@ -6,7 +6,6 @@ import argparse
 
 from rich.console import Console
 
-from ..methods import read
 from .verb import Verb
 
 
@@ -15,6 +14,8 @@ def _arguments(check: argparse.ArgumentParser) -> None:
 
 
 def _check(args, console: Console) -> int:
+    from ..methods import read
+
     bad = 0
     for name in args.files:
         try:
@@ -27,6 +28,10 @@ def _check(args, console: Console) -> int:
 
 
 VERB = Verb(
-    "report every problem of hyperparameter files at once", "nmke check hparams/NMKE/llama3-8b.yaml", _check, _arguments,
+    "check",
+    "report every problem of hyperparameter files at once",
+    "nmke check hparams/NMKE/llama3-8b.yaml",
+    _check,
+    _arguments,
     needs_arguments=True,
-)  # fmt: skip
+)

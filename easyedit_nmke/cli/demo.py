@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ..methods.nmke import NMKEHyperParams
 from .verb import Verb, cells, positive, quiet_libraries, score_table
 
 
@@ -24,7 +23,9 @@ def _arguments(demo: argparse.ArgumentParser) -> None:
 def _demo(args, console: Console) -> int:
     from .. import atlas
     from ..editor import LifelongEditor
-    from ..experiments.protocol import Scorer, Segment, stamp, write_json
+    from ..experiments.protocol import Scorer, Segment, stamp
+    from ..files import write_json
+    from ..methods.nmke import NMKEHyperParams
     from ..models.prompts import Request
     from ..scores.table import in_shell
 
@@ -100,6 +101,9 @@ def _legend(edits: int) -> str:
 
 
 VERB = Verb(
-    "edit the embedded model with NMKE and with AlphaEdit, and score both after all edits", "nmke demo --edits 50", _demo,
+    "demo",
+    "edit the embedded model with NMKE and with AlphaEdit, and score both after all edits",
+    "nmke demo --edits 50",
+    _demo,
     _arguments,
-)  # fmt: skip
+)

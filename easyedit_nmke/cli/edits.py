@@ -22,6 +22,7 @@ def _folder(sub: argparse.ArgumentParser) -> None:
 def _log_arguments(log: argparse.ArgumentParser) -> None:
     _folder(log)
     log.add_argument("--check", action="store_true", help="also load the model and ask it")
+    log.add_argument("--verify", action="store_true", help="first read every file and check that it is what was written")
 
 
 def _undo_arguments(undo: argparse.ArgumentParser) -> None:
@@ -45,6 +46,11 @@ def _export_arguments(export: argparse.ArgumentParser) -> None:
 def _log(args, console: Console) -> int:
     from . import kept
 
+    if args.verify and (problems := kept.verify(args.folder).problems):
+        for problem in problems:
+            console.print(f"{problem.file} {problem.reason}", highlight=False, markup=False, soft_wrap=True)
+        files = "this file" if len(problems) == 1 else "these files"
+        raise ValueError(f"{args.folder} is damaged, see above; put {files} back from a backup")
     if args.check:
         quiet_libraries(args)
     table = Table(title=f"Edits in {args.folder}", title_justify="left", box=SIMPLE)
@@ -58,6 +64,7 @@ def _log(args, console: Console) -> int:
         asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
         table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
     console.print(table)
+    console.print(kept.verified(args.folder), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -96,17 +103,34 @@ def _export(args, console: Console) -> int:
 
 
 LOG = Verb(
-    "list the edits that are kept in a folder: what was asked, when, and whether it still counts", "nmke log results", _log,
-    _log_arguments, needs_arguments=True,
-)  # fmt: skip
+    "log",
+    "list the edits that are kept in a folder: what was asked, when, and whether it still counts",
+    "nmke log results",
+    _log,
+    _log_arguments,
+    needs_arguments=True,
+)
 UNDO = Verb(
-    "take one edit out, wherever it lies; the others stay", "nmke undo results 17", _undo, _undo_arguments, needs_arguments=True
+    "undo",
+    "take one edit out, wherever it lies; the others stay",
+    "nmke undo results 17",
+    _undo,
+    _undo_arguments,
+    needs_arguments=True,
 )
 ROLLBACK = Verb(
-    "take all edits after one out, as if they had never been", "nmke rollback results 100", _rollback, _rollback_arguments,
+    "rollback",
+    "take all edits after one out, as if they had never been",
+    "nmke rollback results 100",
+    _rollback,
+    _rollback_arguments,
     needs_arguments=True,
-)  # fmt: skip
+)
 EXPORT = Verb(
-    "write the edited model for others: a checkpoint, a delta, or a LoRA adapter", "nmke export results --to lora --rank 64",
-    _export, _export_arguments, needs_arguments=True,
-)  # fmt: skip
+    "export",
+    "write the edited model for others: a checkpoint, a delta, or a LoRA adapter",
+    "nmke export results --to lora --rank 64",
+    _export,
+    _export_arguments,
+    needs_arguments=True,
+)

@@ -9,9 +9,10 @@ from datetime import date
 from pathlib import Path
 
 from ..editor import LifelongEditor
+from ..history import journal
 from ..history.durable import history, undo
 from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
-from ..history.journal import Journal
+from ..history.journal import Journal, Verification
 from ..history.log import Edit, standing
 from ..methods import method_named
 from ..scores import generation
@@ -48,6 +49,21 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
         for edit, text in zip(found, said, strict=True):
             edit["said"] = generation.answer(text)
     return found
+
+
+def verify(folder: str | Path) -> Verification:
+    """Read every file of a state and check its checksum; what is wrong, file by file."""
+    return journal.verify(find(folder))
+
+
+def verified(folder: str | Path) -> str:
+    """When that was last done, and with what result, in a sentence."""
+    found = journal.last_verified(find(folder))
+    if found is None:
+        return "Never verified: --verify reads every file, without it only their sizes are looked at"
+    count = len(found.problems)
+    result = f"{count} {'problem' if count == 1 else 'problems'}" if count else "every byte as it was written"
+    return f"Last verified {found.made}, {found.records} {'record' if found.records == 1 else 'records'}: {result}"
 
 
 def take_out(folder: str | Path, edit: int, resolve: bool = False, model: str | None = None, device: str | None = None) -> dict:

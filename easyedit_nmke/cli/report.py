@@ -53,6 +53,10 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
 
 
 VERB = Verb(
-    "tables and figures of a comparison's results.jsonl, as one HTML page", "nmke report results", _report, _arguments,
+    "report",
+    "tables and figures of a comparison's results.jsonl, as one HTML page",
+    "nmke report results",
+    _report,
+    _arguments,
     needs_arguments=True,
-)  # fmt: skip
+)

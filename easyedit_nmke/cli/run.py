@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ..methods import read
 from .report import comparison
 from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table
 
@@ -60,6 +59,7 @@ def _run(args, console: Console) -> int:
     from ..experiments.compare import state_directory
     from ..experiments.methods import Method, changed
     from ..experiments.stream import stream as chosen
+    from ..methods import read
 
     quiet_libraries(args)
     tasks = _tasks(args)
@@ -179,12 +179,19 @@ def _asked_to_stop() -> Iterator[list]:
 
 
 RUN = Verb(
+    "run",
     "edit a model with the facts of a file, one after the other, and score all of them at checkpoints",
-    "nmke run --hparams atlas --data requests.json --out results --edits 100", _run, _run_arguments,
-    needs_arguments=True, goes_on=True,
-)  # fmt: skip
-COMPARE = Verb(
-    "edit and score the same facts with several methods",
-    "nmke compare --model atlas --edits 400 --checkpoints 1,100,400 --seeds 3 --jobs 2 --out results", _compare, _compare_arguments,
+    "nmke run --hparams atlas --data requests.json --out results --edits 100",
+    _run,
+    _run_arguments,
+    needs_arguments=True,
     goes_on=True,
-)  # fmt: skip
+)
+COMPARE = Verb(
+    "compare",
+    "edit and score the same facts with several methods",
+    "nmke compare --model atlas --edits 400 --checkpoints 1,100,400 --seeds 3 --jobs 2 --out results",
+    _compare,
+    _compare_arguments,
+    goes_on=True,
+)

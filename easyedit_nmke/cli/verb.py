@@ -12,16 +12,17 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Verb:
-    """One word after `nmke`. summary: a line of help; example: a whole command line.
+    """`nmke NAME`. summary: a line of help; example: a whole command line.
 
     run(args, console) does the work and returns the exit code; a ValueError, FloatingPointError, OSError, ImportError or
     RuntimeError becomes one sentence on stderr and exit code 1. `args` holds what `add_arguments` asks for, and `verb`, `command`
     (the whole command line) and `verbose`. Whatever takes long to import (torch, transformers, experiments) is imported in `run`.
     needs_arguments: `nmke VERB` alone prints its help. goes_on: interrupted, the same command goes on from there.
 
-    A package adds one by an entry point of the group easyedit_nmke.verbs: the verb, and a `Verb`.
+    A package adds one by an entry point of the group easyedit_nmke.verbs: the verb's name, and its `Verb`.
     """
 
+    name: str
     summary: str
     example: str
     run: Callable[[argparse.Namespace, Console], int]

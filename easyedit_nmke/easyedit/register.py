@@ -12,7 +12,6 @@ Nothing is remembered here: whether NMKE is registered is read off EasyEdit's ow
 """
 
 import builtins
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -22,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from ..messages import did_you_mean
 
 ALG_NAME = "NMKE"
 ACCELERATED = ("AlphaEdit", "MEMIT")
@@ -71,8 +72,7 @@ def easyedit_method(name: str) -> tuple[str, Callable, type]:
     ours = {ALG_NAME, *(known for known, apply in table.items() if hasattr(apply, "of_easyedit_nmke"))}
     methods = {known.lower(): known for known in table if known not in ours}
     if name.lower() not in methods:
-        close = [methods[known] for known in difflib.get_close_matches(name.lower(), methods, n=1)]
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(name, methods.values())
         raise ValueError(f"EasyEdit has no method {name!r}{hint}; it has {', '.join(methods.values())}")
     name = methods[name.lower()]
     apply = table[name]

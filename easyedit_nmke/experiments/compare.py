@@ -15,21 +15,10 @@ from pathlib import Path
 
 from .. import atlas
 from ..editor import LifelongEditor
+from ..files import whole, write_json
 from .methods import Method
 from .processes import in_processes, warn_if_oversubscribed
-from .protocol import (
-    Event,
-    Progress,
-    Result,
-    Scorer,
-    Segment,
-    hparams_differ,
-    save_edited,
-    settings_differ,
-    stamp,
-    whole,
-    write_json,
-)  # fmt: skip
+from .protocol import Event, Progress, Result, Scorer, Segment, hparams_differ, save_edited, settings_differ, stamp
 from .stream import stream
 
 logger = logging.getLogger(__name__)

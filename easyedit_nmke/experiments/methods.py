@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from ..attribution import STRATEGIES
 from ..editor import LifelongEditor
 from ..hparams import HyperParams, shipped
+from ..messages import did_you_mean
 from ..methods import methods as editing_methods
 from ..methods import read
 from ..methods.nmke import NMKEHyperParams
@@ -51,9 +52,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "fixed 0.3/0.3, exact ties": {"ratio": "fixed", "general_ratio": 0.3, "specific_ratio": 0.3, "mask_ties": "exact"},
         },
         "attribution": {
-            "LPS": {"attribution_strategy": "lps"},
-            "PSA": {"attribution_strategy": "psa"},
-            "MPC": {"attribution_strategy": "mpc"},
+            **{strategy.label: {"attribution_strategy": name} for name, strategy in STRATEGIES.items()},
             "new target": {"attribution_target": "target_new"},
             "exact norm": {"attribution_norm": "exact"},
             "padded end": {"attribution_position": "padded_end"},
@@ -110,11 +109,10 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
             found.append(Method(name, easyedit=method, file=file, base=base))
             continue
         file, preset = VARIANTS.get(bare, ("{method}/{model}", {}))
-        if bare not in VARIANTS and bare not in editing_methods():
-            known = [*editing_methods(), *VARIANTS, "easyedit:<method>"]
-            close = difflib.get_close_matches(bare, known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"method {bare!r} is not known{hint}; known: {', '.join(known)}")
+        known = editing_methods()
+        if bare not in VARIANTS and bare not in known:
+            known = [*known, *VARIANTS, "easyedit:<method>"]
+            raise ValueError(f"method {bare!r} is not known{did_you_mean(bare, known)}; known: {', '.join(known)}")
         path = file.format(method=bare, model=model)
         settings = read(directory / path if directory else path)
         found.append(Method(name, changed(settings, {**preset, **changes, **(overrides or {})})))

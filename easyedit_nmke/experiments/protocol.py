@@ -6,9 +6,7 @@ A segment is one editor over one stream of requests. Its editor is anything with
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..editor import LifelongEditor
+from ..files import whole
 from ..history.journal import versions
 from ..hparams import defaults, differences
 from ..methods import methods
@@ -287,38 +286,12 @@ def failed_edits(line: Mapping) -> int:
 # ---- files
 
 
+def _edited(editor: LifelongEditor) -> dict[str, torch.nn.Parameter]:
+    return {name: editor.model.get_parameter(name) for name in editor.method.matrices(editor.model, editor.hparams)}
+
+
 def save_edited(editor: LifelongEditor, path: Path) -> None:
     """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in _edited(editor).items()}
     with whole(path) as temporary:
         save_file(tensors, temporary)
-
-
-def write_json(path: Path, content) -> None:
-    """All or nothing."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _edited(editor: LifelongEditor) -> dict[str, torch.nn.Parameter]:
-    return {name: editor.model.get_parameter(name) for name in editor.method.matrices(editor.model, editor.hparams)}
-
-
-class whole:
-    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            with self.temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from .. import hparams as settings
 from ..extensions import with_extensions
 from ..history.log import Undo, check_undo, standing
 from ..history.state import LifelongState
-from ..hparams import HyperParams, did_you_mean
+from ..hparams import HyperParams
+from ..messages import did_you_mean
 from ..models.prompts import Request
 from . import alphaedit, ft, memit, nmke, rome
 from .contract import Method, apply_method

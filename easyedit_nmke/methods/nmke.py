@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attribution import AttributionCache, choose, neuron_scores
+from ..attribution import STRATEGIES, AttributionCache, choose, neuron_scores
 from ..attribution.masks import NeuronMask, neuron_mask, shuffled
 from ..history.durable import Ground
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import did_you_mean, is_number, report, setting
+from ..hparams import is_number, report, setting
+from ..messages import did_you_mean
 from ..models.arch import ModelView
 from ..models.prompts import Request, target_tokens
 from ..models.updates import of_parameter
@@ -56,7 +57,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
     control: str = setting("none", choices=("none", "random", "uniform"))
 
     # Attribution (Eqs. 2, 3)
-    attribution_strategy: str = setting("lps", choices=("lps", "psa", "mpc"))
+    attribution_strategy: str = setting("lps", choices=tuple(STRATEGIES))
     amplification: float = setting(30.0, above=0)
     attribution_target: str = setting("predicted", choices=("predicted", "target_new"))
     attribution_norm: str = setting("frozen", choices=("frozen", "exact"))
@@ -250,8 +251,9 @@ def neuron_masks(
 
 def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:
     """(cache, backend) of this edit's attribution; the state's cache counts it, the report says why."""
-    if hparams.attribution_strategy == "mpc":
-        backend, reason = hparams.attribution_backend.replace("cached", "auto"), "MPC needs no vocabulary"
+    strategy = STRATEGIES[hparams.attribution_strategy]
+    if strategy.gain is None:
+        backend, reason = hparams.attribution_backend.replace("cached", "auto"), f"{strategy.label} needs no vocabulary"
         cache = None
     else:
         if state is not None and state.attribution_cache is None:
