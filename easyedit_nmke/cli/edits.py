@@ -63,7 +63,7 @@ def _log(args, console: Console) -> int:
         table.add_column(name, overflow="fold")
     for edit in kept.edits(args.folder, args.model, args.device, args.check):
         style = "" if edit["now"] == "effective" else "dim"
-        said = [Text(edit["said"], "green" if edit["said"] == edit["target_new"] else "red")] if args.check else []
+        said = [Text(edit["said"], "green" if edit["right"] else "red")] if args.check else []
         asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
         table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
     console.print(table)

@@ -34,7 +34,8 @@ def find(folder: str | Path) -> Path:
 
 def edits(folder: str | Path, model: str | None = None, device: str | None = None, check: bool = False) -> list[dict]:
     """Every edit of a state: id, subject, prompt, old and new answer, when it was made, and what has become of it. Loads no model,
-    unless `check`: then "said" is what the edited model answers now.
+    unless `check`: then "said" is what the edited model answers now, and "right" whether that
+    is the new answer.
     """
     where = find(folder)
     with Journal.open(where, write=False) as journal:
@@ -48,9 +49,9 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     if check and found:
         editor = open_editor(where, model, device)
         editor.close()  # it is only asked
-        said = generation.greedy_texts(editor.model, editor.tok, [edit["prompt"] for edit in found])
-        for edit, text in zip(found, said, strict=True):
-            edit["said"] = generation.answer(text)
+        verdicts = generation.judge(editor.model, editor.tok, [(edit["prompt"], edit["target_new"]) for edit in found])
+        for edit, verdict in zip(found, verdicts, strict=True):
+            edit.update(said=verdict.answer, right=verdict.exact)
     return found
 
 
