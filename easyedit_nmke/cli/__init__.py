@@ -20,6 +20,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from ..hparams import NMKEHyperParams, read
+from . import doctor
 
 EXAMPLES = {
     "demo": "nmke demo --edits 50",
@@ -32,6 +33,7 @@ EXAMPLES = {
     "rollback": "nmke rollback results 100",
     "export": "nmke export results --to lora --rank 64",
     "bench": "nmke bench --shape small --edits 3 --at 1,500 --out bench.json",
+    "doctor": doctor.EXAMPLE,
 }
 COLUMNS = {
     "rel": "Rel",
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.command = "nmke " + shlex.join(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if not args.verbose:
+    if not args.verbose and args.verb != "doctor":  # which works without them
         _quiet_libraries()
     try:
         return args.run(args, Console())
@@ -76,6 +78,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         epilog="for example:\n" + "\n".join(f"  {line}" for line in EXAMPLES.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=doctor.version_line())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, run, summary: str) -> argparse.ArgumentParser:
@@ -136,6 +139,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     bench.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     bench.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, float16")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
+    verb("doctor", doctor.run, doctor.SUMMARY)
     return parser, verbs.choices
 
 
