@@ -139,4 +139,5 @@ def test_version_names_what_decides_the_numbers(capsys):
 
 
 def test_every_extra_says_what_it_is_for(setup):
-    assert set(setup["options.extras_require"]) <= set(doctor.EXTRAS)
+    assert set(setup["options.extras_require"]) - {"test"} <= set(doctor.EXTRAS)
+    assert set(doctor._extras()) <= set(doctor.EXTRAS)

@@ -29,7 +29,6 @@ EXTRAS = {  # what each is for
     "harness": "general ability by public tasks: --harness",
     "gguf": "loads models of GGUF files",
     "cuda": "Triton: attribution_backend fused, on a GPU",
-    "test": "runs and checks the tests",
 }
 WIDEST = 1000
 NAMED = 4  # packages that a line names; of more, it tells the number
@@ -89,9 +88,9 @@ def _requirements() -> list[Requirement]:
 
 
 def _extras() -> list[str]:
-    """The extras of the installed package."""
+    """The extras of the installed package, without that of its tests."""
     try:
-        return metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+        return [extra for extra in metadata.metadata(PACKAGE).get_all("Provides-Extra") or [] if extra != "test"]
     except metadata.PackageNotFoundError:
         return []
 
