@@ -6,25 +6,25 @@ this engine, `apply_nmke_to_model` is the method itself.
 
 import importlib
 
-# Eagerly: a function named as its module would be shadowed by the module's first import.
-from .easyedit.register import accelerate_easyedit, register
-
 __version__ = "0.1.0"
 
 _HOMES = {
-    "NMKEHyperParams": "hparams",
-    "AlphaEditHyperParams": "hparams",
-    "MEMITHyperParams": "hparams",
-    "ROMEHyperParams": "hparams",
-    "FTHyperParams": "hparams",
+    "NMKEHyperParams": "methods.nmke",
+    "AlphaEditHyperParams": "methods.alphaedit",
+    "MEMITHyperParams": "methods.memit",
+    "ROMEHyperParams": "methods.rome",
+    "FTHyperParams": "methods.ft",
     "LifelongEditor": "editor",
     "LifelongState": "history.state",
     "load_delta": "history.delta",
-    "apply_nmke_to_model": "methods.nmke",
-    "apply_to_model": "methods.baselines",
-    "open_state": "methods.baselines",
+    "apply_nmke_to_model": "methods",
+    "apply_to_model": "methods",
+    "open_state": "methods",
+    "read": "methods",
+    "accelerate_easyedit": "easyedit.register",
+    "register": "easyedit.register",
 }
-__all__ = [*_HOMES, "accelerate_easyedit", "register"]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):

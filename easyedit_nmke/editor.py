@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from .history.state import LifelongState
 from .hparams import HyperParams
-from .methods.baselines import apply_to_model, open_state, undo
+from .methods import apply_to_model, method_of, undo
 from .methods.contract import carried_state, check_requests
 from .models.arch import ModelView
 from .models.loading import load_model
 from .models.prompts import Request
-from .models.weights import check_model, followed
+from .models.weights import check_model
 from .scores import metrics
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class LifelongEditor:
     def __init__(self, hparams: HyperParams):
         hparams.validate()
         self.hparams, self.model_name, self.alg_name = hparams, hparams.model_name, hparams.alg_name
+        self.method = method_of(hparams)
         self.model, self.tok = load_model(hparams)
         check_model(ModelView(self.model), hparams)
         self._state: LifelongState | None = None
@@ -37,13 +38,17 @@ class LifelongEditor:
     def from_hparams(cls, hparams: HyperParams) -> LifelongEditor:
         return cls(hparams)
 
+    def open(self) -> LifelongState:
+        """Make the state, or take up the one that the model or `state_dir` has. Most of the work is the covariance of keys, at
+        8B hours, once for a model (it is cached on disk). The first edit opens the state by itself."""
+        if self._state is None:
+            self._state = carried_state(self.model, self.tok, self.hparams, self.method)
+        return self._state
+
     @property
     def state(self) -> LifelongState:
-        """What the method keeps from edit to edit (statistics, past keys, templates); made on first use, which for most runs the
-        covariance of keys (once per model, cached on disk)."""
-        if self._state is None:
-            self._state = carried_state(self.model, self.tok, self.hparams, open_state)
-        return self._state
+        """What the method keeps from edit to edit (statistics, past keys, templates), opened if it is not yet (see `open`)."""
+        return self.open()
 
     def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
         """Write one batch of requests; returns the edited parameters as they were before, by name."""
@@ -65,7 +70,7 @@ class LifelongEditor:
             for name, original in weights.items():
                 self.model.get_parameter(name).copy_(original)
         if self._state is not None:
-            self._state.follow(followed(ModelView(self.model), self.hparams))
+            self._state.follow(self.method.matrices(self.model, self.hparams))
 
     def edit(
         self,

@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from easyedit_nmke import LifelongEditor, atlas, hparams
-from easyedit_nmke.experiments import compare, protocol
+from easyedit_nmke.experiments import methods, protocol
 from easyedit_nmke.models.prompts import Request
 
 RUNS = {"float32": ("float32", True), "bfloat16, masters": ("bfloat16", True), "bfloat16, no masters": ("bfloat16", False)}
@@ -24,7 +24,7 @@ SCORES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "same_subject": "Same subjec
 
 
 def run(settings, dtype: str, masters: bool, edits: int, seed: int) -> dict:
-    editor = LifelongEditor.from_hparams(compare.changed(settings, {"dtype": dtype}))
+    editor = LifelongEditor.from_hparams(methods.changed(settings, {"dtype": dtype}))
     requests = [Request.from_dict(record) for record in atlas.requests(edits, "test", seed)]
     scorer = protocol.Scorer(editor.model, editor.tok, requests, atlas.exercises())
     for request in tqdm(requests, desc=f"{dtype}, seed {seed}", unit="edit", leave=False):

@@ -11,7 +11,7 @@ import torch
 
 import easyedit_nmke
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.methods import baselines
+from easyedit_nmke import methods
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.statistics import covariance, nullspace
 
@@ -54,7 +54,7 @@ def test_base_editor_gives_this_engines_weights(easyeditor, table, chosen, edits
     editor = inside.base_editor(easyeditor, theirs)
     _, edited, _ = editor.edit(**inside.arguments(edits[:3]), sequential_edit=True, verbose=False)
     for edit in edits[:3]:
-        baselines.apply_to_model(other, tok, [edit], settings)
+        methods.apply_to_model(other, tok, [edit], settings)
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, edited.get_parameter(name)), name
 
@@ -68,7 +68,7 @@ def test_fifty_alphaedits_on_atlas(easyeditor, table, chosen, monkeypatch, tmp_p
     other, original = copy.deepcopy(model), inside.parameters(model)
     theirs = side_by_side.theirs_of(easyeditor, settings, "atlas")
     main = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
-    state = baselines.open_state(model, tok, settings)
+    state = methods.open_state(model, tok, settings)
     monkeypatch.setattr(main, "get_context_templates", lambda *_: state.templates)
     own = table["AlphaEdit"]
     easyedit_nmke.accelerate_easyedit(text_only=True)

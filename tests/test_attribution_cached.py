@@ -12,7 +12,7 @@ from easyedit_nmke import apply_nmke_to_model, attribution
 from easyedit_nmke.attribution import AttributionCache, cached, choose, fast, plain
 from easyedit_nmke.methods.keys import attribution_inputs
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.updates import Update
+from easyedit_nmke.models.updates import LowRank
 
 SIZE = (3, 63, 33, 301)
 
@@ -21,14 +21,14 @@ def update(case, seed, size=1.0, rank=2):
     generator = torch.Generator().manual_seed(seed)
     (hidden, neurons), dtype = case.w_out.shape, torch.promote_types(case.w_out.dtype, torch.float32)
     left = size * torch.randn(hidden, rank, generator=generator, dtype=dtype) / math.sqrt(hidden)
-    return Update(0, left, torch.randn(rank, neurons, generator=generator, dtype=dtype))
+    return LowRank("0", left, torch.randn(rank, neurons, generator=generator, dtype=dtype))
 
 
 def edit(case, cache, seed, size=1.0):
     """Write an update and tell the cache."""
     change = update(case, seed, size)
     case.w_out.add_((change.left @ change.right).to(case.w_out))
-    cache.follow([change], {0: case.w_out}, case.readout)
+    cache.follow({0: [change]}, {0: case.w_out}, case.readout)
 
 
 def error(case, cache, norm="frozen"):

@@ -37,9 +37,35 @@ def test_triton_missing_is_said(monkeypatch):
         make_case((2, 7, 8, 37)).scores(backend="fused")
 
 
-def on_gpu(case):
-    moved = case.but(**{name: getattr(case, name).cuda() for name in ("coefficients", "residual", "w_out", "target_ids")})
-    return moved.but(final_hidden=case.final_hidden.cuda(), readout=case.readout.to("cuda"))
+@needs_triton
+def test_tiles_are_a_table():
+    """The same in every process, whatever else the GPU does; they fit its shared memory, and the units of the result."""
+    from easyedit_nmke.attribution import fused
+
+    assert not hasattr(fused._kernel, "configs")  # of Triton's autotuner
+    found = set()
+    for capability, memory in {
+        (8, 0): 166912,
+        (8, 6): 101376,
+        (8, 9): 101376,
+        (9, 0): 232448,
+        (10, 0): 232448,
+        (12, 0): 101376,
+    }.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            for prompts in (1, 6, 64):
+                for started in (False, True):
+                    tile = fused.tile(dtype, prompts, started, capability)
+                    size = torch.float32.itemsize if started else dtype.itemsize
+                    assert tile.stages * (tile.neurons + tile.words) * tile.hidden * size <= memory
+                    assert tile.words % fused.UNIT == 0
+                    found.add(tile)
+    assert {tile[:3] for tile in found} == {(64, 128, 32), (128, 128, 32), (128, 128, 64), (128, 256, 64)}
+
+
+def on_gpu(case, device="cuda"):
+    moved = case.but(**{name: getattr(case, name).to(device) for name in ("coefficients", "residual", "w_out", "target_ids")})
+    return moved.but(final_hidden=case.final_hidden.to(device), readout=case.readout.to(device))
 
 
 @pytest.mark.cuda
@@ -52,6 +78,14 @@ def test_scores_on_a_gpu(size, style, norm):
     case = on_gpu(make_case(size, style))
     expected = case.scores(backend="reference", norm=norm)
     assert float((case.scores(backend="fused", norm=norm) - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="less than two CUDA devices")
+@needs_triton
+def test_scores_on_the_second_gpu():
+    cases = [on_gpu(make_case(SHAPES[1], "layer"), f"cuda:{number}") for number in (0, 1)]
+    assert torch.equal(*(case.scores(backend="fused").cpu() for case in cases))
 
 
 @pytest.mark.cuda

@@ -6,16 +6,16 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, hparams
+from easyedit_nmke import LifelongEditor, methods
 from easyedit_nmke.experiments import protocol
-from easyedit_nmke.methods import baselines, values
-from easyedit_nmke.methods import nmke as editor
+from easyedit_nmke.history.state import LifelongState
+from easyedit_nmke.methods import ft, rome, values
+from easyedit_nmke.methods import located as editor
 from easyedit_nmke.methods.keys import Ascent
 from easyedit_nmke.methods.solver import CovarianceSolver
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.prompts import Request, position_before, target_tokens
-from easyedit_nmke.models.weights import edited_parameters
 from easyedit_nmke.statistics import covariance, nullspace
 
 METHODS = ["AlphaEdit", "MEMIT", "ROME", "FT"]
@@ -37,7 +37,7 @@ def settings(tmp_path):
             shared |= dict(
                 v_num_grad_steps=4, v_lr=0.5, mom2_dataset="atlas", mom2_n_samples=200, stats_dir=str(tmp_path / "stats")
             )
-        return hparams.CLASSES[method](**{**shared, **SHORT[method], **overrides})
+        return methods.method_named(method).hparams(**{**shared, **SHORT[method], **overrides})
 
     return make
 
@@ -72,7 +72,7 @@ def relative(found, expected, start):
 def test_memit_is_the_dense_equation(tiny, settings, requests, monkeypatch, kind, count):
     model, tok = tiny(kind)
     chosen = settings("MEMIT", model, tok)
-    state = baselines.open_state(model, tok, chosen)
+    state = methods.open_state(model, tok, chosen)
     moments = covariance.moments(ModelView(model), tok, chosen)
     other, start = copy.deepcopy(model), ModelView(copy.deepcopy(model))
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -92,7 +92,7 @@ def test_memit_is_the_dense_equation(tiny, settings, requests, monkeypatch, kind
             r = (z.double()[:, None] - current) / (len(chosen.layers) - index)
             left = chosen.mom2_update_weight * moments[layer].double() + k @ k.T
             view.w_out(layer).add_((r @ torch.linalg.solve(left, k).T).float())
-        baselines.apply_memit_to_model(model, tok, some, chosen, state=state)
+        methods.apply_memit_to_model(model, tok, some, chosen, state=state)
     for layer in chosen.layers:
         assert relative(ModelView(model).w_out(layer), view.w_out(layer), start.w_out(layer)) < 1e-4
     assert state.edits == 2 and all(solver.count == 0 for solver in state.solvers.values())
@@ -103,11 +103,11 @@ def test_memit_is_the_dense_equation(tiny, settings, requests, monkeypatch, kind
 def test_rome_is_the_rank_one_equation(tiny, settings, requests, monkeypatch, kind, adjusted):
     model, tok = tiny(kind)
     chosen = settings("ROME", model, tok, mom2_adjustment=adjusted)
-    state = baselines.open_state(model, tok, chosen)
+    state = methods.open_state(model, tok, chosen)
     assert [len(group) for group in state.templates] == [16] and set(state.solvers) == ({1} if adjusted else set())
     request, start = Request.from_dict(requests(1)[0]), ModelView(copy.deepcopy(model))
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(baselines, "target_values", lambda *_, **__: [Value(z, 0.0, 1)])
+    monkeypatch.setattr(rome, "target_values", lambda *_, **__: [Value(z, 0.0, 1)])
     view = ModelView(model)
     keys = torch.stack([states_at(model, tok, view.down(1), request, t, "input") for t in state.flat_templates])
     u = keys.mean(0)
@@ -116,7 +116,7 @@ def test_rome_is_the_rank_one_equation(tiny, settings, requests, monkeypatch, ki
     u = u / u.norm()
     v = (z.double() - states_at(model, tok, view.down(1), request, "{}", "output")) / (keys[0] @ u)
     expected = start.w_out(1).double() + torch.outer(v, u)
-    baselines.apply_rome_to_model(model, tok, [request], chosen, state=state)
+    methods.apply_rome_to_model(model, tok, [request], chosen, state=state)
     assert relative(view.w_out(1).double(), expected, start.w_out(1).double()) < 1e-4
     written = states_at(model, tok, view.down(1), request, "{}", "output")
     assert torch.allclose(written.float(), z, atol=1e-3), "the bare prompt's key gives z"
@@ -143,7 +143,7 @@ def test_ft_is_plain_adam_on_the_model_itself(tiny, settings, requests, kind, li
     chosen = settings("FT", model, tok, norm_constraint=limit, objective_optimization=objective, weight_decay=0.1, batch_size=2)
     batch = [Request.from_dict(r) for r in requests(3)]
     other = copy.deepcopy(model)
-    trained = edited_parameters(ModelView(other), chosen)
+    trained = {name: other.get_parameter(name) for name in ft.writes(ModelView(other), chosen)}
     assert len(trained) == (4 if kind == "gpt2" else 2), "GPT-2's output projection has a bias"
     start = {name: p.detach().clone() for name, p in trained.items()}
     optimiser = torch.optim.Adam(trained.values(), lr=chosen.lr, weight_decay=chosen.weight_decay)
@@ -164,7 +164,7 @@ def test_ft_is_plain_adam_on_the_model_itself(tiny, settings, requests, kind, li
                 with torch.no_grad():
                     for name, p in trained.items():
                         p.clamp_(start[name] - limit, start[name] + limit)
-    _, before = baselines.apply_ft_to_model(model, tok, batch, chosen, return_orig_weights=True)
+    _, before = methods.apply_ft_to_model(model, tok, batch, chosen, return_orig_weights=True)
     for name, expected in trained.items():
         found = model.get_parameter(name)
         assert torch.equal(before[name], start[name])
@@ -176,14 +176,14 @@ def test_ft_is_plain_adam_on_the_model_itself(tiny, settings, requests, kind, li
 
 def test_ft_stops_when_the_loss_is_small(atlas, settings, requests, monkeypatch):
     model, tok = atlas
-    calls, loss_of = [], baselines._ft_loss
-    monkeypatch.setattr(baselines, "_ft_loss", lambda *args: calls.append(1) or loss_of(*args))
+    calls, loss_of = [], ft._loss
+    monkeypatch.setattr(ft, "_loss", lambda *args: calls.append(1) or loss_of(*args))
     chosen = settings("FT", model, tok, layers=[2], num_steps=100, lr=2e-3, norm_constraint=False)
-    baselines.apply_ft_to_model(model, tok, requests(1), chosen)
+    methods.apply_ft_to_model(model, tok, requests(1), chosen)
     assert 3 < len(calls) < 100 and model.nmke_state.reports[0].value_loss[0] < 1e-2
     calls.clear()
     before = fingerprints(model)
-    baselines.apply_ft_to_model(model, tok, requests(1), chosen)
+    methods.apply_ft_to_model(model, tok, requests(1), chosen)
     assert len(calls) == 1
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -195,7 +195,7 @@ def test_alphaedit_is_nmke_without_its_mask(tiny, settings, nmke_hparams, reques
         model, tok = tiny("llama")
         chosen = settings(method, model, tok) if method == "AlphaEdit" else nmke_hparams(model, tok, neurons="all")
         for start in range(0, 4, count):
-            baselines.apply_to_model(model, tok, requests(4)[start : start + count], chosen)
+            methods.apply_to_model(model, tok, requests(4)[start : start + count], chosen)
         assert model.nmke_state.solvers[0].count == 4
         results.append(weights(model, chosen))
     assert all(torch.equal(results[0][layer], results[1][layer]) for layer in results[0])
@@ -252,25 +252,25 @@ def test_an_edit_writes_its_parameters_only_and_says_what_they_were(tiny, settin
     model, tok = tiny(kind)
     model.train()
     before = fingerprints(model)
-    copied, _ = baselines.apply_to_model(model, tok, requests(2), settings(method, model, tok), copy=True)
+    copied, _ = methods.apply_to_model(model, tok, requests(2), settings(method, model, tok), copy=True)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    edited, originals = baselines.apply_to_model(model, tok, requests(2), settings(method, model, tok), return_orig_weights=True)
+    edited, originals = methods.apply_to_model(model, tok, requests(2), settings(method, model, tok), return_orig_weights=True)
     assert edited is model and model.training
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in originals), name
         assert name not in originals or torch.equal(originals[name], before[name])
         assert torch.equal(parameter, copied.get_parameter(name))
-    assert baselines.apply_to_model(model, tok, requests(1), settings(method, model, tok))[1] == {}
+    assert methods.apply_to_model(model, tok, requests(1), settings(method, model, tok))[1] == {}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_failure_leaves_weights_and_state_as_they_were(tiny, settings, requests, monkeypatch, method):
     model, tok = tiny("llama")
     chosen = settings(method, model, tok)
-    baselines.apply_to_model(model, tok, requests(1), chosen)
+    methods.apply_to_model(model, tok, requests(1), chosen)
     before, state = fingerprints(model), model.nmke_state
-    where = {"AlphaEdit": (editor, "write"), "MEMIT": (Ascent, "__call__"), "ROME": (baselines, "subject_states")}
-    place, name = where.get(method, (baselines, "_clamp"))
+    where = {"AlphaEdit": (LifelongState, "write"), "MEMIT": (Ascent, "__call__"), "ROME": (rome, "subject_states")}
+    place, name = where.get(method, (ft, "_clamp"))
     real, calls = getattr(place, name), []
 
     def second_time(*args, **kwargs):
@@ -281,10 +281,10 @@ def test_a_failure_leaves_weights_and_state_as_they_were(tiny, settings, request
 
     monkeypatch.setattr(place, name, second_time)
     with pytest.raises(MemoryError):
-        baselines.apply_to_model(model, tok, requests(3)[1:], chosen)
+        methods.apply_to_model(model, tok, requests(3)[1:], chosen)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and state.edits == 1
     monkeypatch.undo()
-    baselines.apply_to_model(model, tok, requests(3)[1:], chosen)
+    methods.apply_to_model(model, tok, requests(3)[1:], chosen)
     assert state.edits == 2
 
 
@@ -294,24 +294,24 @@ def test_what_cannot_be_edited_is_refused_before_anything_changes(tiny, settings
     before, chosen = fingerprints(model), settings(method, model, tok)
     for bad in ([], [{**requests(1)[0], "subject": "Nobody"}]):
         with pytest.raises(ValueError, match=r"no request|not in the prompt"):
-            baselines.apply_to_model(model, tok, bad, chosen)
+            methods.apply_to_model(model, tok, bad, chosen)
     with pytest.raises(ValueError, match="do not exist"):
-        baselines.apply_to_model(model, tok, requests(1), dataclasses.replace(chosen, layers=[7]))
+        methods.apply_to_model(model, tok, requests(1), dataclasses.replace(chosen, layers=[7]))
     chosen.batch_size = 0
     with pytest.raises(ValueError, match="batch_size is 0"):
-        baselines.apply_to_model(model, tok, requests(1), chosen)
+        methods.apply_to_model(model, tok, requests(1), chosen)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and not hasattr(model, "nmke_state")
 
 
 def test_a_method_refuses_the_hyperparameters_of_another(tiny, settings, requests):
     model, tok = tiny("llama")
     with pytest.raises(ValueError, match="hparams is MEMITHyperParams, expected ROMEHyperParams"):
-        baselines.apply_rome_to_model(model, tok, requests(1), settings("MEMIT", model, tok))
+        methods.apply_rome_to_model(model, tok, requests(1), settings("MEMIT", model, tok))
     with pytest.raises(ValueError, match="hparams is FTHyperParams, expected NMKEHyperParams"):
-        editor.apply_nmke_to_model(model, tok, requests(1), settings("FT", model, tok))
-    state = baselines.open_state(model, tok, settings("FT", model, tok))
+        methods.apply_nmke_to_model(model, tok, requests(1), settings("FT", model, tok))
+    state = methods.open_state(model, tok, settings("FT", model, tok))
     with pytest.raises(ValueError, match="alg_name 'FT' -> 'ROME'"):
-        baselines.apply_rome_to_model(model, tok, requests(1), settings("ROME", model, tok), state=state)
+        methods.apply_rome_to_model(model, tok, requests(1), settings("ROME", model, tok), state=state)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -320,7 +320,7 @@ def test_two_models_do_not_disturb_each_other_and_weights_put_back_leave_no_trac
         model, tok = tiny(kind, seed)
         for number in numbers:
             chosen = settings(method, model, tok)
-            _, before = baselines.apply_to_model(model, tok, [requests(4)[number]], chosen, return_orig_weights=True)
+            _, before = methods.apply_to_model(model, tok, [requests(4)[number]], chosen, return_orig_weights=True)
             if undo and number == numbers[0]:
                 with torch.no_grad():
                     for name, value in before.items():
@@ -345,4 +345,4 @@ def test_lifelong_editor_takes_every_method(tiny, settings, requests, method, tm
     assert protocol.stamp(some)["method"] == method
     protocol.save_edited(some, tmp_path / "edited.safetensors")
     results, _, before = some.edit([], [], requests=requests(1), sequential_edit=False, verbose=False)
-    assert len(results) == 1 and set(before) == set(edited_parameters(ModelView(model), some.hparams))
+    assert len(results) == 1 and set(before) == set(some.method.matrices(model, some.hparams))

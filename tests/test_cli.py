@@ -10,9 +10,10 @@ import yaml
 from conftest import tiny_model
 from safetensors.torch import load_file
 
+from easyedit_nmke import LifelongEditor, cli
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import cli
 from easyedit_nmke.experiments.protocol import Segment
+from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
 
 SETTINGS = dict(
@@ -114,7 +115,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, r
         assert run("parts") == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     with Journal.open(tmp_path / "parts" / "state-NMKE-0") as journal:
-        assert len([r for r in journal.records() if r.content["kind"] == "edit"]) == {"before": 2, "scoring": 4}.get(stop, 3)
+        assert len([r for r in journal.records() if r.content["kind"] == EDIT]) == {"before": 2, "scoring": 4}.get(stop, 3)
     assert run("parts") == 0
     results = [list(map(json.loads, (tmp_path / f / "results.jsonl").read_text().splitlines())) for f in ("whole", "parts")]
     assert [line["checkpoint"] for line in results[1]] == [0, 2, 4]
@@ -123,6 +124,25 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, r
     edited = [load_file(tmp_path / f / "edited-NMKE-0.safetensors") for f in ("whole", "parts")]
     assert all(torch.equal(edited[0][name], edited[1][name]) for name in edited[0])
     assert (tmp_path / "whole" / "edits-NMKE-0.json").read_text() == (tmp_path / "parts" / "edits-NMKE-0.json").read_text()
+
+
+def test_edits_that_cannot_be_written_are_counted_in_the_table(settings, tmp_path, requests, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    apply, calls = LifelongEditor.apply, []
+
+    def worn_out(self, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise FloatingPointError("the loss is nan")
+        return apply(self, batch)
+
+    monkeypatch.setattr(LifelongEditor, "apply", worn_out)
+    (tmp_path / "data.json").write_text(json.dumps(requests(3)))
+    argv = ["run", "--hparams", str(settings), "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--checkpoints", "1,3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert next(text for text in out if "Rel" in text).split()[-2:] == ["Failed", "┃"]
+    assert [text.split()[-2] for text in out if text.startswith("│")] == ["0", "0", "1"]
 
 
 def test_what_cannot_be_done_is_one_sentence_on_stderr(settings, tmp_path, capsys, requests):

@@ -1,19 +1,25 @@
 """Methods side by side: how they are named, and that a comparison can be stopped at any moment."""
 
+import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import yaml
 from conftest import tiny_model
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.experiments import compare
-from easyedit_nmke.experiments.compare import ABLATIONS, Method, Plan
-from easyedit_nmke.hparams import read
+from easyedit_nmke.experiments import compare, methods, processes
+from easyedit_nmke.experiments.compare import Plan
+from easyedit_nmke.experiments.methods import ABLATIONS, Method
+from easyedit_nmke.experiments.protocol import Progress
+from easyedit_nmke.methods import read
 
 QUICK = dict(
     device="cpu", v_num_grad_steps=1, v_lr=0.1, mom2_n_samples=50, template_prefixes=["The"], layers=[0, 1], v_loss_layer=None
@@ -37,7 +43,7 @@ def quick(folder):
 
     def make(*names):
         changes = {**QUICK, "model_name": str(folder / "model"), "stats_dir": str(folder / "stats")}
-        return tuple(Method(m.label, compare.changed(m.settings, changes)) for m in compare.methods(",".join(names), "atlas"))
+        return tuple(Method(m.label, methods.changed(m.settings, changes)) for m in methods.methods(",".join(names), "atlas"))
 
     return make
 
@@ -51,8 +57,13 @@ def plan(quick, folder, tmp_path):
     return make
 
 
+def edits(told) -> int:
+    """How many edits have come to be done."""
+    return sum(event.more for event in told if isinstance(event, Progress))
+
+
 def test_methods_are_read_from_files_and_changed_in_brackets():
-    found = compare.methods(
+    found = methods.methods(
         "NMKE, AlphaEdit[L2=3; v_lr=0.5] ,NMKE+,NMKE random mask,easyedit:WISE,", "atlas", None, {"device": "cpu"}
     )
     assert [m.label for m in found] == ["NMKE", "AlphaEdit[L2=3; v_lr=0.5]", "NMKE+", "NMKE random mask", "easyedit:WISE"]
@@ -65,25 +76,25 @@ def test_methods_that_cannot_be_read_are_refused_with_what_is_known(tmp_path):
     with pytest.raises(
         ValueError, match=r"method 'AlphaEdti' is not known \(did you mean 'AlphaEdit'\?\); known: NMKE, .*easyedit:"
     ):
-        compare.methods("NMKE,AlphaEdti", "atlas")
+        methods.methods("NMKE,AlphaEdti", "atlas")
     with pytest.raises(ValueError, match="unknown name 'L3'"):
-        compare.methods("NMKE[L3=1]", "atlas")
+        methods.methods("NMKE[L3=1]", "atlas")
     with pytest.raises(ValueError, match=r"name\[setting=value"):
-        compare.methods("NMKE[L2]", "atlas")
+        methods.methods("NMKE[L2]", "atlas")
     with pytest.raises(FileNotFoundError, match="no hyperparameter file"):
-        compare.methods("NMKE", "llama9")
+        methods.methods("NMKE", "llama9")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        compare.methods("NMKE", "atlas", tmp_path)
+        methods.methods("NMKE", "atlas", tmp_path)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_are_valid_settings_that_differ(name):
     base = read("NMKE/atlas")
-    found = compare.ablation(name, base)
+    found = methods.ablation(name, base)
     assert len({str(m.settings.to_dict()) for m in found}) == len(found) == len(ABLATIONS[name])
     assert base.to_dict() in [m.settings.to_dict() for m in found]  # the published setting is one of them
     with pytest.raises(ValueError, match="ablation is 'colour', expected one of selection"):
-        compare.ablation("colour", base)
+        methods.ablation("colour", base)
 
 
 def test_plans_that_make_no_sense_are_refused(plan, quick):
@@ -95,12 +106,12 @@ def test_plans_that_make_no_sense_are_refused(plan, quick):
 
 def test_lines_of_every_method_seed_and_checkpoint_and_a_second_run_that_adds_nothing(plan):
     told = []
-    lines = compare.compare(plan(), on_edit=told.append)
+    lines = compare.compare(plan(), tell=told.append)
     keys = [(line["method"], line["seed"], line["checkpoint"]) for line in lines]
     expected = [
         (m, s, c) for s in (0, 1) for m, c in (("unedited", 0), ("NMKE", 1), ("NMKE", 3), ("AlphaEdit", 1), ("AlphaEdit", 3))
     ]
-    assert keys == expected and sum(told) == 12
+    assert keys == expected and edits(told) == 12
     file = plan().directory / "results.jsonl"
     stored = file.read_text()
     assert [json.loads(text) for text in stored.splitlines()] == lines
@@ -108,7 +119,7 @@ def test_lines_of_every_method_seed_and_checkpoint_and_a_second_run_that_adds_no
     data = lines[1]["protocol"]["data"]
     assert data["name"] == "data.json" and data["edits"] == 3 and lines[-1]["protocol"]["seed"] == 1
     told.clear()
-    assert compare.compare(plan(), on_edit=told.append) == lines and file.read_text() == stored and sum(told) == 12
+    assert compare.compare(plan(), tell=told.append) == lines and file.read_text() == stored and edits(told) == 12
 
 
 def test_a_torn_line_and_a_lost_one_are_made_again(plan):
@@ -117,8 +128,8 @@ def test_a_torn_line_and_a_lost_one_are_made_again(plan):
     texts = file.read_text().splitlines()
     file.write_text("\n".join([*texts[:3], texts[4][:100]]))
     told = []
-    again = compare.compare(plan(seeds=(0,)), on_edit=told.append)
-    assert sum(told) == 6
+    again = compare.compare(plan(seeds=(0,)), tell=told.append)
+    assert edits(told) == 6
     assert [(line["method"], line["checkpoint"], line["scores"]) for line in again] == [
         (line["method"], line["checkpoint"], line["scores"]) for line in lines
     ]
@@ -139,12 +150,12 @@ def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp
     """SIGKILL while it edits; the same command again gives what an uninterrupted one gives."""
     script = tmp_path / "go.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom easyedit_nmke.experiments import compare\n"
+        "import sys\nfrom pathlib import Path\nfrom easyedit_nmke.experiments import compare, methods\n"
         f"changes = {dict(QUICK, model_name=str(folder / 'model'), stats_dir=str(folder / 'stats'))!r}\n"
         "if __name__ == '__main__':\n"
-        "    found = compare.methods('NMKE,AlphaEdit', 'atlas')\n"
-        "    methods = [compare.Method(m.label, compare.changed(m.settings, changes)) for m in found]\n"
-        f"    plan = compare.Plan(tuple(methods), {str(folder / 'data.json')!r}, 12, (2, 4, 12), (0,), Path(sys.argv[1]))\n"
+        "    found = methods.methods('NMKE,AlphaEdit', 'atlas')\n"
+        "    short = [methods.Method(m.label, methods.changed(m.settings, changes)) for m in found]\n"
+        f"    plan = compare.Plan(tuple(short), {str(folder / 'data.json')!r}, 12, (2, 4, 12), (0,), Path(sys.argv[1]))\n"
         "    compare.compare(plan, int(sys.argv[2]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -171,6 +182,82 @@ def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp
 
     assert scores("killed").keys() == scores("whole").keys() and len(scores("whole")) == 7
     assert not any((tmp_path / "killed" / "segments").iterdir())
+
+
+class Lost(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+class Failing(Method):
+    """Fails, once the other method has a result, with an error that cannot be told as it is."""
+
+    def editor(self, seed, state_dir):
+        results = state_dir.parents[1] / "results.jsonl"
+        while '"NMKE"' not in results.read_text():
+            time.sleep(0.05)
+        raise Lost("no weights left")
+
+
+def test_an_error_that_cannot_be_pickled_ends_the_comparison_and_keeps_its_results(plan, quick):
+    two = plan("NMKE", seeds=(0,), edits=12, checkpoints=(1, 12))
+    two = dataclasses.replace(two, methods=(*two.methods, Failing("failing")))
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in editor.*Lost: no weights left"):
+        compare.compare(two, jobs=2)
+    held = [line["checkpoint"] for line in compare.read_lines(two.directory / "results.jsonl") if line["method"] == "NMKE"]
+    assert held[:1] == [1] and not multiprocessing.active_children()
+
+
+def test_a_machine_with_too_few_cores_is_warned_of_once(plan, monkeypatch, caplog):
+    monkeypatch.setattr(processes, "cores", lambda: 0)
+    compare.compare(plan("NMKE", seeds=(0, 1), edits=1, checkpoints=(1,)))
+    assert len([record for record in caplog.records if "oversubscribed" in record.getMessage()]) == 1
+
+
+@pytest.fixture
+def easyedit_files(tmp_path):
+    """easyedit_files(**model) -> a folder with EasyEdit's AlphaEdit file for a model `new`, which says that much of it."""
+
+    def make(**said):
+        folder = tmp_path / "files"
+        (folder / "easyedit" / "AlphaEdit").mkdir(parents=True)
+        (folder / "easyedit" / "AlphaEdit" / "new.yaml").write_text(yaml.safe_dump({"alg_name": "AlphaEdit", "L2": 5, **said}))
+        return folder
+
+    return make
+
+
+def test_easyedits_methods_edit_the_model_that_the_folder_or_the_command_line_names(easyedit_files):
+    folder = easyedit_files(model_name="/models/theirs", device="cpu", fp16=True)
+    name = "easyedit:AlphaEdit"
+    (found,) = methods.methods(name, "new", folder)
+    assert (found.base.model_name, found.base.device, found.base.fp16) == ("/models/theirs", "cpu", True)
+    assert found.file == str(folder / "easyedit" / "AlphaEdit" / "new.yaml")
+    (found,) = methods.methods(name, "new", folder, {"model_name": "/models/mine", "dtype": "bfloat16"})
+    assert (found.base.model_name, found.base.device, found.base.dtype) == ("/models/mine", "cpu", "bfloat16")
+    (folder / "NMKE").mkdir()
+    content = {"alg_name": "NMKE", "model_name": "/models/ours", "layers": [0], "device": "cpu", "dtype": "float16"}
+    (folder / "NMKE" / "new.yaml").write_text(yaml.safe_dump(content))
+    (found,) = methods.methods(name, "new", folder)
+    assert (found.base.model_name, found.base.dtype) == ("/models/ours", "float16")
+
+
+def test_a_folder_that_does_not_say_which_model_is_meant_is_refused(easyedit_files, tmp_path):
+    folder = easyedit_files(device="cpu")
+    with pytest.raises(ValueError, match=r"no file says which model 'new' is: there is no .*NMKE/new.yaml, .*give --model-path"):
+        methods.methods("easyedit:AlphaEdit", "new", folder)
+    (found,) = methods.methods("easyedit:AlphaEdit", "new", folder, {"model_name": "/models/mine"})
+    assert found.base.model_name == "/models/mine"
+    with pytest.raises(ValueError, match="no file says which model 'llama9' is"):
+        methods.methods("easyedit:AlphaEdit", "llama9")
+
+
+def test_methods_whose_edits_a_run_keeps():
+    assert read("NMKE/atlas").keeps_updates and not read("FT/atlas").keeps_updates
+    assert methods.changed(read("FT/atlas"), {"keep_updates": True}).keeps_updates
 
 
 def test_an_error_in_a_process_ends_the_comparison_with_its_message(plan):

@@ -96,7 +96,7 @@ def test_a_batch_fits_the_memory_that_is_free(view, monkeypatch):
     view, _ = view
     assert covariance._tokens_at_a_time(view, [0, 1]) == covariance.TOKENS_AT_A_TIME
     each = 96 * (4 * (2 + 3) + 8) + 8 * 4 * 32 + 4 * 512 * 8
-    monkeypatch.setattr(covariance, "_free_memory", lambda _: 4.0 * 100 * each)
+    monkeypatch.setattr(covariance, "free_memory", lambda _: 4.0 * 100 * each)
     assert covariance._tokens_at_a_time(view, [0, 1]) == 100
     monkeypatch.setattr(covariance, "ACTIVATIONS", 50.5 * each)
     assert covariance._tokens_at_a_time(view, [0, 1]) == 50

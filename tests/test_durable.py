@@ -15,10 +15,8 @@ from easyedit_nmke import LifelongEditor, open_state
 from easyedit_nmke.history import durable
 from easyedit_nmke.history.journal import Journal
 from easyedit_nmke.history.log import Edit, EditReport, standing
-from easyedit_nmke.hparams import read
-from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.updates import Update, fingerprint
-from easyedit_nmke.models.weights import followed
+from easyedit_nmke.methods import read
+from easyedit_nmke.models.updates import LowRank, fingerprint
 
 
 @pytest.fixture
@@ -40,8 +38,8 @@ def begin(tiny, nmke_hparams, tmp_path):
 def bits(editor) -> dict:
     """Weights, masters and past keys."""
     state = editor.state
-    found = {f"weight {layer}": weight.clone() for layer, weight in followed(ModelView(editor.model), editor.hparams).items()}
-    found |= {f"master {layer}": master.clone() for layer, master in state.masters.items()}
+    found = {f"weight {layer}": weight.clone() for layer, weight in editor.method.matrices(editor.model, editor.hparams).items()}
+    found |= {f"master {layer}": master.clone() for layer, master in state.weights.masters.items()}
     return found | {f"{layer} {name}": t.clone() for layer, s in state.solvers.items() for name, t in s.memory().items()}
 
 
@@ -83,7 +81,7 @@ def test_a_reopened_state_has_the_same_bits_and_goes_on_with_the_same(begin, req
     assert standing(final.state.events) == standing(whole.state.events)
     final.state.rollback(0)
     fresh = begin(kind, dtype, **overrides, state_dir=None)
-    for layer, weight in followed(ModelView(fresh.model), fresh.hparams).items():
+    for layer, weight in fresh.method.matrices(fresh.model, fresh.hparams).items():
         assert torch.equal(weight, bits(final)[f"weight {layer}"])
 
 
@@ -292,7 +290,7 @@ def test_a_record_gives_back_what_was_written_and_no_more_is_stored(tmp_path):
         updates = []
         for layer in layers:
             right = torch.randn(1, neurons, generator=g) * masks.get(layer, torch.ones(neurons))
-            updates.append(Update(layer, torch.randn(hidden, 1, generator=g), right).rounded(torch.bfloat16))
+            updates.append(LowRank(layer, torch.randn(hidden, 1, generator=g), right).rounded(torch.bfloat16))
         keys = {layer: torch.randn(neurons, 1, generator=g).bfloat16() for layer in layers}
         report = EditReport(1, density=dict.fromkeys(layers, density), ratios=dict.fromkeys(layers, (0.4, 0.4)))
         request = {"subject": "Someone", "prompt": "Someone was born in", "target_new": "Rome", "ground_truth": "Oslo"}
@@ -307,7 +305,7 @@ def test_a_record_gives_back_what_was_written_and_no_more_is_stored(tmp_path):
         assert found.report == edit.report and torch.equal(found.z, edit.z)
         assert all(torch.equal(found.masks[layer], masks[layer]) for layer in masks)
         for one, other in zip(found.updates, updates, strict=True):
-            assert (one.layer, one.first) == (other.layer, other.first)
+            assert (one.parameter, one.first) == (other.parameter, other.first)
             assert torch.equal(one.left, other.left) and torch.equal(one.right, other.right) and one.right.dtype == torch.bfloat16
         assert all(torch.equal(found.keys[layer], keys[layer]) for layer in layers)
 
@@ -329,7 +327,7 @@ def test_the_index_says_in_words_what_was_edited(begin, requests, tmp_path):
     editor = begin()
     editor.apply(requests(1))
     line = json.loads((tmp_path / "state" / "index.jsonl").read_text().splitlines()[0])["content"]
-    assert line["kind"] == "edit" and line["requests"][0]["prompt"] == requests(1)[0]["prompt"]
+    assert line["kind"] == "edit:2" and line["requests"][0]["prompt"] == requests(1)[0]["prompt"]
     assert len(line["hash"]) == 64 and line["libraries"]["torch"] == torch.__version__ and line["report"]["seconds"]["values"] > 0
     header = Journal.open(tmp_path / "state", write=False).header
     assert header["hparams"]["L2"] == 0.1 and header["model"]["type"] == "llama" and header["templates"][0] == ["{}"]

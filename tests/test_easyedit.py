@@ -488,7 +488,7 @@ def test_with_the_mask_off_the_update_is_alphaedits(
     templates = prompts.context_templates(model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
 
     values = {}
-    engine = importlib.import_module("easyedit_nmke.methods.nmke")
+    engine = importlib.import_module("easyedit_nmke.methods.located")
     compute = engine.target_values
 
     def remember(view, tok, requests, *rest):

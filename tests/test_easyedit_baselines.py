@@ -9,8 +9,7 @@ import test_easyedit as inside
 import torch
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import hparams
-from easyedit_nmke.methods import baselines
+from easyedit_nmke import methods
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.statistics import covariance, nullspace
 
@@ -34,7 +33,7 @@ def chosen(known, tmp_path):
                 v_num_grad_steps=5, v_lr=0.5, v_loss_layer=loss_layer, mom2_dataset="atlas", mom2_n_samples=TEXTS,
                 stats_dir=str(tmp_path),
             )  # fmt: skip
-        return model, tok, hparams.CLASSES[method](**{**shared, **overrides})
+        return model, tok, methods.method_named(method).hparams(**{**shared, **overrides})
 
     return make
 
@@ -77,14 +76,14 @@ def compare(model, other, ours, theirs, batches, record_property):
 def test_memit(easyeditor, chosen, edits, family, batch, monkeypatch, record_property):
     model, tok, settings = chosen("MEMIT", family, mom2_update_weight=10.0)
     other = copy.deepcopy(model)
-    state = baselines.open_state(model, tok, settings)
+    state = methods.open_state(model, tok, settings)
     find = of_module(settings.layers, covariance.moments(ModelView(model), tok, settings))
     main = importlib.import_module("easyeditor.models.memit.memit_main")
     monkeypatch.setattr(main, "get_context_templates", lambda *_: state.templates)
     monkeypatch.setattr(main, "get_cov", lambda model, tok, name, *_, **__: find(name))
     worst = compare(
         model, other,
-        lambda some: baselines.apply_memit_to_model(model, tok, some, settings, state=state),
+        lambda some: methods.apply_memit_to_model(model, tok, some, settings, state=state),
         lambda some: main.apply_memit_to_model(other, tok, some, theirs_of(easyeditor, settings, family)),
         [edits[i : i + batch] for i in range(0, 3 * batch, batch)], record_property,
     )  # fmt: skip
@@ -96,7 +95,7 @@ def test_memit(easyeditor, chosen, edits, family, batch, monkeypatch, record_pro
 def test_rome(easyeditor, chosen, edits, family, adjusted, monkeypatch, record_property):
     model, tok, settings = chosen("ROME", family, layers=[1], mom2_adjustment=adjusted, context_template_length_params=[[5, 5]])
     other = copy.deepcopy(model)
-    state = baselines.open_state(model, tok, settings)
+    state = methods.open_state(model, tok, settings)
     find = of_module(settings.layers, covariance.moments(ModelView(model), tok, settings))
     main = importlib.import_module("easyeditor.models.rome.rome_main")
     left = importlib.import_module("easyeditor.models.rome.compute_u")
@@ -107,7 +106,7 @@ def test_rome(easyeditor, chosen, edits, family, adjusted, monkeypatch, record_p
     )
     worst = compare(
         model, other,
-        lambda some: baselines.apply_rome_to_model(model, tok, some, settings, state=state),
+        lambda some: methods.apply_rome_to_model(model, tok, some, settings, state=state),
         lambda some: main.apply_rome_to_model(other, tok, some, theirs_of(easyeditor, settings, family)),
         [[edit] for edit in edits[:3]], record_property,
     )  # fmt: skip
@@ -123,12 +122,12 @@ def test_alphaedit(easyeditor, chosen, edits, family, monkeypatch, record_proper
     bases = [nullspace.row_space(moments[layer], 0, fraction=0.5).basis for layer in settings.layers]
     torch.save(torch.stack([torch.eye(len(basis)) - basis @ basis.T for basis in bases]), place)
     other = copy.deepcopy(model)
-    state = baselines.open_state(model, tok, settings)
+    state = methods.open_state(model, tok, settings)
     main = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
     monkeypatch.setattr(main, "get_context_templates", lambda *_: state.templates)
     worst = compare(
         model, other,
-        lambda some: baselines.apply_alphaedit_to_model(model, tok, some, settings, state=state),
+        lambda some: methods.apply_alphaedit_to_model(model, tok, some, settings, state=state),
         lambda some: main.apply_AlphaEdit_to_model(other, tok, some, theirs_of(easyeditor, settings, family)),
         [[edit] for edit in edits[:3]], record_property,
     )  # fmt: skip
@@ -151,7 +150,7 @@ def test_ft(easyeditor, chosen, edits, family, limit, objective, record_property
     main = importlib.import_module("easyeditor.models.ft.ft_main")
     worst = compare(
         model, other,
-        lambda some: baselines.apply_ft_to_model(model, plain, some, settings),
+        lambda some: methods.apply_ft_to_model(model, plain, some, settings),
         lambda some: main.apply_ft_to_model(other, plain, some, theirs_of(easyeditor, settings, family)),
         [[edit] for edit in edits[:2]], record_property,
     )  # fmt: skip

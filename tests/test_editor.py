@@ -6,8 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, apply_nmke_to_model
-from easyedit_nmke.methods import nmke as editor
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model, methods
+from easyedit_nmke.history.state import LifelongState
+from easyedit_nmke.methods import located as editor
+from easyedit_nmke.methods import nmke
 from easyedit_nmke.methods.keys import Ascent, Contexts, key_and_value, keys_of
 from easyedit_nmke.methods.solver import NullSpaceSolver
 from easyedit_nmke.methods.values import CALIBRATION, Value, target_values
@@ -33,7 +35,7 @@ def test_an_edit_writes_the_masked_rows_of_the_edited_layers_only(tiny, nmke_hpa
     edited, originals = apply_nmke_to_model(model, tok, requests(1), settings, return_orig_weights=True)
     assert edited is model
     view = ModelView(model)
-    masks = editor.neuron_masks  # the mask of the edit is that of the unedited model
+    masks = nmke.neuron_masks  # the mask of the edit is that of the unedited model
     fresh = tiny(kind)[0]
     flat = [t for group in model.nmke_state.templates for t in group]
     expected = masks(ModelView(fresh), tok, [Request.from_dict(r) for r in requests(1)], flat, settings)
@@ -52,7 +54,7 @@ def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requ
     """Three edits in a row against AlphaEdit's formula, solved densely in float64, layer by layer."""
     model, tok = tiny("llama")
     settings = nmke_hparams(model, tok, **limits)
-    state = editor.open_state(model, tok, settings)
+    state = methods.open_state(model, tok, settings)
     other = copy.deepcopy(model)
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(editor, "target_values", lambda *_: [Value(z, 0.0, 1)])
@@ -60,7 +62,7 @@ def test_the_update_is_the_dense_equation_with_the_mask(tiny, nmke_hparams, requ
     for record in requests(3):
         request = [Request.from_dict(record)]
         view = ModelView(other)
-        masks = editor.neuron_masks(view, tok, request, [t for g in state.templates for t in g], settings)
+        masks = nmke.neuron_masks(view, tok, request, [t for g in state.templates for t in g], settings)
         for index, layer in enumerate(settings.layers):
             keys, current = key_and_value(view, tok, request, Contexts(state.templates), layer, settings.layers[-1])
             basis = state.solvers[layer].basis.double()
@@ -152,7 +154,7 @@ def test_an_update_that_is_not_finite_is_not_written(tiny, nmke_hparams, request
     before = fingerprints(model)
     directions = NullSpaceSolver.directions
     monkeypatch.setattr(NullSpaceSolver, "directions", lambda *args: directions(*args).index_fill(0, torch.tensor([2]), bad))
-    with pytest.raises(FloatingPointError, match="update of layer 0 is not finite"):
+    with pytest.raises(FloatingPointError, match=r"layers\.0\.mlp\.down_proj\.weight is not finite"):
         apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
     assert_same_bits(model, before)
 
@@ -305,10 +307,10 @@ def test_controls_have_the_masks_density_or_the_masked_updates_norm(tiny, nmke_h
     model, tok = tiny("llama")
     settings = nmke_hparams(model, tok, control=control, mask_ties="exact")
     before = weights(model, settings)
-    editor.apply_nmke_to_model(model, tok, requests(1), settings)
+    apply_nmke_to_model(model, tok, requests(1), settings)
     (report,) = model.nmke_state.reports
     reference, _ = tiny("llama")
-    editor.apply_nmke_to_model(reference, tok, requests(1), nmke_hparams(reference, tok, mask_ties="exact"))
+    methods.apply_nmke_to_model(reference, tok, requests(1), nmke_hparams(reference, tok, mask_ties="exact"))
     layer = settings.layers[0]  # from the second on, the residual depends on the first
     change = weights(model, settings)[layer] - before[layer]
     masked = weights(reference, settings)[layer] - before[layer]
@@ -333,18 +335,18 @@ def test_a_soft_null_space_is_the_solution_of_its_equation(tiny, nmke_hparams, r
     kept = vectors[:, 24:]
     z = torch.randn(32, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(editor, "target_values", lambda *_: [Value(z, 0.0, 1)])
-    state = editor.open_state(model, tok, settings)
+    state = methods.open_state(model, tok, settings)
     request = [Request.from_dict(r) for r in requests(1)]
     keys, current = key_and_value(view, tok, request, Contexts(state.templates), 1, 1)
     keys, residual = keys.double(), (z - current[:, 0]).double()
     left = 40.0 * kept @ torch.diag(values[24:]) @ kept.T + 2.0 * values[:24].sum() * torch.eye(96) + keys @ keys.T
     expected = torch.outer(residual, torch.linalg.solve(left, keys[:, 0]))
     start = view.w_out(1).clone()
-    editor.apply_nmke_to_model(model, tok, request, settings, state=state)
+    apply_nmke_to_model(model, tok, request, settings, state=state)
     assert torch.allclose((view.w_out(1) - start).double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
     with pytest.raises(ValueError, match="P_loc names a projector"):
         torch.save(torch.stack([torch.eye(96)]), settings.stats_dir + "/P.pt")
-        editor.open_state(
+        methods.open_state(
             model, tok, nmke_hparams(model, tok, layers=[1], regularizer="covariance", P_loc=settings.stats_dir + "/P.pt")
         )
 
@@ -352,22 +354,22 @@ def test_a_soft_null_space_is_the_solution_of_its_equation(tiny, nmke_hparams, r
 def test_anchored_values_have_the_norm_that_the_unedited_model_gives_them(tiny, nmke_hparams, requests, monkeypatch):
     model, tok = tiny("llama")
     settings = nmke_hparams(model, tok, neurons="all", value_norm="anchored", value_norm_factor=0.5)
-    view, state = ModelView(model), editor.open_state(model, tok, settings)
+    view, state = ModelView(model), methods.open_state(model, tok, settings)
     solved = [
         target_values(view, tok, [Request(p.format(subject), subject, new)], state.flat_templates, 1, settings)[0].z.norm()
         for p, subject, new in CALIBRATION
     ]
     assert state.value_norm == pytest.approx(0.5 * torch.stack(solved).mean().item(), rel=1e-3)
-    seen, write = [], editor.write
+    seen, write = [], LifelongState.write
 
-    def watch(weight, update, *others):
+    def watch(state, update, report):
         seen.append(update.left)
-        write(weight, update, *others)
+        write(state, update, report)
 
-    monkeypatch.setattr(editor, "write", watch)
+    monkeypatch.setattr(LifelongState, "write", watch)
     request = [Request.from_dict(r) for r in requests(1)]
     _, current = key_and_value(view, tok, request, Contexts(state.templates), 0, 1)
     (free,) = target_values(view, tok, request, state.flat_templates, 1, settings)
-    editor.apply_nmke_to_model(model, tok, request, settings, state=state)
+    apply_nmke_to_model(model, tok, request, settings, state=state)
     wanted = free.z * (state.value_norm / free.z.norm())
     assert torch.allclose(seen[0][:, 0], (wanted - current[:, 0]) / 2, rtol=1e-3, atol=1e-4)

@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import load_delta
+from easyedit_nmke import load_delta, methods
 from easyedit_nmke.history import delta, export
-from easyedit_nmke.history.log import EditReport
-from easyedit_nmke.methods import contract as edit
-from easyedit_nmke.methods import nmke as editor
+from easyedit_nmke.history.weights import EditedWeights
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.updates import Update, accumulate
+from easyedit_nmke.models.updates import LowRank
+from easyedit_nmke.models.weights import Matrices
 from easyedit_nmke.scores import generation
 
 CARD = export.Card("some/model", "0123456789abcdef", "NMKE", 5, "2026-01-31", [{"Edits": 5, "Rel": 0.98, "Gen": None}])
@@ -28,17 +27,19 @@ FAMILIES = ["llama", "qwen2", "gpt2", "gptj"]
 def some_updates(model, columns=(1, 3, 1), layers=(0, 2), seed=0, spare=()):
     """Updates of some calls, half of the neurons masked, written into the model; layers in `spare` miss the last call."""
     view, generator, updates = ModelView(model), torch.Generator().manual_seed(seed), []
-    masters = {layer: view.w_out(layer).float().clone() for layer in layers}
+    weights = EditedWeights()
+    weights.now = Matrices(view, [view.weight_name(layer) for layer in layers])
+    weights.masters = {name: weight.float().clone() for name, weight in weights.now.items()}
     for number, k in enumerate(columns):
         for layer in layers:
             if layer in spare and number == len(columns) - 1:
                 continue
-            weight, report = view.w_out(layer), EditReport(k)
+            name, weight = view.weight_name(layer), view.w_out(layer)
             mask = torch.rand(weight.shape[1], generator=generator) < 0.5
             right = torch.randn(k, weight.shape[1], generator=generator) * mask / 30
-            edit.write(weight, Update(layer, torch.randn(len(weight), k, generator=generator), right), report, masters[layer])
-            accumulate(masters[layer], masters[layer], report.updates)
-            updates += report.updates
+            made = weights.write(LowRank(name, torch.randn(len(weight), k, generator=generator), right), [])
+            weights.settle([made])
+            updates.append(made)
     return updates
 
 
@@ -48,7 +49,8 @@ def down(model, layers=(0, 2)):
 
 
 def before(model, layers=(0, 2)):
-    return {layer: ModelView(model).w_out(layer).clone() for layer in layers}
+    view = ModelView(model)
+    return {view.weight_name(layer): view.w_out(layer).clone() for layer in layers}
 
 
 def logits(model, seed=0):
@@ -99,7 +101,7 @@ def test_masked_neurons_take_a_bit_each(edited, tmp_path):
     _, model, updates, originals = edited("llama")
     export.export_delta(model, updates, originals, tmp_path / "out", CARD)
     stored = load_file(tmp_path / "out" / delta.FILE)
-    kept = sum((update.right != 0).sum().item() for update in updates if update.layer == 0)
+    kept = sum((update.right != 0).sum().item() for update in updates if update.parameter.split(".")[2] == "0")
     assert stored["0.values"].shape == (kept,) and stored["0.mask"].shape == (5, 96 // 8) and stored["0.left"].shape == (32, 5)
     dense = [update._replace(right=update.right + 1) for update in updates]
     export.export_delta(model, dense, originals, tmp_path / "dense", CARD)
@@ -109,9 +111,9 @@ def test_masked_neurons_take_a_bit_each(edited, tmp_path):
 def test_signs_of_zeros_and_ragged_widths_come_back():
     right = torch.tensor([[0.0, -0.0, 1e-45, *[0.0] * 60, -1.0], [0.0] * 64, [-0.0] * 64])[:, :63]
     right = right.contiguous()
-    stored = delta._packed(0, right)
-    assert "0.mask" in stored
-    assert torch.equal(delta._unpacked(0, stored, 63).view(torch.int32), right.view(torch.int32))
+    stored = delta._packed(right)
+    assert "mask" in stored
+    assert torch.equal(delta._unpacked(stored, 63).view(torch.int32), right.view(torch.int32))
 
 
 def test_a_delta_of_another_model_is_refused_and_nothing_changes(edited, tiny, tmp_path):
@@ -163,7 +165,7 @@ def test_a_delta_of_another_format_says_so(edited, tmp_path, monkeypatch):
     monkeypatch.setattr(delta, "_FORMAT", "easyedit_nmke delta 99")
     export.export_delta(model, updates, originals, tmp_path / "out", CARD)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"delta 99.*expected 'easyedit_nmke delta 1'"):
+    with pytest.raises(ValueError, match=r"delta 99.*expected 'easyedit_nmke delta 2'"):
         load_delta(base, tmp_path / "out")
 
 
@@ -215,7 +217,9 @@ def test_a_truncated_adapter_reports_what_it_costs(rank, edited, tmp_path):
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     lost, whole = [], []
     for layer in (0, 2):
-        change = sum(update.left.double() @ update.right.double() for update in updates if update.layer == layer)
+        change = sum(
+            update.left.double() @ update.right.double() for update in updates if update.parameter.split(".")[2] == str(layer)
+        )
         module = f"base_model.model.model.layers.{layer}.mlp.down_proj"
         kept = stored[f"{module}.lora_B.weight"].double() @ stored[f"{module}.lora_A.weight"].double()
         best = torch.linalg.svdvals(change)[rank:].norm()
@@ -340,7 +344,7 @@ def test_a_fresh_process_answers_as_the_edited_model(atlas, requests, nmke_hpara
     originals, unedited = before(model, (0, 1)), generation.greedy_texts(model, tok, prompts)
     hparams = nmke_hparams(model, tok, v_num_grad_steps=15)
     for batch in (asked[:1], asked[1:3], asked[3:]):
-        editor.apply_nmke_to_model(model, tok, batch, hparams)
+        methods.apply_nmke_to_model(model, tok, batch, hparams)
     updates = [update for made in model.nmke_state.events for update in made.updates]
     card = export.Card("atlas", "0", "NMKE", 4, "2026-01-31")
     export.export_model(model, tok, tmp_path / "model", card)

@@ -1,6 +1,7 @@
 """The journal under faults: kills at every call that writes, full and read-only disks, cut and flipped files, two writers."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from easyedit_nmke import files as whole_files
 from easyedit_nmke.history import journal
 from easyedit_nmke.history.journal import Journal, disk, lock
 
@@ -52,7 +54,7 @@ class Faulty:
 @contextmanager
 def faulty(*args):
     with pytest.MonkeyPatch.context() as patch:
-        for module in (journal, disk, lock):
+        for module in (journal, whole_files, lock):
             patch.setattr(module, "os", Faulty(*args))
         yield
 
@@ -124,7 +126,8 @@ def check_prefix(found):
 
 def files(folder):
     """All bytes of a journal but its lock."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"}
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("lock", "lock.json"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
 def started(run):
@@ -543,17 +546,15 @@ def test_a_journal_that_nobody_holds_can_be_opened_again(sound, tmp_path):
     Journal.open(folder).close()
     code = "import sys; from easyedit_nmke.history.journal import Journal; found = Journal.open(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and (folder / "lock").read_bytes() == b""
+    assert (done.returncode, done.stderr) == (0, "") and not (folder / "lock.json").exists()
 
 
-def test_without_locks_in_the_file_system_the_process_decides(sound, tmp_path, monkeypatch):
-    class NoLocks:
-        LOCK_EX = LOCK_NB = 0
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_without_locks_in_the_file_system_the_process_decides(sound, tmp_path, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
 
-        def flock(self, *_):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock, "fcntl", NoLocks())
+    monkeypatch.setattr(fcntl, "flock", flock)
     folder = copy(sound, tmp_path)
 
     def leave():
@@ -562,17 +563,18 @@ def test_without_locks_in_the_file_system_the_process_decides(sound, tmp_path, m
 
     gone = started(leave)
     os.waitpid(gone, 0)
-    assert json.loads((folder / "lock").read_text())["pid"] == gone
+    assert json.loads((folder / "lock.json").read_text())["pid"] == gone
     with Journal.open(folder) as found:
         assert len(found) == COUNT
         with pytest.raises(BlockingIOError, match="in this process"):
             Journal.open(folder)
     for holder in ({"pid": gone, "host": "elsewhere"}, {"pid": os.getppid(), "host": socket.gethostname()}):
-        (folder / "lock").write_text(json.dumps(holder))
-        with pytest.raises(BlockingIOError, match=rf"process {holder['pid']} on {holder['host']} .*remove .*lock"):
+        (folder / "lock.json").write_text(json.dumps(holder))
+        with pytest.raises(BlockingIOError, match=rf"process {holder['pid']} on {holder['host']} .*remove .*lock.json"):
             Journal.open(folder)
-    (folder / "lock").write_text("garbage")
+    (folder / "lock.json").write_text("garbage")
     Journal.open(folder).close()
+    assert not [path for path in folder.iterdir() if path.name.startswith("lock.")]
 
 
 def test_a_reader_beside_a_busy_writer_sees_a_prefix(tmp_path):

@@ -59,7 +59,7 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     assert all(torch.equal(model.get_parameter(name), p) for name, p in editor.model.named_parameters())
 
     shown = run(capsys, "export", results, "--to", "lora", "--rank", 2, "--out", tmp_path / "small")
-    report = kept.export(results, "lora", tmp_path / "again", {}, rank=2)
+    report = kept.export(results, "lora", tmp_path / "again", rank=2)
     assert f"Rank 2 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
     assert "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
 
@@ -75,6 +75,25 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     assert asked[0]["prompt"] in run(capsys, "undo", results, 1, "--resolve")
     assert [edit["prompt"] for edit in kept.edits(results)] == [asked[2]["prompt"]]
     assert "1 edit taken out" in run(capsys, "rollback", results, 0) and not kept.edits(results)
+
+
+def test_files_are_verified(results, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "Never verified: --verify reads every file" in run(capsys, "log", results)
+    shown = run(capsys, "log", results, "--verify")
+    records = kept.verify(results).records
+    assert shown.count("effective") == 3 and f" {records} records: every byte as it was written" in shown
+    path = kept.find(results) / "edits" / "000001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "every byte as it was written" in run(capsys, "log", results)  # as of then; sizes are the same
+    assert cli.main(["log", str(results), "--verify"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "edits/000001.safetensors is not what was written (other checksum)\n"
+    assert "is damaged, see above; put this file back from a backup" in told.err
+    assert f" {records} records: 1 problem" in run(capsys, "log", results)
+    path.write_bytes(data)
+    run(capsys, "log", results, "--verify")
 
 
 def test_what_cannot_be_done_is_said(results, tmp_path, capsys):

@@ -1,10 +1,14 @@
-"""Products by oneDNN: torch's own, in another order of summing, and no gradient for weights."""
+"""Products by oneDNN: torch's own, in another order of summing, and no gradient for weights; and at which precision."""
 
 import pytest
 import torch
+from test_attribution import make_case
 
+from easyedit_nmke.attribution import AttributionCache, cached, fast
 from easyedit_nmke.models import products
 from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.updates import Update
+from easyedit_nmke.statistics import covariance
 
 FAMILIES = ["llama", "gpt2", "gptj"]
 
@@ -48,3 +52,91 @@ def test_a_frozen_model_gives_its_inputs_the_same_gradient_and_its_weights_none(
     assert len(calls) == (3 if kind == "llama" else 2) * torch.backends.mkl.is_available()
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6) and torch.allclose(x.grad, wanted, rtol=1e-5, atol=1e-6)
     assert not calls or all(p.grad is None for name, p in block.named_parameters())
+
+
+# -- precision ---------------------------------------------------------------------------------------------------
+
+
+PARTS = [part for part in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if products._settable(part)]
+
+
+def precision():
+    """torch's settings; None where it refuses to say one word for all parts."""
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = None
+    return overall, [part.fp32_precision for part in PARTS]
+
+
+@pytest.fixture
+def settings():
+    """Put back as they were."""
+    before = precision()
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    for part, value in zip(PARTS, before[1], strict=True):
+        part.fp32_precision = value
+
+
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def overall(value):
+    return lambda: torch.set_float32_matmul_precision(value)
+
+
+def part(number, value):
+    return lambda: setattr(PARTS[number], "fp32_precision", value)
+
+
+CHOICES = {"as it comes": lambda: None, "tf32": tf32, "high": overall("high"), "medium": overall("medium")}
+if PARTS:
+    CHOICES |= {"cuda part": part(0, "tf32"), "oneDNN part": part(1, "bf16")}
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+def test_exact_products_pin_the_precision_and_put_it_back(choose):
+    choose()
+    before = precision()
+    for error in (None, ZeroDivisionError):
+        try:
+            with products.exact_products():
+                assert precision() == ("highest", ["ieee"] * len(PARTS)) and not torch.backends.cuda.matmul.allow_tf32
+                if error:
+                    raise error
+        except ZeroDivisionError:
+            pass
+        assert precision() == before
+
+
+@pytest.mark.usefixtures("settings")
+def test_statistics_and_scores_are_computed_exactly(tiny, monkeypatch):
+    """Whatever the user has set: what is kept in files, and what masks are chosen by, is the same."""
+    torch.set_float32_matmul_precision("medium")
+    seen = {}
+
+    def watched(owner, name):
+        plain = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            overall, parts = precision()
+            seen.setdefault(name, set()).add((overall, tuple(parts)))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    model, tok = tiny("llama")
+    view = ModelView(model)
+    watched(covariance.SecondMoment, "add"), watched(fast, "perturbed_log_probs")
+    watched(AttributionCache, "check"), watched(cached.Projection, "follow")
+    covariance.covariances(view, tok, ["The capital of France is Paris."], [0])
+    case, cache = make_case((2, 7, 8, 37)), AttributionCache()
+    case.scores(backend="fast")
+    cache.projection(0, case.w_out, case.readout)
+    cache.follow([Update(0, torch.zeros(8, 1), torch.zeros(1, 7))], {0: case.w_out}, case.readout)
+    exact = {("highest", ("ieee",) * len(PARTS))}
+    assert seen == {name: exact for name in ("add", "perturbed_log_probs", "check", "follow")}
+    assert torch.get_float32_matmul_precision() == "medium"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import accumulate
 from statistics import fmean
 
 import pytest
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.experiments import protocol
-from easyedit_nmke.experiments.protocol import Scorer, Segment
+from easyedit_nmke.experiments.protocol import Progress, Result, Scorer, Segment
+from easyedit_nmke.methods.solver import NullSpaceSolver
 from easyedit_nmke.models.prompts import Request
-from easyedit_nmke.scores import generation, metrics
+from easyedit_nmke.scores import generation, metrics, table
 from easyedit_nmke.scores.drift import weight_drift
 
 
@@ -32,6 +34,15 @@ def begin(tiny, nmke_hparams, requests):
     return make
 
 
+def lines_of(events) -> list[dict]:
+    return [event.line for event in events if isinstance(event, Result)]
+
+
+def counts_of(events) -> list[int]:
+    """How many edits are done, after each of the events that tell of some."""
+    return list(accumulate(event.more for event in events if isinstance(event, Progress)))
+
+
 def weights_of(segment):
     return {name: weight.detach().clone() for name, weight in segment.weights.items()}
 
@@ -41,8 +52,9 @@ def test_every_score_is_taken_after_the_last_edit_against_the_unedited_model(beg
     editor, asked = segment.editor, segment.scorer.requests
     before = metrics.quality(editor.model, editor.tok, asked)
     log_probs = [generation.target_log_probs(editor.model, editor.tok, [(r.prompt, r.target_new)])[0] for r in asked]
-    *_, done, line = segment.run([4])
-    assert done == 4 and line["checkpoint"] == 4 and line["method"] == "NMKE"
+    *events, last = segment.run([4])
+    line = last.line
+    assert counts_of(events) == [0, 1, 2, 3, 4] and line["checkpoint"] == 4 and line["method"] == "NMKE"
     after = metrics.quality(editor.model, editor.tok, asked)
     scores = line["scores"]
     assert {name: scores[name] for name in metrics.summary(before, after)} == metrics.summary(before, after)
@@ -65,7 +77,7 @@ def test_every_score_is_taken_after_the_last_edit_against_the_unedited_model(beg
 def test_drift_is_of_the_output_projection_since_the_first_edit(begin, kind):
     segment = begin(kind, edits=2)
     start = {layer: segment.editor.model.get_submodule(name).weight.detach().clone() for layer, name in _downs(kind).items()}
-    *_, line = segment.run([2])
+    (line,) = lines_of(segment.run([2]))
     for layer, name in _downs(kind).items():
         now = segment.editor.model.get_submodule(name).weight.detach()
         pair = (start[layer].T, now.T) if kind == "gpt2" else (start[layer], now)
@@ -86,19 +98,19 @@ def test_the_unedited_model_scores_itself(begin):
 @pytest.mark.parametrize("stop", [1, 2, 3], ids=["between", "before a score", "after a score"])
 def test_a_stopped_segment_goes_on_from_its_last_edit_bit_for_bit(begin, tmp_path, solve, stop):
     whole = begin(solve=solve)
-    expected = [event for event in whole.run([2, 4]) if isinstance(event, dict)]
+    expected = lines_of(whole.run([2, 4]))
     kept = str(tmp_path / "state")
     first = begin(solve=solve, state_dir=kept)
     stopped = first.run([2, 4])
     for event in stopped:
-        if event == stop:
+        if isinstance(event, Progress) and len(first.immediate) == stop:
             break
     stopped.close()
     first.editor.close()
     again = begin(solve=solve, state_dir=kept)
     events = list(again.run([2, 4]))
-    assert [event for event in events if isinstance(event, int)] == list(range(stop, 5))
-    lines = [event for event in events if isinstance(event, dict)]
+    assert counts_of(events) == list(range(stop, 5))
+    lines = lines_of(events)
     assert len(lines) == 2
     for found, line in zip(lines, expected, strict=True):
         assert all(found[name] == line[name] for name in ("scores", "drift", "mask", "retention"))
@@ -106,7 +118,7 @@ def test_a_stopped_segment_goes_on_from_its_last_edit_bit_for_bit(begin, tmp_pat
         assert torch.equal(weight, weights_of(whole)[name])
     again.editor.close()
     last = begin(solve=solve, state_dir=kept)
-    assert [event for event in last.run([2, 4]) if isinstance(event, dict)] == lines  # a finished one only tells its lines
+    assert lines_of(last.run([2, 4])) == lines  # a finished one only tells its lines
     last.editor.close()
 
 
@@ -122,9 +134,54 @@ def test_a_segment_of_other_settings_is_not_taken_up(begin, tmp_path):
     again.editor.close()
 
 
+@pytest.mark.parametrize("error", [FloatingPointError, torch.linalg.LinAlgError])
+def test_edits_of_a_worn_out_model_that_cannot_be_written_are_listed_and_change_nothing(begin, tmp_path, monkeypatch, error):
+    """The second layer of the second edit fails, when the first layer is written already."""
+    solve, calls = NullSpaceSolver.directions, []
+
+    def directions(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error("the matrix is not positive definite")
+        return solve(self, *args)
+
+    monkeypatch.setattr(NullSpaceSolver, "directions", directions)
+    segment = begin(edits=3, state_dir=str(tmp_path / "state"))
+    lines, before = [], None
+    for event in segment.run([1, 2, 3]):
+        if isinstance(event, Result):
+            lines.append(event.line)
+            before = before or weights_of(segment)
+        elif len(segment.immediate) == 2:
+            assert all(torch.equal(weight, before[name]) for name, weight in weights_of(segment).items())
+            assert segment.editor.state.edits == 1
+    assert [line["failed"] for line in lines] == [[], [2], [2]] and list(map(protocol.failed_edits, lines)) == [0, 1, 1]
+    assert segment.editor.state.edits == 2 and len(segment.immediate) == 3
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights_of(segment).items())
+    segment.editor.close()
+    again = begin(edits=3, state_dir=str(tmp_path / "state"))
+    assert again.failed == [2] and again.lines == lines
+    again.editor.close()
+
+
+def test_bad_input_still_ends_a_run(begin, monkeypatch):
+    segment = begin(edits=2)
+    monkeypatch.setattr(
+        NullSpaceSolver, "directions", lambda *_: (_ for _ in ()).throw(ValueError("keys are [3], expected [F, K]"))
+    )
+    with pytest.raises(ValueError, match="keys are"):
+        list(segment.run([2]))
+    assert not segment.failed
+
+
+def test_every_score_has_its_row(begin):
+    (line,) = lines_of(begin(edits=2).run([2]))
+    assert set(line["scores"]) <= set(table.OWN)
+
+
 def test_batches_do_not_run_over_a_checkpoint(begin):
     segment = begin(batch_size=3)
-    assert [event for event in segment.run([2, 4]) if isinstance(event, int)] == [0, 2, 4]
+    assert counts_of(segment.run([2, 4])) == [0, 2, 4]
     assert segment.editor.state.edits == 2 and [report.requests for report in segment.editor.state.reports] == [2, 2]
 
 
@@ -160,7 +217,7 @@ def test_atlas_takes_new_answers_and_keeps_the_rest(atlas, tmp_path):
     scorer = Scorer(*atlas, [Request.from_dict(r) for r in embedded.requests(8, "tune")], embedded.exercises(60))
     before = scorer.unedited(*atlas)
     assert before["general"] > 0.8 and before["rel_exact"] == 0
-    *_, line = Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor)).run([8])
+    (line,) = lines_of(Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor)).run([8]))
     scores = line["scores"]
     assert scores["rel"] >= 0.75 and scores["gen"] >= 0.6 and scores["loc"] >= 0.9
     assert scores["rel_exact"] >= 0.75 and scores["rel_contains"] >= scores["rel_exact"] and scores["rel_preferred"] >= 0.75

@@ -144,7 +144,7 @@ def test_files_of_settings_are_listed_and_fit_their_methods():
 
 
 def test_every_setting_is_told():
-    from easyedit_nmke.hparams import NMKEHyperParams
+    from easyedit_nmke import NMKEHyperParams
 
     rows = re.findall(r"^\| `.*\|$", (HOME / "docs/settings.md").read_text(), re.M)
     told = {name for row in rows for name in INLINE.findall(row)}

@@ -1,9 +1,11 @@
 """The report against synthetic results that look like a comparison's, and an independent computation of its numbers."""
 
 import base64
+import html
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -214,7 +216,7 @@ def test_the_summary_says_what_the_numbers_say(full):
     assert f"{float(expected(lines, first, 400, 'rel').split()[0]):.0%} of the new answers' tokens" in said[1]
     unedited_general, general = (expected(lines, *place, "general").split()[0] for place in (("unedited", 0), (first, 400)))
     assert said[2] == f"The unedited model's general score is {unedited_general}, that of {first} {general}."
-    assert all(sentence.replace("'", "&#x27;") in text for sentence in said)
+    assert all(sentence in html.unescape(text) for sentence in said)
 
 
 def test_a_lead_within_the_error_one_seed_and_a_single_method_are_not_oversold():
@@ -250,6 +252,33 @@ def test_the_page_needs_nothing_from_outside(full):
     ):
         assert part in outside
     assert page_read.tags.count("details") == len(CHECKPOINTS) - 1 + len(METHODS)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_no_picture_is_wider_than_the_screen(full, tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    folder, _, text, _ = full
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert re.search(r"^img \{ max-width: 100%;", style, re.MULTILINE) and not re.search(r"#\w+ \{|img\.", style)
+    if browser is None:
+        pytest.skip("no browser to look with")
+    script = (
+        "<script>onload = () => { const page = document.querySelector('iframe').contentDocument;"
+        "const ends = [...page.images].map(image => image.getBoundingClientRect().right);"
+        "document.querySelector('pre').textContent = JSON.stringify([page.documentElement.scrollWidth, ...ends]) }</script>"
+    )
+    frame = (
+        f"<iframe src='{folder / 'report' / 'report.html'}' style='border: 0; width: {width}px; height: 900px'></iframe><pre></pre>"
+    )
+    (tmp_path / "frame.html").write_text(f"<!doctype html><meta charset=utf-8>{frame}{script}")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", f"--user-data-dir={tmp_path}"]
+    done = subprocess.run(
+        [browser, *options, "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    whole, *ends = json.loads(re.search(r"<pre>(\[.*?\])</pre>", done.stdout)[1])
+    assert len(ends) == 5 and max(ends) <= whole <= width
+    assert max(ends) > 0.8 * width  # and they take the room there is
 
 
 @pytest.mark.parametrize("name", ["curves", "frontier", "retention", "drift", "timing"])
@@ -330,6 +359,26 @@ def test_a_partial_file_is_reported_as_far_as_it_goes(tmp_path, capsys):
     ):
         assert said in out and said in text
     assert "After 50 edits" in out
+
+
+def test_edits_that_could_not_be_written_are_counted_and_listed_and_none_are_not_mentioned(full, tmp_path, capsys):
+    assert "could not be written" not in full[2]
+    lines = comparison(("NMKE", "FT", "ROME"), seeds=(0, 1), checkpoints=(50, 100))
+    for entry in lines:
+        if entry["method"] == "FT" and entry["seed"] == 1:
+            entry["failed"] = [3, 40] if entry["checkpoint"] == 50 else [3, 40, *range(80, 90)]
+        elif entry["method"] == "ROME":
+            entry["failed"] = entry["seed"]  # as files of before held them
+        elif entry["method"] == "NMKE":
+            entry["failed"] = []
+    text, _ = made(save(tmp_path, lines))
+    out = capsys.readouterr().out
+    for said in (
+        "FT, seed 1: 12 edits could not be written (3, 40, 80, 81, 82, 83, 84, 85, 86, 87, ...).",
+        "ROME, seed 1: 1 edit could not be written.",
+    ):
+        assert said in out and said in text
+    assert out.count("could not be written") == text.count("could not be written") == 2
 
 
 def test_of_lines_of_the_same_place_the_last_counts(tmp_path):
@@ -436,7 +485,7 @@ def test_the_terminal_table_fits_eighty_columns(full, tmp_path, monkeypatch, cap
         assert row.split()[-len(KEYS) :] == [expected(lines, name, 400, key).split()[0] for key in KEYS]
 
 
-@pytest.mark.parametrize("missing", ["pandas", "matplotlib"])
+@pytest.mark.parametrize("missing", ["pandas", "matplotlib", "jinja2"])
 def test_without_the_extra_only_the_report_is_missing_and_says_how_to_get_it(missing, tmp_path):
     save(tmp_path, bare())
     code = (

@@ -19,7 +19,7 @@ def lifelong():
         state.follow(weights)
         keys = torch.randn(6, columns, generator=generator)
         weights[0] += state.solvers[0].update(keys, torch.ones(3, columns))
-        state.advance(weights, {0: keys}, EditReport(columns))
+        state.advance(EditReport(columns, keys={0: keys}))
 
     return state, weights, edit
 
@@ -53,7 +53,8 @@ def test_weights_changed_by_something_else_keep_the_past_keys_with_a_warning(lif
 def test_a_key_that_cannot_be_appended_leaves_all_layers_as_they_were():
     solvers = {layer: NullSpaceSolver(torch.zeros(6, 0), 0.1) for layer in (0, 1)}
     state = LifelongState({}, solvers, [["{}"]])
-    weights = {0: torch.zeros(3, 6), 1: torch.zeros(3, 6)}
+    state.follow({0: torch.zeros(3, 6), 1: torch.zeros(3, 6)})
+    keys = {0: torch.ones(6, 1), 1: torch.full((6, 1), float("nan"))}
     with pytest.raises(ValueError, match="NaN"):
-        state.advance(weights, {0: torch.ones(6, 1), 1: torch.full((6, 1), float("nan"))}, EditReport(1))
+        state.advance(EditReport(1, keys=keys))
     assert [solver.count for solver in solvers.values()] == [0, 0] and state.edits == 0

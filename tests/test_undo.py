@@ -9,9 +9,9 @@ from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.history.log import standing
 from easyedit_nmke.history.state import LifelongState
-from easyedit_nmke.hparams import read
+from easyedit_nmke.methods import read
 from easyedit_nmke.models.prompts import Request
-from easyedit_nmke.models.updates import accumulate
+from easyedit_nmke.models.updates import accumulate, of_parameter
 from easyedit_nmke.scores import metrics
 
 
@@ -31,7 +31,7 @@ def picture(editor):
     """Everything that a rollback brings back."""
     state = editor.state
     weights = {layer: editor.model.get_parameter(name).detach().clone() for layer, name in _names(editor).items()}
-    masters = {layer: master.clone() for layer, master in state.masters.items()}
+    masters = {layer: master.clone() for layer, master in state.weights.masters.items()}
     memory = {f"{layer} {name}": t.clone() for layer, s in state.solvers.items() for name, t in s.memory().items()}
     return weights, masters, memory
 
@@ -57,7 +57,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "dtype", "overrides"), CASES, ids=lambda x: str(x))
 def test_rollback_gives_every_earlier_state_to_the_bit(begin, requests, kind, dtype, overrides):
     editor, seen, records = begin(kind, dtype, **overrides), [], requests(5)
-    editor.state.follow(editor.state._weights or _followed(editor))
+    editor.state.follow(_followed(editor))
     for record in records:
         seen.append(picture(editor))
         editor.apply([record])
@@ -77,10 +77,7 @@ def test_rollback_gives_every_earlier_state_to_the_bit(begin, requests, kind, dt
 
 
 def _followed(editor):
-    from easyedit_nmke.models.arch import ModelView
-    from easyedit_nmke.models.weights import followed
-
-    return followed(ModelView(editor.model), editor.hparams)
+    return editor.method.matrices(editor.model, editor.hparams)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,9 +89,9 @@ def test_undo_leaves_the_sum_of_the_other_updates_and_their_keys(begin, requests
     state = editor.state
     log = list(state.events)
     state.undo(2)
-    for layer, weight in _followed(editor).items():
+    for layer, (name, weight) in zip(editor.hparams.layers, _followed(editor).items(), strict=True):
         expected = torch.empty_like(weight)
-        accumulate(expected, start[layer], [u for edit in (log[0], log[2], log[3]) for u in edit.updates if u.layer == layer])
+        accumulate(expected, start[name], of_parameter((u for edit in (log[0], log[2], log[3]) for u in edit.updates), name))
         assert torch.equal(weight, expected)
         solver = type(state.solvers[layer])(state.solvers[layer].basis, state.solvers[layer].l2, null=state.solvers[layer].null)
         solver.append(log[0].keys[layer].float())
@@ -120,10 +117,10 @@ def test_a_request_of_a_batch_is_undone_alone(begin, requests):
     first, second = editor.state.events
     editor.state.undo(2)
     assert editor.state.solvers[0].count == 4
-    for layer, weight in _followed(editor).items():
+    for name, weight in _followed(editor).items():
         expected = torch.empty_like(weight)
-        first_update, second_update = (next(u for u in edit.updates if u.layer == layer) for edit in (first, second))
-        accumulate(expected, editor.state._bases[0][2][layer], [first_update.without({1}), second_update])
+        first_update, second_update = (of_parameter(edit.updates, name)[0] for edit in (first, second))
+        accumulate(expected, editor.state.weights.bases[0][2][name], [first_update.without({1}), second_update])
         assert torch.equal(weight, expected)
     with pytest.raises(ValueError, match="edits 1 to 3 share one update; go to 0 or 3"):
         editor.state.rollback(2)
@@ -138,25 +135,23 @@ def test_a_new_answer_to_an_edited_prompt_takes_the_place_of_its_key(begin, requ
     editor.apply([{**one, "prompt": " ".join([*one["prompt"].split()[:-1], "", one["prompt"].split()[-1]]), "target_new": "Rome"}])
     state = editor.state
     assert standing(state.events) == {1: "superseded by 3", 2: "effective", 3: "effective"}
-    assert state.solvers[0].count == 2 and state._columns == [2, 3]
+    assert state.solvers[0].count == 2 and state.memory.columns == [2, 3]
     with pytest.raises(ValueError, match="edit 1 is superseded by 3; undo 3 first, which brings 1 back"):
         state.undo(1)
     state.undo(3)
-    assert standing(state.events)[1] == "effective" and sorted(state._columns) == [1, 2]
+    assert standing(state.events)[1] == "effective" and sorted(state.memory.columns) == [1, 2]
     assert_same(picture(editor)[:1], before[:1])
     state.rollback(2)
     assert_same(picture(editor), before)
 
 
 def test_a_failed_new_answer_leaves_the_old_one_and_its_key(begin, requests, monkeypatch):
-    from easyedit_nmke.methods import nmke as page
-
     editor = begin(dtype=torch.bfloat16)
     one, two = requests(2)
     editor.apply([one])
     editor.apply([two])
     before = picture(editor)
-    monkeypatch.setattr(page, "write", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
+    monkeypatch.setattr(LifelongState, "write", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
     with pytest.raises(MemoryError):
         editor.apply([{**one, "target_new": "Rome"}])
     assert_same(picture(editor), before)
@@ -231,18 +226,17 @@ def test_small_updates_are_not_rounded_away(begin, requests, monkeypatch):
         state, start = editor.state, {layer: weight.clone() for layer, weight in _followed(editor).items()}
         state.follow(_followed(editor))
         if name == "none":
-            state.masters = {}
+            state.weights.masters = {}
         g = torch.Generator().manual_seed(0)
         for _ in range(200):
             from easyedit_nmke.history.log import EditReport
-            from easyedit_nmke.methods.contract import write
-            from easyedit_nmke.models.updates import Update
+            from easyedit_nmke.models.updates import LowRank
 
             report = EditReport(1)
-            for layer, weight in _followed(editor).items():
-                update = Update(layer, 1e-4 * torch.ones(32, 1), 0.5 + torch.rand(1, 96, generator=g))
-                write(weight, update, report, state.masters.get(layer))
-            state.advance(_followed(editor), {}, report)
+            for layer in _followed(editor):
+                update = LowRank(layer, 1e-4 * torch.ones(32, 1), 0.5 + torch.rand(1, 96, generator=g))
+                state.write(update, report)
+            state.advance(report)
         ends[name] = {layer: weight.float() - start[layer].float() for layer, weight in _followed(editor).items()}
     for layer, exact in ends["exact"].items():
         lost = {name: ((ends[name][layer] - exact).norm() / exact.norm()).item() for name in ("masters", "none")}
@@ -250,7 +244,6 @@ def test_small_updates_are_not_rounded_away(begin, requests, monkeypatch):
 
 
 def test_later_edits_are_solved_again_without_the_one_that_is_taken_out(begin, requests, tmp_path, monkeypatch):
-    from easyedit_nmke.methods import nmke as page
 
     records = requests(5)
     editor = begin(state_dir=str(tmp_path / "state"))
@@ -259,7 +252,7 @@ def test_later_edits_are_solved_again_without_the_one_that_is_taken_out(begin, r
     editor.undo(1)
     values = [event.z for event in editor.state.events if hasattr(event, "z")]
     before = picture(editor)
-    monkeypatch.setattr(page, "write", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
+    monkeypatch.setattr(LifelongState, "write", lambda *args: (_ for _ in ()).throw(MemoryError("out of memory")))
     with pytest.raises(MemoryError):
         editor.undo(3, resolve=True)
     monkeypatch.undo()
@@ -338,6 +331,6 @@ def test_bfloat16_edits_hold_as_float32_ones_do(known):
     for request in asked:
         known.apply([request])
         half.apply([request])
-    assert isinstance(half.state, LifelongState) and set(half.state.masters) == {0, 1, 2}
+    assert isinstance(half.state, LifelongState) and len(half.state.weights.masters) == 3
     held = [sum(says(editor, request) for request in asked) for editor in (known, half)]
     assert held[1] >= held[0] - 1

@@ -1,6 +1,8 @@
 """The Triton kernel under Triton's interpreter on a CPU. TRITON_INTERPRET=1 must be set before Triton is imported, so
 test_attribution_fused.py runs this file in a process of its own."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from test_attribution import READOUTS, make_case
@@ -8,8 +10,8 @@ from test_attribution import READOUTS, make_case
 from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.attribution import AttributionCache, fused
 from easyedit_nmke.attribution.masks import neuron_mask
-from easyedit_nmke.history.state import Update
-from easyedit_nmke.hparams import NMKEHyperParams
+from easyedit_nmke.methods.nmke import NMKEHyperParams
+from easyedit_nmke.models.updates import LowRank
 
 # P, N, D, V: one of each, one tile and a bit, many prompts, a vocabulary of several tiles
 SIZES = [(1, 1, 3, 5), (6, 33, 16, 129), (40, 17, 33, 37), (2, 70, 7, 500)]
@@ -88,7 +90,7 @@ def test_the_kernel_reads_a_cache(dtype):
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(20, 3, generator=generator), 0.1 * torch.randn(3, 63, generator=generator)
     case.w_out.add_(left @ right)
-    cache.follow([Update(0, left, right)], {0: case.w_out}, case.readout)
+    cache.follow({0: [LowRank("0", left, right)]}, {0: case.w_out}, case.readout)
     held = cache.layers[0]
     for final in (case.final_hidden, None):
         args = (case.coefficients, case.residual, case.w_out, case.readout, case.target_ids, 30.0, final)
@@ -107,6 +109,34 @@ def test_one_edit_writes_the_same_weights(tiny, nmke_hparams, requests, weights)
         written[backend] = weights(model, settings)
         assert model.nmke_state.reports[0].attribution.startswith(backend)
     assert all(torch.equal(written["reference"][layer], written["fused"][layer]) for layer in written["reference"])
+
+
+@pytest.mark.parametrize("tile", [(64, 128, 32), (128, 128, 32), (128, 128, 64), (128, 256, 64)], ids=str)
+def test_every_tile_of_the_table(tile, monkeypatch):
+    monkeypatch.setattr(fused, "tile", lambda *_: fused.Tile(*tile, 4, 1))
+    for norm in ("frozen", "exact"):
+        assert errors(make_case((2, 70, 33, 500), "layer softcap"), norm) < 2e-5
+
+
+def test_the_kernel_is_launched_on_the_gpu_of_its_operands(monkeypatch):
+    """Every launch is inside `current(device)`: by itself Triton launches on the current GPU, whatever its operands are on."""
+    inside, seen, plain = [], [], fused._kernel
+
+    @contextmanager
+    def current(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    class Watched:
+        def __getitem__(self, grid):
+            seen.append(list(inside))
+            return plain[grid]
+
+    monkeypatch.setattr(fused, "current", current), monkeypatch.setattr(fused, "_kernel", Watched())
+    case = make_case((2, 7, 8, 37))
+    case.scores(backend="fused")
+    assert seen == [[case.w_out.device]]
 
 
 def test_a_planted_error_is_noticed(monkeypatch):

@@ -10,18 +10,41 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
+from ..models.products import exact_products
 from . import fast, reference
 from .cached import AttributionCache, Projection
 
 BACKENDS = ("reference", "fast", "fused", "cached")
-STRATEGIES = ("lps", "psa", "mpc")
 NORMS = ("frozen", "exact")
 LOWEST_LOG_PROB = math.log(1e-8)  # LPS clamps probabilities to [1e-8, 1]
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A way to score neurons: its label in tables, and either `gain`, from log p(w | x + λ c_n v_n) [P, N] and log p(w | x) [P, 1]
+    to scores [P, N], or without a vocabulary `size`, from |c| [P, N] and ||v|| [N]."""
+
+    label: str
+    gain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    size: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
+    {
+        "lps": Strategy("LPS", lambda after, before: after.clamp(LOWEST_LOG_PROB, 0) - before.clamp(LOWEST_LOG_PROB, 0)),
+        "psa": Strategy("PSA", lambda after, before: after.exp() - before.exp()),
+        "mpc": Strategy("MPC", size=torch.mul),
+    }
+)
+
+
+@exact_products()
 @torch.no_grad()
 def neuron_scores(
     coefficients: torch.Tensor,
@@ -48,18 +71,17 @@ def neuron_scores(
     ValueError for shapes that do not fit, names that are unknown, values that are not finite, a backend that cannot run here.
     """
     _check(coefficients, residual, w_out, readout, target_ids, strategy, amplification, norm, final_hidden, backend)
-    if strategy == "mpc":
+    way = STRATEGIES[strategy]
+    if way.size is not None:
         dtype = torch.float64 if backend == "reference" else torch.promote_types(coefficients.dtype, torch.float32)
-        return coefficients.to(dtype).abs() * torch.linalg.vector_norm(w_out, dim=0, dtype=dtype)
+        return way.size(coefficients.to(dtype).abs(), torch.linalg.vector_norm(w_out, dim=0, dtype=dtype))
     if backend == "auto":
         backend, _ = choose(backend, w_out, readout)
     log_probs, options = _primitive(backend, w_out, projection)
     after, before = log_probs(
         coefficients, residual, w_out, readout, target_ids, amplification, final_hidden if norm == "frozen" else None, **options
     )
-    if strategy == "psa":
-        return after.exp() - before.exp()[:, None]
-    return after.clamp(LOWEST_LOG_PROB, 0) - before.clamp(LOWEST_LOG_PROB, 0)[:, None]
+    return way.gain(after, before[:, None])
 
 
 def choose(backend: str, w_out: torch.Tensor, readout, layers: int = 1, cache: AttributionCache | None = None) -> tuple[str, str]:
@@ -135,7 +157,8 @@ def _check(coefficients, residual, w_out, readout, target_ids, strategy, amplifi
         "readout.head": (readout.head, (vocabulary, hidden)),
         "readout.scale": (readout.scale, (hidden,)),
     }
-    if strategy != "mpc" and norm == "frozen":
+    needs_vocabulary = STRATEGIES[strategy].gain is not None
+    if needs_vocabulary and norm == "frozen":
         if final_hidden is None:
             raise ValueError("norm='frozen' needs final_hidden [P, D], the input of the final norm; got None")
         expected["final_hidden"] = (final_hidden, (prompts, hidden))
@@ -145,7 +168,7 @@ def _check(coefficients, residual, w_out, readout, target_ids, strategy, amplifi
     if not math.isfinite(amplification) or amplification <= 0:
         raise ValueError(f"amplification is {amplification!r}, expected a number more than 0")
     finite = {"coefficients": coefficients, "residual": residual, "w_out": w_out, "final_hidden": final_hidden}
-    for name in finite if strategy != "mpc" else ("coefficients", "w_out"):
+    for name in finite if needs_vocabulary else ("coefficients", "w_out"):
         if finite[name] is not None and not all(torch.isfinite(part).all() for part in finite[name].split(256)):
             raise ValueError(f"{name} holds NaN or infinite values")
     if prompts and not (int(target_ids.min()) >= 0 and int(target_ids.max()) < vocabulary):

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..models.products import linear
-from ..models.updates import Update, fingerprint
+from ..models.device import free_memory
+from ..models.products import exact_products, linear
+from ..models.updates import LowRank, fingerprint
 from .linear import project
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Projection:
         self.refreshes, self.reason, self.drift = self.refreshes + 1, reason, 0.0
         logger.debug("projections computed anew: %s", reason)
 
-    def follow(self, updates: Sequence[Update], w_out: torch.Tensor, readout) -> None:
+    def follow(self, updates: Sequence[LowRank], w_out: torch.Tensor, readout) -> None:
         """All that one edit added to w_out, as it is now."""
         if not self.synced:  # whatever else happened since the last use has not been looked at: there is nothing to follow from
             self.history = []
@@ -130,6 +131,7 @@ class AttributionCache:
     def __deepcopy__(self, _memo) -> AttributionCache:
         return AttributionCache(self.memory, self.refresh_every, self.drift)
 
+    @exact_products()
     def projection(self, layer: int, w_out: torch.Tensor, readout) -> Projection:
         """U of the layer's w_out [D, N] as it is now; MemoryError when it does not fit."""
         found = self.layers.get(layer)
@@ -145,29 +147,18 @@ class AttributionCache:
         """MemoryError when so many more layers like this one do not fit."""
         need = layers * Projection.bytes(w_out, readout)
         held = sum(projection.stored.nbytes for projection in self.layers.values())
-        room = free_memory(w_out.device) // 2 if self.memory is None else self.memory - held
+        room = free_memory(w_out.device) / 2 if self.memory is None else self.memory - held
         if need > room:
             raise MemoryError(
                 f"cached attribution needs {need / 1e9:.2f} GB more for {layers} layer(s), {room / 1e9:.2f} GB may be used; "
                 "choose another attribution_backend"
             )
 
-    def follow(self, updates: Sequence[Update], weights: Mapping[int, torch.Tensor], readout) -> None:
-        """`updates` were written; weights: layer -> its w_out as it is now."""
-        for layer in {update.layer for update in updates} & set(self.layers):
-            w_out = weights[layer]
-            self.layers[layer].follow([u for u in updates if u.layer == layer], w_out, readout.to(w_out.device))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU, or available to processes; 0 where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
+    @exact_products()
+    def follow(self, updates: Mapping[int, Sequence[LowRank]], weights: Mapping[int, torch.Tensor], readout) -> None:
+        """`updates` of each layer were written; weights: layer -> its w_out as it is now."""
+        for layer in set(updates) & set(self.layers):
+            self.layers[layer].follow(updates[layer], weights[layer], readout.to(weights[layer].device))
 
 
 def _digest(w_out: torch.Tensor) -> int:

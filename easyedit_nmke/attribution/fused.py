@@ -11,38 +11,51 @@ Importing this file needs Triton (extra `cuda`); TRITON_INTERPRET=1, set before 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ..models.device import current
 from .linear import LOG2E, NEURONS_AT_A_TIME, Perturbation, cap, columns, perturbation
 
 PRECISIONS = {"bf16": (torch.bfloat16, "tf32"), "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee")}
 PROMPTS_AT_A_TIME = 64  # from here on a prompt's own exponentials cost more than its share of the product
 BUDGET = 2 << 30
-UNIT = 128  # words per written number: the smallest tile, so that the result's shape does not depend on the tile chosen
+UNIT = 128  # words per written number: the smallest tile's, so that the result's shape does not depend on the tile
 WORDS_AT_A_TIME = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _configs() -> list[triton.Config]:
-    """The tiles tried on first use (neurons, words, hidden; warps, stages).
+class Tile(NamedTuple):
+    """What one program multiplies (neurons x words, so much of `hidden` at a time), and with how many warps and stages."""
+
+    neurons: int
+    words: int
+    hidden: int
+    warps: int
+    stages: int
+
+
+def tile(dtype: torch.dtype, prompts: int, started: bool, capability: tuple[int, int]) -> Tile:
+    """The tile for operands of this type on a GPU of this compute capability. A table, not a measurement: the order of summing
+    depends on the tile, and a run that is taken up again has to sum in the same order.
 
     128 x 256 reads the fewest bytes per product but leaves one program per multiprocessor, which multiplies nothing while it
-    sums; of 128 x 128 two fit, and one multiplies while the other sums, which wins with many prompts; 256 x 128 suits short
-    vocabularies; 64 x 128 little shared memory (consumer cards) and the cache's few pending columns.
+    sums; of 128 x 128 two fit, and one multiplies while the other sums, which wins with many prompts and where the larger one
+    does not fit the registers (8.0). 64 x 128 is for the cache's few pending columns, and for float32 on consumer cards.
     """
     if INTERPRETED:
-        return [triton.Config({"BLOCK_N": 32, "BLOCK_V": 128, "BLOCK_D": 32})]
-    tiles = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3)]
-    return [
-        triton.Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
-        for n, v, d, warps, stages in [*tiles, (128, 128, 32, 8, 3), (64, 128, 32, 4, 3)]
-    ]
+        return Tile(32, 128, 32, 4, 1)
+    roomy = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # data center cards: 164 KB of shared memory or more, others 100
+    if started or (dtype == torch.float32 and not roomy):
+        return Tile(64, 128, 32, 4, 3)
+    if dtype == torch.float32 or not roomy:
+        return Tile(128, 128, 32, 8, 3)
+    return Tile(128, 128 if capability == (8, 0) or prompts > 16 else 256, 64, 8, 3)
 
 
-@triton.autotune(configs=_configs(), key=["D", "STARTED", "TILTED"])
 @triton.jit
 def _kernel(
     weight, head, start, base, lean, slopes, tilt, out, N, V, D, P, softcap,
@@ -111,9 +124,9 @@ def perturbed_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.perturbed_log_probs`, in float32.
 
-    precision of the products, summed in float32: "bf16", "tf32", "fp32"; "auto" is bf16 for a bfloat16 head, else fp32, or tf32
-    where torch.backends.cuda.matmul.allow_tf32 is set. budget: bytes of scratch memory; prompts and neurons are taken in parts to
-    stay within it. projection: `cached.Projection` to read U from, instead of computing it.
+    precision of the products, summed in float32: "bf16", "tf32", "fp32"; "auto" is bf16 for a bfloat16 head, else fp32. budget:
+    bytes of scratch memory; prompts and neurons are taken in parts to stay within it. projection: `cached.Projection` to read U
+    from, instead of computing it.
     """
     rounding = _precision(precision, readout, projection)
     after = torch.empty(coefficients.shape, dtype=torch.float32, device=w_out.device)
@@ -144,8 +157,7 @@ def _precision(precision: str, readout, projection) -> tuple[torch.dtype, str]:
     """(dtype of the operands, input_precision of the product)."""
     if precision == "auto":
         half = (readout.head if projection is None else projection.stored).dtype == torch.bfloat16
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 or (half and projection is not None) else "fp32"
-        precision = "bf16" if half and projection is None else precision  # a cache's few pending columns stay in float32
+        precision = ("bf16" if projection is None else "tf32") if half else "fp32"  # a cache's few pending columns stay in float32
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected 'auto' or one of {', '.join(map(repr, PRECISIONS))}")
     return PRECISIONS[precision]
@@ -205,12 +217,18 @@ def _log_sums(part: Perturbation, weight, head, stored, base, lean, softcap, rou
     out = torch.empty((triton.cdiv(vocabulary, UNIT), prompts, neurons), dtype=torch.float32, device=weight.device)
     slopes = part.slopes.mul_(LOG2E).contiguous()
     tilt = slopes if part.tilt is None else (part.tilt * LOG2E).contiguous()
-    _kernel[lambda tile: (triton.cdiv(neurons, tile["BLOCK_N"]) * triton.cdiv(vocabulary, tile["BLOCK_V"]),)](
-        weight, head, weight if stored is None else stored, base, lean, slopes, tilt, out,
-        neurons, vocabulary, hidden, prompts, 0.0 if softcap is None else softcap * LOG2E,
-        STARTED=stored is not None, TILTED=part.tilt is not None, CAPPED=softcap is not None, PRECISION=rounding, UNIT=UNIT,
-        WIDENED=INTERPRETED and weight.dtype == torch.bfloat16,  # whose bits it would multiply as whole numbers
-    )  # fmt: skip
+    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (0, 0)
+    chosen = tile(weight.dtype, prompts, stored is not None, capability)
+    programs = triton.cdiv(neurons, chosen.neurons) * triton.cdiv(vocabulary, chosen.words)
+    with current(weight.device):
+        _kernel[(programs,)](
+            weight, head, weight if stored is None else stored, base, lean, slopes, tilt, out,
+            neurons, vocabulary, hidden, prompts, 0.0 if softcap is None else softcap * LOG2E,
+            STARTED=stored is not None, TILTED=part.tilt is not None, CAPPED=softcap is not None, PRECISION=rounding,
+            WIDENED=INTERPRETED and weight.dtype == torch.bfloat16,  # whose bits it would multiply as whole numbers
+            UNIT=UNIT, BLOCK_N=chosen.neurons, BLOCK_V=chosen.words, BLOCK_D=chosen.hidden,
+            num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
     largest = out.amax(0)
     return out.sub_(largest).exp2_().sum(0).log2_().add_(largest)
 
@@ -225,7 +243,8 @@ def throughput(neurons=14336, hidden=4096, vocabulary=128256, prompts=6, dtype=t
     base = normal(prompts, vocabulary)
     rounding = "ieee" if dtype == torch.float32 else "tf32"
     flops = 2e-12 * neurons * hidden * vocabulary
-    kernel = triton.testing.do_bench(lambda: _log_sums(part, weight, head, None, base, base, None, rounding)) / 1e3
     some = head[: min(vocabulary, 16384)]
-    plain = triton.testing.do_bench(lambda: weight @ some.T) / 1e3 * vocabulary / len(some)
+    with current(weight.device):
+        kernel = triton.testing.do_bench(lambda: _log_sums(part, weight, head, None, base, base, None, rounding)) / 1e3
+        plain = triton.testing.do_bench(lambda: weight @ some.T) / 1e3 * vocabulary / len(some)
     return {"seconds": kernel, "tflops": flops / kernel, "matmul_tflops": flops / plain}

@@ -13,20 +13,17 @@ from contextlib import contextmanager
 
 import torch
 
-from ..attribution.cached import free_memory
 from ..easyedit.foreign import FAMILY_WORDS, Enclosure
 from ..easyedit.register import easyedit_method, easyedit_scorer
 from ..history.state import LifelongState
-from ..methods.baselines import apply_to_model
-from ..methods.contract import settings_of
+from ..methods import apply_to_model, method_of
 from ..methods.keys import Contexts, key_and_value, keys_of
 from ..methods.nmke import neuron_masks
 from ..methods.solver import CovarianceSolver
 from ..methods.values import target_values
 from ..models.arch import evaluating
-from ..models.device import synchronise
+from ..models.device import free_memory, synchronise
 from ..models.prompts import Request
-from ..models.weights import followed
 from ..scores import metrics
 from .machine import Clock, Measured, held_memory
 from .shapes import Bed
@@ -54,9 +51,9 @@ class Ours:
                 solver.append(self.bed.past(layer, count)[:, solver.count :])
 
     def edit(self, request: Request) -> Measured:
-        state = LifelongState(settings_of(self.hparams), self.solvers, self.bed.templates)
+        state = LifelongState(self.hparams.state_settings(), self.solvers, self.bed.templates)
         state.attribution_cache = self._cache
-        state.follow(followed(self.bed.view, self.hparams))  # what a first edit does once is not measured
+        state.follow(method_of(self.hparams).matrices(self.bed.model, self.hparams))  # what a first edit does once is not measured
         held, processor = held_memory(), time.process_time()
         synchronise()
         started = time.perf_counter()
@@ -158,7 +155,7 @@ class EasyEdit:
     def _check_fits(self) -> None:
         size = (2 if self.needs_past else 1) * len(self.bed.layers) * self.bed.neurons**2 * 4
         free = free_memory(torch.device("cpu"))
-        if free and size > free:
+        if size > free:
             raise ValueError(f"its matrices take {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
 
     def _modules(self) -> dict[str, str]:

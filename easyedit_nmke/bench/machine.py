@@ -14,9 +14,8 @@ from statistics import median
 
 import torch
 
-from ..attribution.cached import free_memory
 from ..history.journal import versions
-from ..models.device import peak_memory, synchronise
+from ..models.device import free_memory, peak_memory, synchronise
 
 
 @dataclasses.dataclass

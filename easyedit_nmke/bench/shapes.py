@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import atlas
-from ..attribution.cached import free_memory
 from ..history.log import EditReport
-from ..hparams import CLASSES, HyperParams, read
+from ..hparams import HyperParams
+from ..messages import did_you_mean
+from ..methods import method_named, read
 from ..methods.contract import phase
 from ..methods.keys import Contexts, keys_of
 from ..models.arch import ModelView, evaluating
+from ..models.device import free_memory
 from ..models.prompts import Request, context_templates
 
 RANK = 0.25  # share of directions that updates may not touch
@@ -58,7 +60,7 @@ SHAPES = {
 
 def shape_named(name: str) -> Shape:
     if name not in SHAPES:
-        raise ValueError(f"no shape {name!r}; known: {', '.join(SHAPES)}")
+        raise ValueError(f"no shape {name!r}{did_you_mean(name, SHAPES)}; known: {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
@@ -101,7 +103,7 @@ class Bed:
 
     def hparams(self, method: str, **changes) -> HyperParams:
         """Settings of a method of ours for this model."""
-        kind = CLASSES[method]
+        kind = method_named(method).hparams
         own = {"L2": self.l2, "mom2_update_weight": MEMIT_WEIGHT} if method != "NMKE" else {"L2": self.l2}
         content = {**self.settings, **own, **changes}
         content = {name: value for name, value in content.items() if name in kind.__dataclass_fields__}
@@ -201,7 +203,7 @@ def _random_model(config, device, dtype: torch.dtype, seed: int):
 def _check_fits(config, device, dtype: torch.dtype) -> None:
     size = sum(p.numel() for p in _random_model(config, "meta", dtype, 0).parameters()) * dtype.itemsize
     free = free_memory(torch.device(device))
-    if free and size > free:
+    if size > free:
         raise ValueError(
             f"the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}; "
             f"give --layers with less than {config.num_hidden_layers} blocks, or --dtype bfloat16"

@@ -16,9 +16,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..easyedit.register import MULTIMODAL_PACKAGES, find_easyedit
-
-SUMMARY = "what is installed here, what is missing, and what that means"
-EXAMPLE = "nmke doctor"
+from .verb import Verb
 
 PACKAGE = "easyedit-nmke"
 NEEDED = {"torch": "runs the models", "transformers": "loads the models"}
@@ -178,3 +176,6 @@ def _extra(extra: str, requirements: list[Requirement]) -> Finding:
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+VERB = Verb("doctor", "what is installed here, what is missing, and what that means", "nmke doctor", run)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import closing
 from datetime import date
 from pathlib import Path
 
 from ..editor import LifelongEditor
+from ..history import journal
 from ..history.durable import history, undo
 from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
-from ..history.journal import Journal
+from ..history.journal import Journal, Verification
 from ..history.log import Edit, standing
-from ..hparams import CLASSES
+from ..methods import method_named
 from ..scores import generation
+from ..scores.table import in_shell
 
 
 def find(folder: str | Path) -> Path:
@@ -50,6 +51,21 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     return found
 
 
+def verify(folder: str | Path) -> Verification:
+    """Read every file of a state and check its checksum; what is wrong, file by file."""
+    return journal.verify(find(folder))
+
+
+def verified(folder: str | Path) -> str:
+    """When that was last done, and with what result, in a sentence."""
+    found = journal.last_verified(find(folder))
+    if found is None:
+        return "Never verified: --verify reads every file, without it only their sizes are looked at"
+    count = len(found.problems)
+    result = f"{count} {'problem' if count == 1 else 'problems'}" if count else "every byte as it was written"
+    return f"Last verified {found.made}, {found.records} {'record' if found.records == 1 else 'records'}: {result}"
+
+
 def take_out(folder: str | Path, edit: int, resolve: bool = False, model: str | None = None, device: str | None = None) -> dict:
     """Undo one edit, and return it as `edits` tells it. Without a model: who opens the state next finds the model without the edit.
     resolve: load the model, and solve all later edits again, from which their numbers move up by one."""
@@ -76,25 +92,23 @@ def open_editor(folder: Path, model: str | None = None, device: str | None = Non
     with Journal.open(folder, write=False) as journal:
         content = journal.header["hparams"]
     changes = {name: value for name, value in (("model_name", model), ("device", device)) if value is not None}
-    hparams = CLASSES[content["alg_name"]].from_dict(
+    hparams = method_named(content["alg_name"], str(folder)).hparams.from_dict(
         {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
     )
     editor = LifelongEditor.from_hparams(hparams)
-    editor.state  # noqa: B018  opening it brings the model to the last edit
+    editor.open()  # which brings the model to the last edit
     return editor
 
 
 def export(
-    folder: str | Path, to: str, out: Path, columns: Mapping[str, str], rank: int | None = None, model: str | None = None,
-    device: str | None = None,
-) -> LoraReport | None:  # fmt: skip
-    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora". columns: the
-    scores that the card shows, and their headings."""
+    folder: str | Path, to: str, out: Path, rank: int | None = None, model: str | None = None, device: str | None = None
+) -> LoraReport | None:
+    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora"."""
     if rank is not None and to != "lora":
         raise ValueError(f"--rank is for --to lora, not for --to {to}")
     check_new(out)
     with closing(open_editor(find(folder), model, device)) as editor:
-        card = _card(editor, columns)
+        card = _card(editor)
         originals, updates = editor.state.changes()
         if to == "model":
             return export_model(editor.model, editor.tok, out, card)
@@ -103,13 +117,14 @@ def export(
         return export_lora(editor.model, updates, out, card, rank)
 
 
-def _card(editor: LifelongEditor, columns: Mapping[str, str]) -> Card:
+def _card(editor: LifelongEditor) -> Card:
     """Scores are those that were taken on the way, if no edit was taken out since."""
+    headings = in_shell()
     state, now = editor.state, list(standing(editor.state.events).values())
     weights = json.dumps(state.book.journal.header["model"]["weights"], sort_keys=True)
     lines = [note["segment"]["line"] for _, note in state.notes if "line" in note.get("segment", {})]
     scores = [
-        {"Edits": line["checkpoint"], **{heading: line["scores"].get(name) for name, heading in columns.items()}}
+        {"Edits": line["checkpoint"], **{heading: line["scores"].get(name) for name, heading in headings.items()}}
         for line in lines
         if "undone" not in now
     ]

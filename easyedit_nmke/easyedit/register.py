@@ -12,7 +12,6 @@ Nothing is remembered here: whether NMKE is registered is read off EasyEdit's ow
 """
 
 import builtins
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -23,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from ..messages import did_you_mean
+
 ALG_NAME = "NMKE"
 ACCELERATED = ("AlphaEdit", "MEMIT")
 MULTIMODAL_PACKAGES = frozenset({"av", "cv2", "fairscale", "iopath", "qwen_vl_utils", "timm", "torchvision"})
@@ -32,25 +33,31 @@ logger = logging.getLogger(__name__)
 
 
 def register(text_only: bool = False) -> ModuleType:
-    """Puts NMKE among EasyEdit's methods and its batchable methods; returns the imported ``easyeditor``.
+    """Puts NMKE, and every other method that EasyEdit lacks, among its methods and its batchable methods; returns the imported
+    ``easyeditor``.
 
     ``easyeditor`` may have been imported before or not; a second call changes nothing. With ``text_only`` it is imported
     inside :func:`text_only`. Raises ImportError, one sentence, when EasyEdit is missing, lacks a package, or is too old.
     """
     home = find_easyedit()
     easyeditor = _import_easyedit(home, behind_placeholders=text_only)
-    from ..methods.nmke import apply_nmke_to_model  # here, so that importing the package stays light
+    from ..methods import applied, apply_nmke_to_model, methods  # here, so that importing the package stays light
 
-    methods, batchable = _tables(home)
-    if methods.get(ALG_NAME) is not apply_nmke_to_model:
-        if ALG_NAME in methods:
+    table, batchable = _tables(home)
+    if table.get(ALG_NAME) is not apply_nmke_to_model:
+        if ALG_NAME in table:
             logger.warning(
-                "EasyEdit at %s already has a method %r (%r): replaced by this package's", home, ALG_NAME, methods[ALG_NAME]
+                "EasyEdit at %s already has a method %r (%r): replaced by this package's", home, ALG_NAME, table[ALG_NAME]
             )
-        methods[ALG_NAME] = apply_nmke_to_model
-    if not batchable.is_batchable_method(ALG_NAME):
-        batchable.is_batchable_method = staticmethod(_or_nmke(batchable.is_batchable_method))
-    logger.info("NMKE is registered in EasyEdit at %s", home)
+        table[ALG_NAME] = apply_nmke_to_model
+    for name, method in methods().items():
+        if name not in table:
+            table[name] = applied(method)
+            table[name].of_easyedit_nmke = True
+    ours = {ALG_NAME, *(name for name, apply in table.items() if hasattr(apply, "of_easyedit_nmke"))}
+    if not all(map(batchable.is_batchable_method, ours)):
+        batchable.is_batchable_method = staticmethod(_or_ours(batchable.is_batchable_method, ours))
+    logger.info("%s are registered in EasyEdit at %s", ", ".join(sorted(ours)), home)
     return easyeditor
 
 
@@ -61,13 +68,14 @@ def easyedit_method(name: str) -> tuple[str, Callable, type]:
     UltraEdit), it is of a new object of that kind. Raises ValueError with the known names, and what `register` does.
     """
     register(text_only=True)
-    methods = {known.lower(): known for known in _tables(find_easyedit())[0] if known != ALG_NAME}
+    table = _tables(find_easyedit())[0]
+    ours = {ALG_NAME, *(known for known, apply in table.items() if hasattr(apply, "of_easyedit_nmke"))}
+    methods = {known.lower(): known for known in table if known not in ours}
     if name.lower() not in methods:
-        close = [methods[known] for known in difflib.get_close_matches(name.lower(), methods, n=1)]
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(name, methods.values())
         raise ValueError(f"EasyEdit has no method {name!r}{hint}; it has {', '.join(methods.values())}")
     name = methods[name.lower()]
-    apply = _tables(find_easyedit())[0][name]
+    apply = table[name]
     kind = importlib.import_module("easyeditor.util.hparams").HyperParams
     package = vars(importlib.import_module(apply.__module__.rpartition(".")[0])).values()
     settings = [c for c in package if isinstance(c, type) and issubclass(c, kind) and c is not kind]
@@ -107,10 +115,9 @@ def _on_this_engine(name: str, original: Callable) -> Callable:
     """EasyEdit's calling convention and hyperparameter object in front of this package's method of that name."""
 
     def apply(model, tok, requests, hparams, *args, **kwargs):
-        from ..hparams import CLASSES
-        from ..methods.baselines import apply_to_model
+        from ..methods import apply_to_model, method_named
 
-        kind = CLASSES[name]
+        kind = method_named(name).hparams
         known = {field: getattr(hparams, field) for field in kind.__dataclass_fields__ if hasattr(hparams, field)}
         settings = kind.from_dict(known, source=f"EasyEdit's {type(hparams).__name__}")
         return apply_to_model(model, tok, requests, settings, *args, **kwargs)
@@ -257,8 +264,8 @@ def _too_old(home: Path, cause: Exception) -> ImportError:
     )
 
 
-def _or_nmke(is_batchable: Callable[[str], bool]) -> Callable[[str], bool]:
+def _or_ours(is_batchable: Callable[[str], bool], ours: set[str]) -> Callable[[str], bool]:
     def is_batchable_method(alg_name: str) -> bool:
-        return alg_name == ALG_NAME or is_batchable(alg_name)
+        return alg_name in ours or is_batchable(alg_name)
 
     return is_batchable_method

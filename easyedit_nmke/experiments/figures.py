@@ -19,27 +19,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from ..scores.table import Metric, table
+
 UNEDITED = "unedited"
-# In rows of four: the edited prompt, its paraphrases, what should have stayed, what follows and what else the model can do.
-SCORES = {
-    "rel": "Rel",
-    "rel_exact": "Rel, generated: exact",
-    "rel_contains": "Rel, generated: contains",
-    "rel_preferred": "Rel: new over old answer",
-    "gen": "Gen",
-    "gen_exact": "Gen, generated: exact",
-    "gen_contains": "Gen, generated: contains",
-    "gen_preferred": "Gen: new over old answer",
-    "loc": "Loc",
-    "neighborhood": "Loc: neighborhood",
-    "unrelated": "Loc: unrelated",
-    "same_subject": "Same subject",
-    "portability": "Portability",
-    "general": "General",
-    "fluency": "Fluency (bits)",
-    "immediate": "Rel right after each edit",
-}
-NEW_ANSWER = tuple(SCORES)[:8]
 # Okabe and Ito's colours, told apart by colour-blind readers; wine in place of their yellow, which white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -76,21 +58,20 @@ def style(index: int) -> dict:
 def curves(data: pd.DataFrame, methods: Sequence[str]) -> Figure | None:
     """Every score against the number of edits; the unedited model as a dashed line."""
     edited, unedited = data[data.method != UNEDITED], data[data.method == UNEDITED]
-    names = {**SCORES, **{name: name for name in data if name.startswith("harness.")}}
-    shown = [name for name in names if name in edited and edited[name].notna().any()]
+    rows = {**table(), **{name: Metric(name) for name in data if name.startswith("harness.")}}
+    shown = [name for name, row in rows.items() if row.curve and name in edited and edited[name].notna().any()]
     if not shown:
         return None
     ticks = sorted(edited.checkpoint.unique())
-    rows, columns = math.ceil(len(shown) / 4), min(4, len(shown))
-    figure = Figure((WIDTH, 2.1 * rows + 0.9), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    height, width = math.ceil(len(shown) / 4), min(4, len(shown))
+    figure = Figure((WIDTH, 2.1 * height + 0.9), layout="constrained")
+    axes = list(figure.subplots(height, width, squeeze=False).flat)
     for ax, name in zip(axes, shown, strict=False):
         _against_edits(ax, edited, name, methods, ticks)
-        # Of the new answers the unedited model knows nothing: its line at 0 would only flatten the curves.
-        if name not in NEW_ANSWER and name in unedited and unedited[name].notna().any():
+        if rows[name].baseline and name in unedited and unedited[name].notna().any():
             ax.axhline(unedited[name].mean(), color="#666666", linestyle=(0, (5, 3)), linewidth=1.2, label=UNEDITED)
-        ax.set_title(names[name] + " ↑")
-        if name != "fluency":
+        ax.set_title(f"{rows[name].title} {rows[name].arrow}")
+        if rows[name].share:
             _share_range(ax)
     for ax in axes[len(shown) :]:
         ax.remove()
@@ -172,7 +153,7 @@ def retention(lines: Sequence[Mapping], methods: Sequence[str], checkpoint: int)
     for ax, score in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
         for i, method in enumerate(methods):
             _band(ax, data[(data.score == score) & (data.method == method)], "tenth", "value", method, style(i))
-        ax.set_title(f"{SCORES[score]} ↑")
+        ax.set_title(f"{table()[score].title} ↑")
         ax.set(xticks=range(1, 11), xlim=(0.7, 10.3), xlabel="tenth of the edits:  1 oldest … 10 newest")
         _share_range(ax)
     _legend(figure)

@@ -1,52 +1,21 @@
-"""The report as one HTML file with nothing outside it: figures are embedded, style is inline, there are no scripts."""
+"""The report as one HTML file with nothing outside it: figures are embedded, style is inline, there are no scripts. Its text and
+look are report.html.j2; here are the numbers."""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
+from ..scores.table import in_report
 from . import figures, report
 
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1b1f24; background: #fff;
-       max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }
-h1 { font-size: 1.5em; margin: 0 0 .2em; }
-h2 { font-size: 1.15em; margin: 2.4em 0 .3em; border-top: 1px solid #d9dde2; padding-top: 1em; }
-p { margin: .3em 0 .7em; max-width: 62em; }
-.lead { font-size: 1.12em; }
-.dim { color: #59636e; font-size: .9em; }
-.notes { border-left: 4px solid #e69f00; background: #fff8e6; padding: .4em .8em; margin: .8em 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5em 0; }
-th, td { padding: .3em .5em; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap; }
-thead th { border-bottom: 2px solid #59636e; vertical-align: bottom; white-space: normal; }
-th:first-child, .words td { text-align: left; }
-.words td { white-space: normal; overflow-wrap: anywhere; }
-tbody th { font-weight: 600; }
-tr.unedited > * { color: #59636e; font-weight: 400; font-style: italic; }
-td small { display: inline-block; min-width: 3.1em; text-align: left; font-size: .8em; color: #59636e; font-weight: 400; }
-td.best { font-weight: 700; background: #cfe8dd; }
-td.close { background: #eef7f3; }
-#frontier { max-width: 760px; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-figure { margin: 0; }
-img { max-width: 100%; height: auto; display: block; margin: .4em 0; }
-pre { background: #f5f6f8; padding: .7em; overflow-x: auto; font-size: .85em; }
-details { margin: .5em 0; }
-summary { cursor: pointer; }
-@media print {
-  body { margin: 0; max-width: none; font-size: 10px; }
-  * { print-color-adjust: exact; }
-  figure, table { break-inside: avoid; }
-  h2, h2 + p { break-after: avoid; }
-  th, td { padding: .2em .3em; }
-  pre { white-space: pre-wrap; }
-}
-"""
+try:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+except ModuleNotFoundError as missing:
+    raise ImportError(f'the report needs {missing.name}: pip install "easyedit-nmke[figures]"') from None
+
 SECTIONS = {
     "curves": (
         "Scores as edits accumulate",
@@ -100,88 +69,70 @@ def _drawn(lines: Sequence[Mapping]) -> dict:
 def html(lines: Sequence[Mapping], notes: Sequence[str], pictures: Mapping[str, bytes]) -> str:
     """The page. `pictures`: PNG bytes by figure name."""
     last, names = report.shared_checkpoint(lines), report.methods(lines)
-    others = [t for t in report.checkpoints(lines) if t != last]
-    title = f"{report.count(len(names), 'method')}, {report.count(last, 'edit')}: {_data_name(lines)}"
-    first, *rest = report.headline(lines, last)
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead"><b>{escape(first)}</b> {escape(" ".join(rest))}</p>',
-        _notes([*notes, *report.gaps(lines)]),
-        _scores(lines, last),
-        _legend(lines, last),
-        *(f"<details><summary>After {report.count(t, 'edit')}</summary>{_scores(lines, t)}</details>" for t in others),
-        *(_picture(name, *SECTIONS[name], picture) for name, picture in pictures.items()),
-        _cost(lines, last),
-        _protocol(lines),
-    ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = "\n".join(filter(None, sections))
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n'
+    protocols = [line["protocol"] for line in lines if line.get("protocol")]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.j2").render(
+        title=f"{report.count(len(names), 'method')}, {report.count(last, 'edit')}: {_data_name(protocols)}",
+        headline=report.headline(lines, last),
+        notes=[*notes, *report.gaps(lines), *report.failures(lines)],
+        methods=names,
+        table=_scores(lines, last),
+        legend=_legend(lines, last),
+        others=[_scores(lines, t) for t in report.checkpoints(lines) if t != last],
+        pictures=[_picture(name, picture) for name, picture in pictures.items()],
+        costs=_costs(lines, last),
+        commands=_distinct(protocol.get("command") for protocol in protocols),
+        facts=_facts(lines, protocols),
+        hparams=_hparams(lines),
+    )
 
 
-def _scores(lines: Sequence[Mapping], checkpoint: int) -> str:
+def _scores(lines: Sequence[Mapping], checkpoint: int) -> dict:
+    """The table of scores at a checkpoint, cell by cell."""
     headings, body = report.rows(lines, checkpoint)
     names, rows = report.methods(lines), []
-    errors = any(" ± " in text for _, cells in body for text, _ in cells)
     for label, cells in body:
-        dot = f'<span class="dot" style="background:{figures.style(names.index(label))["color"]}"></span>' if label in names else ""
-        marked = "".join(f"<td{f' class={mark}' if mark else ''}>{_spread(text) if errors else text}</td>" for text, mark in cells)
-        rows.append(f"<tr{'' if label in names else ' class=unedited'}><th>{dot}{escape(label)}</th>{marked}</tr>")
-    return _table(headings, rows) + f'<p class="dim">{escape(report.caption(lines, checkpoint))}</p>'
-
-
-def _spread(text: str) -> str:
-    """A mean with its standard error in small print, for which room is kept where there is none, so that means line up."""
-    mean, plus_minus, error = text.partition(" ± ")
-    return f"{mean} <small>{plus_minus.strip()} {error}</small>"
-
-
-def _table(headings: Iterable[str], rows: Iterable[str]) -> str:
-    top = "".join(
-        f"<th>{escape(heading).replace(' ↑', '&nbsp;↑')}</th>" for heading in headings
-    )  # an arrow alone in a line is lost
-    return f'<div class="scroll"><table><thead><tr><th></th>{top}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        colour = figures.style(names.index(label))["color"] if label in names else None
+        split = [(*text.partition(" ± ")[::2], mark) for text, mark in cells]
+        rows.append(
+            {"label": label, "colour": colour, "cells": [dict(zip(("mean", "error", "mark"), c, strict=True)) for c in split]}
+        )
+    return {
+        "after": report.count(checkpoint, "edit"),
+        "headings": [heading.rsplit(" ", 1) for heading in headings],
+        "rows": rows,
+        "errors": any(cell["error"] for row in rows for cell in row["cells"]),
+        "caption": report.caption(lines, checkpoint),
+    }
 
 
 def _legend(lines: Sequence[Mapping], checkpoint: int) -> str:
-    """How to read the table of scores."""
+    """What the columns of the table are."""
     headings, _ = report.rows(lines, checkpoint)
-    said = [f"{name}: {what}" for name, arrow, what in report.COLUMNS.values() if f"{name} {arrow}" in headings]
-    key = "<b>Bold</b>: the best method. Lightly shaded: its distance to the best is within the standard error of that distance. "
-    compared = len(report.methods(lines)) > 1
-    return f'<p class="dim">{key if compared else ""}{escape(". ".join(said))}.</p>'
+    shown = (row for row in in_report().values() if f"{row.column} {row.arrow}" in headings)
+    return ". ".join(f"{row.column}: {row.what}" for row in shown if row.what)
 
 
-def _notes(notes: Sequence[str]) -> str:
-    return f'<div class="notes">{"<br>".join(map(escape, notes))}</div>' if notes else ""
+def _picture(name: str, picture: bytes) -> dict:
+    heading, text = SECTIONS[name]
+    return {"name": name, "heading": heading, "text": text, "data": base64.b64encode(picture).decode()}
 
 
-def _picture(name: str, heading: str, text: str, picture: bytes) -> str:
-    data = base64.b64encode(picture).decode()
-    image = f'<img id="{name}" alt="{heading}" src="data:image/png;base64,{data}">'
-    return f"<h2>{heading}</h2><p>{text}</p><figure>{image}</figure>"
-
-
-def _cost(lines: Sequence[Mapping], checkpoint: int) -> str:
+def _costs(lines: Sequence[Mapping], checkpoint: int) -> dict | None:
     """Memory and masks as a table."""
     found = report.costs(lines, checkpoint)
     if found.empty:
-        return ""
+        return None
     rows = []
     for label, row in found.iterrows():
         cells = ["-" if value != value else f"{value:.0f}" if "MB" in name else f"{value:.2f}" for name, value in row.items()]
-        rows.append(f"<tr><th>{escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    text = (
-        f"After {report.count(checkpoint, 'edit')}, means over seeds. Density: the share of neurons that an edit may change. "
-        "Overlap: of the neurons that either of two consecutive edits may change, the share that both may (Jaccard)."
-    )
-    return f"<h2>Memory and masks</h2><p>{text}</p>{_table(found, rows)}"
+        rows.append((label, cells))
+    return {"headings": list(found), "rows": rows}
 
 
-def _protocol(lines: Sequence[Mapping]) -> str:
-    """What the results depend on, and the commands that make them again."""
+def _facts(lines: Sequence[Mapping], protocols: Sequence[Mapping]) -> list[tuple[str, list[str]]]:
+    """What the results depend on, every value that occurs."""
     facts: dict[str, list[str]] = {"methods": report.methods(lines), "seeds": _distinct(line["seed"] for line in lines)}
-    protocols = [line["protocol"] for line in lines if line.get("protocol")]
     for name in ("protocol", "data", "model", "device", "batch_size", "versions"):
         values = [protocol[name] for protocol in protocols if protocol.get(name) is not None]
         if any(isinstance(value, Mapping) for value in values):
@@ -189,25 +140,18 @@ def _protocol(lines: Sequence[Mapping]) -> str:
                 facts[f"{name}: {key}"] = _distinct(value.get(key) for value in values)
         elif values:
             facts[name] = _distinct(values)
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(', '.join(values))}</td></tr>" for name, values in facts.items())
-    commands = _distinct(protocol.get("command") for protocol in protocols)
-    again = f"<p>To make these results again:</p><pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
-    return f'<h2>Protocol</h2>{again}<table class="words"><tbody>{rows}</tbody></table>{_hparams(lines)}'
+    return list(facts.items())
 
 
-def _hparams(lines: Sequence[Mapping]) -> str:
+def _hparams(lines: Sequence[Mapping]) -> list[tuple[str, str]]:
     settings = {line["method"]: (line.get("protocol") or {}).get("hparams") for line in lines if line["method"] != figures.UNEDITED}
-    blocks = {name: json.dumps(values, indent=1, ensure_ascii=False) for name, values in settings.items() if values}
-    return "".join(
-        f"<details><summary>Hyperparameters of {escape(name)}</summary><pre>{escape(text)}</pre></details>"
-        for name, text in blocks.items()
-    )
+    return [(name, json.dumps(values, indent=1, ensure_ascii=False)) for name, values in settings.items() if values]
 
 
 def _distinct(values: Iterable) -> list[str]:
     return list(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def _data_name(lines: Sequence[Mapping]) -> str:
-    names = _distinct(((line.get("protocol") or {}).get("data") or {}).get("name") for line in lines)
+def _data_name(protocols: Sequence[Mapping]) -> str:
+    names = _distinct((protocol.get("data") or {}).get("name") for protocol in protocols)
     return ", ".join(names) or "unnamed data"

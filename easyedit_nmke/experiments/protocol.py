@@ -6,9 +6,7 @@ A segment is one editor over one stream of requests. Its editor is anything with
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +17,41 @@ import torch
 from safetensors.torch import save_file
 
 from ..editor import LifelongEditor
+from ..files import whole
 from ..history.journal import versions
+from ..hparams import defaults, differences
+from ..methods import methods
 from ..models.arch import ModelView
 from ..models.device import peak_memory
 from ..models.prompts import Request
 from ..models.updates import fingerprint
-from ..models.weights import edited_parameters
 from ..scores import generation, metrics
 from ..scores.drift import weight_drift
+from ..scores.table import measured
 
 logger = logging.getLogger(__name__)
 
 FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
 ANSWER_TOKENS = 10
+# What a model worn out by its edits raises: numbers that are not finite, systems that cannot be solved.
+WORN_OUT = (FloatingPointError, torch.linalg.LinAlgError)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """So many more edits are done."""
+
+    more: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result line: what was measured of one (method, seed, checkpoint)."""
+
+    line: dict
+
+
+Event = Progress | Result
 
 
 class Scorer:
@@ -71,6 +91,7 @@ class Scorer:
         scores["fluency"] = generation.fluency(texts)
         general = metrics.exact_match(model, tok, self.exercises)
         scores["general"] = fmean(general) if general else None
+        scores |= measured(model, tok, requests, before)
         return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
 
     def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[str | None]) -> dict:
@@ -96,7 +117,8 @@ class Scorer:
 
 @dataclass
 class Segment:
-    """One editor over one stream, as far as it has come. `immediate`: each edit's Rel right after it; `lines`: the results.
+    """One editor over one stream, as far as it has come. `immediate`: each edit's Rel right after it; `failed`: the numbers, from
+    1, of edits that could not be written; `lines`: the results.
 
     Made on the unedited model: of a state that goes on, inside `as_of(0)`. ValueError when that was begun with other settings.
     """
@@ -110,10 +132,10 @@ class Segment:
     def __post_init__(self):
         self.lines: list[dict] = []
         self.immediate: list[float] = []
-        self.failed = 0
+        self.failed: list[int] = []
         self.seconds = 0.0
         ours = isinstance(self.editor, LifelongEditor)
-        self.weights = edited_parameters(ModelView(self.editor.model), self.editor.hparams) if ours else {}
+        self.weights = _edited(self.editor) if ours else {}
         self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.kept = self.editor.state if ours and self.editor.state.book else None
         notes = [note["segment"] for _, note in self.kept.notes if "segment" in note] if self.kept else []
@@ -123,28 +145,28 @@ class Segment:
         elif self.kept:
             self.kept.note({"segment": {"stamp": self.stamp, "first": self.first}})
 
-    def run(self, checkpoints: Sequence[int]) -> Iterator[int | dict]:
-        """Edit to the last checkpoint, yielding how many edits are done after each, and a result line at each checkpoint; those
-        of an earlier run come first."""
-        yield from self.lines
-        yield len(self.immediate)
+    def run(self, checkpoints: Sequence[int]) -> Iterator[Event]:
+        """Edit to the last checkpoint, yielding `Progress` after each batch and a `Result` at each checkpoint; those of an earlier
+        run come first."""
+        yield from map(Result, self.lines)
+        yield Progress(len(self.immediate))
         requests, size = self.scorer.requests, getattr(self.editor.hparams, "batch_size", 1)
         while True:
             done = len(self.immediate)
             if done in checkpoints and done not in [line["checkpoint"] for line in self.lines]:
                 self._count(line=self._line(done))
-                yield self.lines[-1]
+                yield Result(self.lines[-1])
             if done >= max(checkpoints):
                 return
             stop = min(done + size, min(c for c in checkpoints if c > done))
             self._edit(requests[done:stop])
-            yield stop
+            yield Progress(stop - done)
 
     def _edit(self, batch: Sequence[Request]) -> None:
         started, failed = time.perf_counter(), 0
         try:
             self.editor.apply(batch)
-        except FloatingPointError as error:  # a model worn out by its edits: those that cannot be written count as failed
+        except WORN_OUT as error:  # those that cannot be written count as failed
             logger.warning("%s, edit %d: %s", self.label, len(self.immediate) + 1, error)
             failed = len(batch)
         seconds = time.perf_counter() - started
@@ -158,8 +180,9 @@ class Segment:
         self._add(progress)
 
     def _add(self, progress: Mapping) -> None:
+        done = len(self.immediate)
+        self.failed += range(done + 1, done + 1 + progress.get("failed", 0))
         self.immediate += progress.get("immediate", [])
-        self.failed += progress.get("failed", 0)
         self.seconds += progress.get("seconds", 0.0)
         self.lines += [progress["line"]] if "line" in progress else []
 
@@ -189,7 +212,7 @@ class Segment:
             "method": self.label,
             "seed": self.seed,
             "checkpoint": edits,
-            "failed": self.failed,
+            "failed": list(self.failed),
             "scores": scores,
             "retention": ages,
             "drift": self._drift(),
@@ -249,43 +272,26 @@ def settings_differ(one: Mapping, other: Mapping) -> list[str]:
 
 
 def hparams_differ(one: Mapping, other: Mapping) -> list[str]:
-    """The hyperparameters that a result depends on and that are not the same, in words."""
-    names = (name for name in dict.fromkeys([*one, *other]) if name not in ("device", "stats_dir"))
-    return [f"{name} {one.get(name)!r} -> {other.get(name)!r}" for name in names if one.get(name) != other.get(name)]
+    """The hyperparameters that a result depends on and that are not the same, in words. One that is absent had its default."""
+    method = methods().get(other.get("alg_name"))
+    return differences(one, other, defaults(method.hparams) if method else {}, free=("device", "stats_dir"))
+
+
+def failed_edits(line: Mapping) -> int:
+    """How many edits could not be written up to a result line; older files hold the count in place of the edits' numbers."""
+    found = line.get("failed") or 0
+    return found if isinstance(found, int) else len(found)
 
 
 # ---- files
 
 
+def _edited(editor: LifelongEditor) -> dict[str, torch.nn.Parameter]:
+    return {name: editor.model.get_parameter(name) for name in editor.method.matrices(editor.model, editor.hparams)}
+
+
 def save_edited(editor: LifelongEditor, path: Path) -> None:
     """The edited parameters as safetensors, by name: load them over the base model with `load_state_dict(..., strict=False)`."""
-    view = ModelView(editor.model)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in edited_parameters(view, editor.hparams).items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in _edited(editor).items()}
     with whole(path) as temporary:
         save_file(tensors, temporary)
-
-
-def write_json(path: Path, content) -> None:
-    """All or nothing."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class whole:
-    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            with self.temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)

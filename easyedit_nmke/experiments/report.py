@@ -7,32 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
 
+from ..scores import table as scores
+from .protocol import failed_edits
+
 try:
     import pandas as pd
 
-    from . import figures
+    from .figures import UNEDITED
 except ModuleNotFoundError as missing:
     raise ImportError(f'the report needs {missing.name}: pip install "easyedit-nmke[figures]"') from None
-
-from .figures import UNEDITED
-
-COLUMNS = {  # score: (heading, direction, what it is)
-    "rel": ("Rel", "↑", "share of the new answer's tokens that the edited prompt gets right"),
-    "gen": ("Gen", "↑", "the same for a paraphrase of the prompt"),
-    "loc": ("Loc", "↑", "share of outputs to prompts about other subjects that are still the unedited model's"),
-    "same_subject": ("Same subject", "↑", "the same for other facts of the edited subject"),
-    "portability": ("Port", "↑", "portability, the same for what follows from the new answer"),
-    "general": ("General", "↑", "held-out exercises answered exactly"),
-    "rel_exact": ("Generated exact", "↑", "edited prompts that greedy free generation answers with exactly the new answer"),
-    "fluency": ("Fluency", "↑", "entropy of the n-grams of generated text, in bits"),
-    "seconds": ("s/edit", "↓", "seconds per edit"),
-}
-SAID = {  # of the leading method
-    "rel": "gets {:.0%} of the new answers' tokens right on the edited prompts",
-    "rel_exact": "gives exactly the new answer to {:.0%} of them when it generates freely",
-    "gen": "gets {:.0%} of the tokens right on paraphrases",
-    "loc": "leaves {:.0%} of the outputs about other subjects as they were",
-}
 
 
 def read(directory: Path) -> tuple[list[dict], list[str]]:
@@ -76,9 +59,9 @@ def shared_checkpoint(lines: Sequence[Mapping]) -> int:
 
 def frame(lines: Iterable[Mapping]) -> pd.DataFrame:
     """A row per line: method, seed, checkpoint, every known score (NaN for null), and `seconds` per edit."""
-    rows = []
+    rows, names = [], scores.table()
     for line in lines:
-        known = {name: line["scores"].get(name) for name in figures.SCORES}
+        known = {name: line["scores"].get(name) for name in names}
         known |= {name: score for name, score in line["scores"].items() if name.startswith("harness.")}
         total, edits = (line.get("seconds") or {}).get("total"), line["checkpoint"]
         rows.append({"method": line["method"], "seed": line["seed"], "checkpoint": edits, **known})
@@ -94,7 +77,7 @@ def table(lines: Sequence[Mapping], checkpoint: int) -> pd.DataFrame:
     """
     data = frame(lines)
     data = data[(data.checkpoint == checkpoint) | (data.method == UNEDITED)]
-    found = data.groupby("method")[list(COLUMNS)].agg(["mean", "sem"])
+    found = data.groupby("method")[list(scores.in_report())].agg(["mean", "sem"])
     found["seed", "count"] = data.groupby("method").size()
     return found.reindex([name for name in (UNEDITED, *methods(lines)) if name in found.index])
 
@@ -105,20 +88,20 @@ def rows(lines: Sequence[Mapping], checkpoint: int) -> tuple[list[str], list[tup
     mark: "best" (as printed, so ties share it), "close" (the distance to the best is within its own standard error) or "".
     """
     found = table(lines, checkpoint)
-    shown = [name for name in COLUMNS if found[name, "mean"].notna().any()]
-    marks = {name: _marks(found[name], name) for name in shown}
+    columns = {name: column for name, column in scores.in_report().items() if found[name, "mean"].notna().any()}
+    marks = {name: _marks(found[name], name, column.better) for name, column in columns.items()}
     body = []
     for label in found.index:
-        cells = [(_cell(name, *found.loc[label, name]), marks[name].get(label, "")) for name in shown]
+        cells = [(_cell(name, *found.loc[label, name]), marks[name].get(label, "")) for name in columns]
         body.append((label, cells))
-    return [" ".join(COLUMNS[name][:2]) for name in shown], body
+    return [f"{column.column} {column.arrow}" for column in columns.values()], body
 
 
-def _marks(score: pd.DataFrame, name: str) -> dict[str, str]:
+def _marks(score: pd.DataFrame, name: str, better: str) -> dict[str, str]:
     found = score.drop(index=UNEDITED, errors="ignore").dropna(subset="mean")
     if len(found) < 2:
         return {}
-    best = found.loc[found["mean"].idxmin() if COLUMNS[name][1] == "↓" else found["mean"].idxmax()]
+    best = found.loc[found["mean"].idxmin() if better == "lower" else found["mean"].idxmax()]
     close = (found["mean"] - best["mean"]).abs() <= (found["sem"] ** 2 + best["sem"] ** 2) ** 0.5
     marks = {label: "close" for label in found.index[close]}
     return marks | {
@@ -180,6 +163,19 @@ def gaps(lines: Sequence[Mapping]) -> list[str]:
     return notes
 
 
+def failures(lines: Sequence[Mapping]) -> list[str]:
+    """A sentence for every method and seed some of whose edits could not be written, with their numbers."""
+    last = {(line["method"], line["seed"]): line for line in sorted(lines, key=lambda line: line["checkpoint"])}
+    notes = []
+    for (method, seed), line in last.items():
+        if lost := failed_edits(line):
+            numbers = line["failed"] if isinstance(line["failed"], list) else []
+            shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+            which = f" ({shown})" if shown else ""
+            notes.append(f"{method}, seed {seed}: {count(lost, 'edit')} could not be written{which}.")
+    return notes
+
+
 def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
     """What came out at a checkpoint, in a few sentences made of the numbers alone.
 
@@ -193,9 +189,10 @@ def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
     if "rel" not in parts or ranked.empty:
         return [f"After {count(checkpoint, 'edit')} not every method has a Rel, so nothing is ranked."]
     lead = ranked.index[0]
-    scores = now[now.method == lead][list(SAID)].mean()
-    said = [SAID[name].format(scores[name]) for name in SAID if pd.notna(scores[name])]
-    text = [_ranking(ranked, _listed([COLUMNS[name][0] for name in parts]), checkpoint), f"{lead} {_listed(said)}."]
+    sentences = {name: row.said for name, row in scores.table().items() if row.said}
+    its = now[now.method == lead][list(sentences)].mean()
+    said = [sentence.format(its[name]) for name, sentence in sentences.items() if pd.notna(its[name])]
+    text = [_ranking(ranked, _listed([scores.OWN[name].title for name in parts]), checkpoint), f"{lead} {_listed(said)}."]
     unedited = data[data.method == UNEDITED].general.mean()
     general = now[now.method == lead].general.mean()
     if pd.notna(unedited) and pd.notna(general):

@@ -1,6 +1,7 @@
-"""Edits as one small file: the factors of every update, to be written into the base model again, to the bit.
+"""Edits as one small file: every update, to be written into the base model again, to the bit.
 
-Factors are those of `updates.Update`: w_out [D, F] of a layer += left [D, k] · right [k, F], one update after the other.
+Updates are those of `models.updates`, of parameters as matrices [out, in], added one after the other. Neighbouring low-rank ones of
+a parameter are stored as one.
 """
 
 from __future__ import annotations
@@ -16,51 +17,59 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..models.arch import ModelView
-from ..models.updates import Update, accumulate, fingerprint
+from ..models.updates import KINDS, LowRank, Update, accumulate, fingerprint, moved, of_parameter, tensors_of
 
 FILE = "delta.safetensors"
-_FORMAT = "easyedit_nmke delta 1"
+_FORMAT, _OLD_FORMAT = "easyedit_nmke delta 2", "easyedit_nmke delta 1"  # the old one has one low-rank update for each layer
 
 
-def joined(updates: Sequence[Update]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """layer -> (left [D, R], right [R, F]) of all its updates, on the CPU; their product is the layer's whole change.
-
-    ValueError when there are none.
-    """
+def joined(updates: Sequence[Update]) -> list[Update]:
+    """The same changes by fewer updates, on the CPU: parameter after parameter, neighbouring low-rank ones as one. ValueError when
+    there are none."""
     if not updates:
         raise ValueError(
-            "there are no update factors to export: no edit was made, or the method trains the weights themselves (FT); "
+            "there are no updates to export: no edit was made, or they were not kept (FT without keep_updates: true); "
             "export the whole model (--to model)"
         )
-    by_layer: dict[int, list[Update]] = {}
-    for update in updates:
-        by_layer.setdefault(update.layer, []).append(update)
-    return {
-        layer: (torch.cat([u.left for u in mine], 1).cpu(), torch.cat([u.right for u in mine]).cpu())
-        for layer, mine in sorted(by_layer.items())
-    }
+    found: list[Update] = []
+    for name in sorted({update.parameter for update in updates}, key=_natural):
+        run: list[Update] = []
+        for update in (moved(update, "cpu") for update in of_parameter(updates, name)):
+            if run and isinstance(update, LowRank) and isinstance(run[-1], LowRank):
+                last = run.pop()
+                left, right = torch.cat([last.left, update.left], 1), torch.cat([last.right, update.right])
+                update = LowRank(name, left, right)
+            run.append(update._replace(first=0))
+        found += run
+    return found
 
 
 def save_delta(
-    file: Path, model, updates: Sequence[Update], originals: Mapping[int, torch.Tensor], about: Mapping[str, object]
+    file: Path, model, updates: Sequence[Update], originals: Mapping[str, torch.Tensor], about: Mapping[str, object]
 ) -> None:
-    """The factors of all updates, masked neurons left out, for `load_delta`.
+    """All updates, masked neurons left out, for `load_delta`.
 
-    model: as edited. updates: as they were added. originals: layer -> w_out [D, F] before the first of them. about: plain data that
-    the file carries along; its "base" names the base model.
+    model: as edited. updates: as they were added. originals: name -> matrix [out, in] before the first of them. about: plain data
+    that the file carries along; its "base" names the base model.
     """
-    view, tensors, layers = ModelView(model), {}, {}
-    for layer, (left, right) in joined(updates).items():
-        tensors |= {f"{layer}.left": left, **_packed(layer, right)}
-        layers[layer] = {
-            "parameter": view.weight_name(layer),
-            "shape": list(originals[layer].shape),
-            "dtype": short(originals[layer].dtype),
-            "before": _hash(originals[layer]),
-            "after": _hash(view.w_out(layer)),
+    view, tensors, parts = ModelView(model), {}, joined(updates)
+    for i, update in enumerate(parts):
+        stored = tensors_of(update)
+        if isinstance(update, LowRank):
+            stored = {"left": update.left, **_packed(update.right)}
+        tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in stored.items()}
+    weights = {
+        name: {
+            "shape": list(originals[name].shape),
+            "dtype": short(originals[name].dtype),
+            "before": _hash(originals[name]),
+            "after": _hash(view.matrix(name)),
         }
+        for name in dict.fromkeys(update.parameter for update in parts)
+    }
+    made = [{"parameter": update.parameter, "kind": type(update).__name__.lower()} for update in parts]
     hashes = {name: _hash(tensor) for name, tensor in tensors.items()}
-    text = json.dumps({"format": _FORMAT, **about, "layers": layers, "tensors": hashes})
+    text = json.dumps({"format": _FORMAT, **about, "parameters": weights, "updates": made, "tensors": hashes})
     save_file(tensors, file, metadata={"delta": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
@@ -72,19 +81,19 @@ def load_delta(model, path: str | Path) -> dict[str, torch.Tensor]:
     damaged, and for a model whose parameters are not those that were edited. When anything fails, the model is as it was.
     """
     view, (content, updates) = ModelView(model), _read(Path(path))
-    layers = {int(layer): entry for layer, entry in content["layers"].items()}
-    problems = [problem for layer, entry in layers.items() if (problem := _mismatch(view, layer, entry))]
+    weights = content["parameters"]
+    problems = [problem for name, entry in weights.items() if (problem := _mismatch(view, name, entry))]
     if problems:
         raise ValueError(f"{path} does not belong to this model (it was made from {content['base']}):\n  " + "\n  ".join(problems))
     changed = {}
-    for layer, entry in layers.items():
-        changed[layer] = torch.empty_like(view.w_out(layer))
-        accumulate(changed[layer], view.w_out(layer), [updates[layer]])
-        if (got := _hash(changed[layer])) != entry["after"]:
-            raise ValueError(f"{path}: its updates give {entry['parameter']} the fingerprint {got}, expected {entry['after']}")
-    originals = {entry["parameter"]: view.weight(layer).detach().clone() for layer, entry in layers.items()}
-    for layer, weight in changed.items():
-        view.w_out(layer).copy_(weight)
+    for name, entry in weights.items():
+        changed[name] = torch.empty_like(view.matrix(name))
+        accumulate(changed[name], view.matrix(name), of_parameter(updates, name))
+        if (got := _hash(changed[name])) != entry["after"]:
+            raise ValueError(f"{path}: its updates give {name} the fingerprint {got}, expected {entry['after']}")
+    originals = {name: model.get_parameter(name).detach().clone() for name in weights}
+    for name, weight in changed.items():
+        view.matrix(name).copy_(weight)
     return originals
 
 
@@ -93,12 +102,17 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _natural(name: str) -> list:
+    """Layer 9 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
+
+
 def _hash(tensor: torch.Tensor) -> str:
     return f"{fingerprint({0: tensor}):016x}"
 
 
-def _read(path: Path) -> tuple[dict, dict[int, Update]]:
-    """The description of a delta, and all updates of each layer as one."""
+def _read(path: Path) -> tuple[dict, list[Update]]:
+    """The description of a delta, and its updates."""
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no delta at {path}; give the folder that `nmke export --to delta` made")
@@ -109,20 +123,33 @@ def _read(path: Path) -> tuple[dict, dict[int, Update]]:
     except (SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or no delta ({error})") from None
     content = json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == digest else {}
-    if content.get("format", _FORMAT) != _FORMAT:
+    if content.get("format", _FORMAT) not in (_FORMAT, _OLD_FORMAT):
         raise ValueError(f"{path} has the format {content['format']!r}, expected {_FORMAT!r}; export it with this version")
     if not content or content["tensors"] != {name: _hash(tensor) for name, tensor in tensors.items()}:
         raise ValueError(f"{path} is damaged: it does not hold what was written; copy it again")
-    layers = {int(layer): entry["shape"][1] for layer, entry in content["layers"].items()}
-    return content, {i: Update(i, tensors[f"{i}.left"], _unpacked(i, tensors, neurons)) for i, neurons in layers.items()}
+    if content["format"] == _OLD_FORMAT:
+        content |= _renewed(content["layers"])
+    updates = []
+    for i, made in zip(content.get("numbers") or range(len(content["updates"])), content["updates"], strict=True):
+        parts = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(i)}
+        if made["kind"] == "lowrank":
+            parts = {"left": parts["left"], "right": _unpacked(parts, content["parameters"][made["parameter"]]["shape"][1])}
+        updates.append(KINDS[made["kind"]](made["parameter"], **parts))
+    return content, updates
 
 
-def _mismatch(view: ModelView, layer: int, entry: Mapping) -> str | None:
-    """Why this layer's parameter is not the one that was edited, in words."""
-    name, kind = entry["parameter"], entry["dtype"]
-    if layer >= view.depth or view.weight_name(layer) != name:
+def _renewed(layers: Mapping[str, Mapping]) -> dict:
+    """What the old format says by layers, as the new one says it; `numbers` are those of the tensors."""
+    made = [{"parameter": entry["parameter"], "kind": "lowrank"} for entry in layers.values()]
+    return {"parameters": {entry["parameter"]: entry for entry in layers.values()}, "updates": made, "numbers": list(layers)}
+
+
+def _mismatch(view: ModelView, name: str, entry: Mapping) -> str | None:
+    """Why this parameter is not the one that was edited, in words."""
+    kind = entry["dtype"]
+    if name not in dict(view.model.named_parameters()):
         return f"{name}: the model has no such parameter"
-    weight = view.w_out(layer)
+    weight = view.matrix(name)
     if list(weight.shape) != entry["shape"]:
         return f"{name}: shape {list(weight.shape)}, expected {entry['shape']}"
     if short(weight.dtype) != kind:
@@ -133,19 +160,19 @@ def _mismatch(view: ModelView, layer: int, entry: Mapping) -> str | None:
     return f"{name}: " + ("these edits are in it" if got == entry["after"] else f"fingerprint {got}, expected {entry['before']}")
 
 
-def _packed(layer: int, right: torch.Tensor) -> dict[str, torch.Tensor]:
+def _packed(right: torch.Tensor) -> dict[str, torch.Tensor]:
     """right [R, F] as the entries that are not +0.0 and a bit for each place, where that is smaller: an edit has up to half of its
     neurons masked. Lists of indices would only be smaller for masks that keep less than 1 neuron in 32."""
     kept = right.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[right.element_size()]) != 0
     values = right[kept]
     if values.nbytes + kept.numel() // 8 >= right.nbytes:
-        return {f"{layer}.right": right}
-    return {f"{layer}.values": values, f"{layer}.mask": torch.from_numpy(np.packbits(kept.numpy(), axis=1))}
+        return {"right": right}
+    return {"values": values, "mask": torch.from_numpy(np.packbits(kept.numpy(), axis=1))}
 
 
-def _unpacked(layer: int, tensors: Mapping[str, torch.Tensor], neurons: int) -> torch.Tensor:
-    if f"{layer}.right" in tensors:
-        return tensors[f"{layer}.right"]
-    kept = torch.from_numpy(np.unpackbits(tensors[f"{layer}.mask"].numpy(), axis=1, count=neurons)).bool()
-    values = tensors[f"{layer}.values"]
+def _unpacked(tensors: Mapping[str, torch.Tensor], neurons: int) -> torch.Tensor:
+    if "right" in tensors:
+        return tensors["right"]
+    kept = torch.from_numpy(np.unpackbits(tensors["mask"].numpy(), axis=1, count=neurons)).bool()
+    values = tensors["values"]
     return values.new_zeros(kept.shape).masked_scatter_(kept, values)

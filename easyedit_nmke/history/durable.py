@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from ..hparams import HyperParams
-from ..models.arch import ModelView, evaluating
-from ..models.updates import Update, fingerprint
-from ..models.weights import check_model, followed
+from ..models.arch import down_projection
+from ..models.updates import KINDS, LowRank, Update, fingerprint, tensors_of
+from ..models.weights import Matrices
 from .journal import Journal, Record, installed
 from .log import Edit, EditReport, Event, Undo, check_undo
 from .state import LifelongState
@@ -38,47 +38,36 @@ class Ground:
     """What a method measures once, on the unedited model: context templates, statistics of keys by name, the norm of values."""
 
     templates: list[list[str]]
-    statistics: Mapping[str, torch.Tensor]
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     value_norm: float | None = None
 
 
-Measures = Callable[[ModelView, object, HyperParams, bool], Ground]
-Builds = Callable[[ModelView, Ground, HyperParams], LifelongState]
-
-
-def opened(measure: Measures, build: Builds, model, tok, hparams: HyperParams, progress: bool = True) -> LifelongState:
-    """A new state of a model; with `hparams.state_dir` the one that is kept there, and the model brought to its last edit.
-
-    Raises ValueError, and leaves the model as it was, when that state is of another model or of other hyperparameters; OSError when
-    the folder cannot be written, or another process writes it.
-    """
-    view = ModelView(model)
-    check_model(view, hparams)
-    kept = hparams.state_dir is not None
-    if kept and Journal.exists(hparams.state_dir):
-        return _continued(build, view, hparams)
-    with evaluating(model):
-        ground = measure(view, tok, hparams, progress)
-    state = build(view, ground, hparams)
-    if kept:
-        header = {
-            "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norm,
-            "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
-        }  # fmt: skip
-        state.follow(followed(view, hparams))
-        state.book = Book(Journal.create(hparams.state_dir, header, ground.statistics))
+def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: HyperParams) -> LifelongState:
+    """`state`, of the model as it is now, kept in `hparams.state_dir` from here on."""
+    model = weights.view.model
+    header = {
+        "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norm,
+        "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
+    }  # fmt: skip
+    state.follow(weights)
+    state.book = Book(Journal.create(hparams.state_dir, header, ground.statistics))
     return state
 
 
-def _continued(build: Builds, view: ModelView, hparams: HyperParams) -> LifelongState:
+def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hparams: HyperParams) -> LifelongState:
+    """The state that is kept in `hparams.state_dir`, and the unedited model brought to its last edit. build: makes the state that
+    was begun there.
+
+    Raises ValueError, and leaves the model as it was, when that state is of another model or of other hyperparameters; OSError when
+    another process writes it.
+    """
     book = Book(Journal.open(hparams.state_dir))
     try:
         book.check(hparams)
-        book.check_model(view.model, hparams)
+        book.check_model(weights)
         header = book.journal.header
-        ground = Ground(header["templates"], book.journal.tensors(), header["value_norm"])
-        state = build(view, ground, hparams)
-        state.follow(followed(view, hparams))
+        state = build(Ground(header["templates"], book.journal.tensors(), header["value_norm"]))
+        state.follow(weights)
         state.replay(*history(book.journal))
     except BaseException:
         book.close()
@@ -103,7 +92,8 @@ class Book:
 
     def edit(self, edit: Edit) -> None:
         try:
-            self.journal.append({**_content(edit), "libraries": self.libraries}, _tensors(edit))
+            packed = [_pack(update, edit.masks) for update in edit.updates]
+            self.journal.append({**_content(edit, packed), "libraries": self.libraries}, _tensors(edit, packed))
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}. The model is as it was before this edit") from error
 
@@ -135,23 +125,22 @@ class Book:
         self.journal.close()
 
     def check(self, hparams: HyperParams) -> None:
-        """ValueError that lists what is not as the state was opened with."""
-        was, now = self.journal.header["hparams"], json.loads(json.dumps(hparams.to_dict()))
-        changed = [f"{name} {was.get(name)!r} -> {now[name]!r}" for name in now if name not in FREE and was.get(name) != now[name]]
+        """ValueError that lists what is not as the state was opened with; a setting that was not there yet had its default."""
+        changed = hparams.differences(self.journal.header["hparams"], free=FREE)
         if changed:
             raise ValueError(
                 f"the state in {self.directory} was opened with other hyperparameters ({'; '.join(changed)}); "
                 "go on with those, or give another state_dir"
             )
 
-    def check_model(self, model, hparams: HyperParams) -> None:
+    def check_model(self, weights: Matrices) -> None:
         """ValueError when the state is of another model than this one, unedited."""
+        model = weights.view.model
         was, kind = self.journal.header["model"], model.config.model_type
         now = _fingerprints(model) if kind == was["type"] else {}
         differ = [name for name in {**was["weights"], **now} if was["weights"].get(name) != now.get(name)]
         if not differ:
             return
-        edited = {ModelView(model).weight_name(layer) for layer in hparams.layers}
         what = (
             f"{kind} instead of {was['type']}"
             if not now
@@ -159,7 +148,7 @@ class Book:
         )
         hint = (
             "it has been edited already: load the unedited model"
-            if set(differ) <= edited
+            if set(differ) <= set(weights)
             else "load that model, or give another state_dir"
         )
         raise ValueError(f"the state in {self.directory} is of another model ({what}); {hint}")
@@ -178,8 +167,8 @@ def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[t
             before = None
         elif content["kind"] == "abandon":
             (events, notes), before = before, None
-        elif content["kind"] == "edit":
-            events.append(_edit(record, tensors))
+        elif content["kind"] in (EDIT, OLD_EDIT):
+            events.append(_edit(record, journal.header, tensors))
         elif content["kind"] == "undo":
             events.append(Undo(content["edit"], content["digest"]))
         elif content["kind"] == "note":
@@ -207,48 +196,65 @@ def _fingerprints(model) -> dict[str, str]:
 
 # ---- records
 
+EDIT, OLD_EDIT = "edit:2", "edit"  # the old one names an update by its layer, and knows low-rank ones alone
 
-def _content(edit: Edit) -> dict:
+
+def _content(edit: Edit, packed: Sequence[tuple[dict, dict]]) -> dict:
     asked = json.dumps(edit.asked, ensure_ascii=False)
     return {
-        "kind": "edit",
+        "kind": EDIT,
         "id": edit.first,
         "made": edit.made,
         "requests": list(edit.requests),
         "hash": hashlib.sha256(asked.encode()).hexdigest(),
         "supersedes": edit.supersedes,
-        "updates": [[update.layer, update.first] for update in edit.updates],
+        "updates": [content for content, _ in packed],
         "masks": {layer: len(mask) for layer, mask in edit.masks.items()},
         "report": edit.report.to_dict(),
         "digest": edit.digest,
     }
 
 
-def _tensors(edit: Edit) -> dict[str, torch.Tensor]:
-    """Factors without the neurons that the mask leaves out, masks as bits or indices, keys and z."""
+def _tensors(edit: Edit, packed: Sequence[tuple[dict, dict]]) -> dict[str, torch.Tensor]:
+    """Updates, masks as bits or indices, keys and z."""
     tensors = {f"key.{layer}": keys for layer, keys in edit.keys.items()}
     tensors |= {f"mask.{layer}": _packed(mask) for layer, mask in edit.masks.items()}
     if edit.z is not None:
         tensors["z"] = edit.z
-    for i, update in enumerate(edit.updates):
-        mask, right = edit.masks.get(update.layer), update.right
-        if mask is not None and not right[:, ~mask].any():
-            right = right[:, mask]
-        tensors |= {f"left.{i}": update.left, f"right.{i}": right}
-    return tensors
+    return tensors | {f"{name}.{i}": tensor for i, (_, parts) in enumerate(packed) for name, tensor in parts.items()}
 
 
-def _edit(record: Record, with_tensors: bool) -> Edit:
+def _pack(update: Update, masks: Mapping[int, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(content, tensors) of an update. Of a low-rank one without the neurons that a mask of this edit leaves out."""
+    content = {"parameter": update.parameter, "kind": type(update).__name__.lower(), "first": update.first}
+    tensors = tensors_of(update)
+    if not isinstance(update, LowRank):
+        return {**content, "requests": update.requests}, tensors
+    fitting = [i for i, mask in masks.items() if len(mask) == update.right.shape[1] and not update.right[:, ~mask].any()]
+    if fitting:
+        layer = min(fitting, key=lambda i: int(masks[i].sum()))
+        return {**content, "mask": layer}, {**tensors, "right": update.right[:, masks[layer]]}
+    return content, tensors
+
+
+def _unpack(content: Mapping, tensors: dict[str, torch.Tensor], masks: Mapping[int, torch.Tensor]) -> Update:
+    if content.get("mask") is not None:
+        narrow, mask = tensors["right"], masks[content["mask"]]
+        tensors["right"] = narrow.new_zeros(len(narrow), len(mask))
+        tensors["right"][:, mask] = narrow
+    numbers = {name: content[name] for name in ("first", "requests") if name in content}
+    return KINDS[content["kind"]](content["parameter"], **tensors, **numbers)
+
+
+def _edit(record: Record, header: Mapping, with_tensors: bool) -> Edit:
     content = record.content
     stored = record.tensors if with_tensors else {}
     masks = {int(layer): _unpacked(stored[f"mask.{layer}"], n) for layer, n in content["masks"].items()} if stored else {}
     updates = []
-    for i, (layer, first) in enumerate(content["updates"] if stored else ()):
-        right, mask = stored[f"right.{i}"], masks.get(layer)
-        if mask is not None and right.shape[1] < len(mask):
-            narrow, right = right, right.new_zeros(len(right), len(mask))
-            right[:, mask] = narrow
-        updates.append(Update(layer, stored[f"left.{i}"], right, first))
+    for i, made in enumerate(content["updates"] if stored else ()):
+        about = made if content["kind"] == EDIT else _old_update(made, header, masks, stored[f"right.{i}"])
+        parts = {name: stored[f"{name}.{i}"] for name in KINDS[about["kind"]]._fields if f"{name}.{i}" in stored}
+        updates.append(_unpack(about, parts, masks))
     keys = {int(name.removeprefix("key.")): keys for name, keys in stored.items() if name.startswith("key.")}
     supersedes = {int(new): tuple(olds) for new, olds in content["supersedes"].items()}
     report = EditReport.from_dict(content["report"])
@@ -256,6 +262,14 @@ def _edit(record: Record, with_tensors: bool) -> Edit:
         content["id"], tuple(content["requests"]), tuple(updates), keys, stored.get("z"), masks, report, supersedes,
         content["digest"], content["made"],
     )  # fmt: skip
+
+
+def _old_update(made: Sequence[int], header: Mapping, masks: Mapping, right: torch.Tensor) -> dict:
+    """What an old record says of its update, as one says now: of a layer's down projection, narrow where its mask left out some."""
+    layer, first = made
+    narrow = layer in masks and right.shape[1] < len(masks[layer])
+    name = down_projection(header["model"]["type"], layer)
+    return {"parameter": name, "kind": "lowrank", "first": first, "mask": layer if narrow else None}
 
 
 def _packed(mask: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..models.arch import ModelView
-from ..models.updates import Update
+from ..models.updates import LowRank, Update
 from .delta import FILE, joined, save_delta, short
 
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
@@ -36,10 +36,11 @@ class Card:
 
 
 class LoraReport(NamedTuple):
-    """The rank of an adapter, and the share of the updates it leaves out (||lost|| / ||whole||, Frobenius), by layer and in all."""
+    """The rank of an adapter, and the share of the updates it leaves out (||lost|| / ||whole||, Frobenius), by layer (by name for
+    other parameters than down projections) and in all."""
 
     rank: int
-    errors: dict[int, float]
+    errors: dict[int | str, float]
     total: float
 
 
@@ -53,10 +54,10 @@ def export_model(model, tok, folder: str | Path, card: Card) -> None:
         _write_card(temporary, card, "transformers", f"the whole edited model, {kind}, and its tokenizer", code)
 
 
-def export_delta(model, updates: Sequence[Update], originals: Mapping[int, torch.Tensor], folder: str | Path, card: Card) -> None:
-    """A folder for `load_delta`: factors of all updates, card. ValueError when `folder` holds anything.
+def export_delta(model, updates: Sequence[Update], originals: Mapping[str, torch.Tensor], folder: str | Path, card: Card) -> None:
+    """A folder for `load_delta`: all updates, card. ValueError when `folder` holds anything.
 
-    model: as edited. originals: layer -> w_out [D, F] before the first update.
+    model: as edited. originals: name -> matrix [out, in] before the first update.
     """
     with _new_folder(folder) as temporary:
         about = {"base": card.base, "weights": card.weights, "method": card.method, "edits": card.edits, "date": card.date}
@@ -66,37 +67,40 @@ def export_delta(model, updates: Sequence[Update], originals: Mapping[int, torch
             f"folder = {Path(folder).name!r}  # where this file lies\n"
             "originals = easyedit_nmke.load_delta(model, folder)  # the parameters as they were, by name"
         )
-        _write_card(temporary, card, "easyedit_nmke", "a delta: the factors of every update of the base model's weights", code)
+        _write_card(temporary, card, "easyedit_nmke", "a delta: every update of the base model's weights", code)
 
 
 def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card, rank: int | None = None) -> LoraReport:
     """A folder for `peft.PeftModel.from_pretrained`: a float32 LoRA adapter on the edited down projections, card.
 
     rank: by default that of all updates together, which leaves nothing out. A lower one keeps the largest singular values of each
-    layer's sum of updates. ValueError when `folder` holds anything.
+    layer's sum of updates. ValueError when `folder` holds anything, and for updates that an adapter cannot hold.
 
     All layers get one rank and lora_alpha = r, so that servers which know neither rank_pattern nor alpha_pattern (vLLM) read the
     adapter as PEFT does; a layer of lower rank is filled up with zeros.
     """
-    view, factors = ModelView(model), joined(updates)
+    view = ModelView(model)
+    factors = _factors(view, updates)
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
-    full = min(max(len(right) for _, right in factors.values()), *view.w_out(next(iter(factors))).shape)
+    full = min(max(len(right) for _, right in factors.values()), *(min(view.matrix(name).shape) for name in factors))
     rank = full if rank is None else min(rank, full)
-    tensors, lost, whole = {}, {}, {}
-    for layer, (left, right) in factors.items():
-        whole[layer] = ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum().clamp(min=0).sqrt().item()
-        left, right, lost[layer] = low_rank(left, right, rank)
-        module = f"base_model.model.{view.weight_name(layer).removesuffix('.weight')}"
+    tensors, lost, whole, labels = {}, {}, {}, _labels(view, factors)
+    for name, (left, right) in factors.items():
+        whole[name] = ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum().clamp(min=0).sqrt().item()
+        left, right, lost[name] = low_rank(left, right, rank)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors |= {f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left}
-    errors = {layer: lost[layer] / whole[layer] if lost[layer] else 0.0 for layer in factors}
+    errors = {labels[name]: lost[name] / whole[name] if lost[name] else 0.0 for name in factors}
     total = math.hypot(*lost.values()) / math.hypot(*whole.values()) if any(lost.values()) else 0.0
     report = LoraReport(rank, errors, total)
     with _new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(_lora_config(view, list(factors), rank, card.base), indent=2)
+        config = json.dumps(_lora_config(view, labels, rank, card.base), indent=2)
         (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        what = f"a LoRA adapter of rank {rank} on the down projections of layers {', '.join(map(str, factors))}"
+        layers = all(isinstance(label, int) for label in labels.values())
+        where = f"{'the down projections of layers ' if layers else ''}{', '.join(map(str, labels.values()))}"
+        what = f"a LoRA adapter of rank {rank} on {where}"
         left_out = f"; it leaves out {report.total:.2%} of the updates (Frobenius norm)" if report.total else ""
         code = (
             f"{_base(card.base, short(model.dtype))}\nfrom peft import PeftModel\n\n"
@@ -127,12 +131,32 @@ def low_rank(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.
     return left.contiguous(), right.contiguous(), lost
 
 
-def _lora_config(view: ModelView, layers: list[int], rank: int, base: str) -> dict:
-    """adapter_config.json. The last word of the module's name where that is enough to find it in a block: servers look it up."""
-    name = view.family.down
-    short_name = name.rsplit(".", 1)[-1]
-    same = [module for module, _ in view.blocks[0].named_modules() if module.rsplit(".", 1)[-1] == short_name]
-    return {
+def _factors(view: ModelView, updates: Sequence[Update]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Parameter -> (left [out, R], right [R, in]), whose product is its whole change."""
+    found = {}
+    for update in joined(updates):
+        module = view.model.get_submodule(update.parameter.rpartition(".")[0])
+        linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        if not isinstance(update, LowRank) or not linear or not update.parameter.endswith(".weight"):
+            kind = type(update).__name__.lower()
+            raise ValueError(
+                f"the update of {update.parameter} is {kind}, and an adapter holds low-rank updates of linear layers only; "
+                "export with --to delta or --to model"
+            )
+        found[update.parameter] = (update.left, update.right)
+    return found
+
+
+def _labels(view: ModelView, names: Iterable[str]) -> dict[str, int | str]:
+    """Parameter -> the number of the block whose down projection it is, else its own name."""
+    layers = {view.weight_name(layer): layer for layer in range(view.depth)}
+    return {name: layers.get(name, name) for name in names}
+
+
+def _lora_config(view: ModelView, labels: Mapping[str, int | str], rank: int, base: str) -> dict:
+    """adapter_config.json. Down projections go by the last word of the module's name where that is enough to find them in a block:
+    servers look it up."""
+    content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -142,9 +166,14 @@ def _lora_config(view: ModelView, layers: list[int], rank: int, base: str) -> di
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": view.family.transposed,
-        "target_modules": [short_name if len(same) == 1 else name],
-        "layers_to_transform": layers,
     }
+    if not all(isinstance(label, int) for label in labels.values()):
+        return {**content, "target_modules": [name.removesuffix(".weight") for name in labels]}
+    name = view.family.down
+    short_name = name.rsplit(".", 1)[-1]
+    same = [module for module, _ in view.blocks[0].named_modules() if module.rsplit(".", 1)[-1] == short_name]
+    target = short_name if len(same) == 1 else name
+    return {**content, "target_modules": [target], "layers_to_transform": list(labels.values())}
 
 
 # ---- folders and cards

@@ -1,15 +1,16 @@
-"""What is known of every edit: its report, the update it made, the keys it left, and what has become of it."""
+"""What is known of every edit: its report, the updates it made, the keys it left, and what has become of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from ..models.updates import Update
+from ..models.updates import LowRank, Update
 
 
 @dataclass
@@ -25,9 +26,13 @@ class EditReport:
     peak_memory: dict[str, float] = field(default_factory=dict)  # MB by phase: of the process, on a GPU of its allocations
     attribution: str = ""  # the backend that scored neurons, and why it was taken
     overlap: dict[int, float] = field(default_factory=dict)  # Jaccard overlap of each layer's mask with the last edit's
-    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool; these three are taken over by the state
+    # These are taken over by the state:
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool
     updates: list[Update] = field(default_factory=list)  # what was added to the weights, in order
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)  # [F, requests], to be remembered
     z: torch.Tensor | None = None  # [D, requests] float32, the values that the updates write
+
+    TENSORS = ("masks", "updates", "keys", "z")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> EditReport:
@@ -38,7 +43,7 @@ class EditReport:
 
     def to_dict(self) -> dict:
         """Everything but the tensors."""
-        return {name: value for name, value in vars(self).items() if name not in ("masks", "updates", "z")}
+        return {name: value for name, value in vars(self).items() if name not in self.TENSORS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +78,19 @@ class Edit:
         return {i: fact(request) for i, request in zip(self.ids, self.requests, strict=False)}
 
     @property
+    def separable(self) -> bool:
+        """Whether one request can be taken out of it."""
+        return self.report.requests == 1 or all(isinstance(update, LowRank) for update in self.updates)
+
+    def updates_without(self, undone: set[int]) -> list[Update]:
+        """What is left of its updates when some edits are taken out."""
+        kept = (update.without({i - self.first for i in undone}) for update in self.updates)
+        return [update for update in kept if update is not None]
+
+    @property
     def asked(self) -> list[tuple[str, ...]]:
         """What the update depends on; requests that differ in their probes alone ask for the same."""
-        return [(*fact(request), request["target_new"]) for request in self.requests]
+        return asked(self.requests)
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,11 @@ Event = Edit | Undo
 def fact(request: Mapping[str, Any]) -> tuple[str, str]:
     """Subject and prompt, whatever the spaces: two requests that share them are about one fact."""
     return " ".join(request["subject"].split()), " ".join(request["prompt"].split())
+
+
+def asked(requests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Subject, prompt and target of each request."""
+    return [(*fact(request), request["target_new"]) for request in requests]
 
 
 def standing(events: Iterable[Event]) -> dict[int, str]:
@@ -122,4 +142,96 @@ def check_undo(events: Sequence[Event], edit: int) -> int:
     if now[edit] != "effective":
         newer = now[edit].split()[-1]
         raise ValueError(f"edit {edit} is {now[edit]}; undo {newer} first, which brings {edit} back")
-    return next(i for i, event in enumerate(events) if isinstance(event, Edit) and edit in event.ids)
+    place = next(i for i, event in enumerate(events) if isinstance(event, Edit) and edit in event.ids)
+    if not events[place].separable:
+        first, last = events[place].ids[0], events[place].ids[-1]
+        raise ValueError(
+            f"edits {first} to {last} share one update that cannot be told apart; go back to {first - 1} with rollback"
+        )
+    return place
+
+
+def changes_of(events: Sequence[Event], start: int = 0) -> list[Update]:
+    """The updates of the events from number `start` on, in order, without those of edits that any of `events` takes out."""
+    undone = {event.edit for event in events if isinstance(event, Undo)}
+    made = (update for event in events[start:] if isinstance(event, Edit) for update in event.updates_without(undone))
+    return list(made)
+
+
+class Log:
+    """All events in order, notes of a driver beside them, and which edits this process has not asked for yet."""
+
+    def __init__(self):
+        self.events: list[Event] = []
+        self.notes: list[tuple[int, dict]] = []  # (events before it, content)
+        self._unclaimed: list[Edit] = []  # read from disk, and not asked for again in this process
+
+    def __iter__(self) -> Iterator[Edit]:
+        return (event for event in self.events if isinstance(event, Edit))
+
+    @property
+    def last(self) -> int:
+        """The last edit; 0 before the first. Edits are counted from 1, every request of a call is one."""
+        return max((edit.ids[-1] for edit in self), default=0)
+
+    @property
+    def claimed(self) -> int:
+        """The last edit that this process knows of; later ones were read from disk (see `claim`)."""
+        return self._unclaimed[0].first - 1 if self._unclaimed else self.last
+
+    def read(self, events: Sequence[Event], notes: Sequence[tuple[int, dict]]) -> None:
+        """Take the place of the log that left `events`; the edits after its last note are to be claimed."""
+        self.events, self.notes = list(events), list(notes)
+        noted = max((count for count, _ in notes), default=0)
+        self._unclaimed = [event for event in self.events[noted:] if isinstance(event, Edit)]
+
+    def note(self, content: Mapping[str, Any]) -> None:
+        """What a driver has to know when it goes on. Edits so far are then known to it."""
+        self._unclaimed = []
+        self.notes.append((len(self.events), dict(content)))
+
+    def claim(self, asked: Sequence[tuple[str, ...]]) -> bool:
+        """Whether an edit of what is `asked` (see `Edit.asked`) was read from disk and is in effect. Once for each."""
+        now = standing(self.events) if self._unclaimed else {}
+        for edit in self._unclaimed:
+            if edit.asked == list(asked) and all(now[i] == "effective" for i in edit.ids):
+                self._unclaimed.remove(edit)
+                return True
+        return False
+
+    @contextmanager
+    def nothing_to_claim(self) -> Iterator[None]:
+        """Inside it every edit is made; afterwards those that are still in the log can be claimed again."""
+        unclaimed, self._unclaimed = self._unclaimed, []
+        yield
+        self._unclaimed = [edit for edit in unclaimed if edit in self.events]
+
+    def truncate(self, step: int) -> list[Event]:
+        """Forget all but the first `step` events; returns the others."""
+        gone, self.events = self.events[step:], self.events[:step]
+        self.notes = [note for note in self.notes if note[0] <= step]
+        self._unclaimed = [edit for edit in self._unclaimed if edit in self.events]
+        return gone
+
+    def step(self, edit: int) -> int:
+        """How many events there are up to `edit`; ValueError when it is none, or not the last of a call."""
+        ends = {0: 0, **{event.ids[-1]: i + 1 for i, event in enumerate(self.events) if isinstance(event, Edit)}}
+        if edit in ends:
+            return ends[edit]
+        whole = next((made.ids for made in self if edit in made.ids), None)
+        if whole is None:
+            raise ValueError(f"there is no edit {edit}; edits are 1 to {self.last}, 0 is before the first")
+        raise ValueError(
+            f"edits {whole[0]} to {whole[-1]} share one update; go to {whole[0] - 1} or {whole[-1]}, or undo single ones"
+        )
+
+    def superseded(self, requests: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
+        """Edit -> the earlier edits in effect of the same facts, for `requests` that are to be the next edits."""
+        facts = {fact(request): self.last + 1 + i for i, request in enumerate(requests)}
+        known = {i: about for edit in self for i, about in edit.facts.items() if about in facts}
+        now = standing(self.events) if known else {}
+        found: dict[int, list[int]] = {}
+        for old, about in known.items():
+            if now[old] == "effective":
+                found.setdefault(facts[about], []).append(old)
+        return found

@@ -8,30 +8,86 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow_copy
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..history.durable import Ground, begun, continued
+from ..history.journal import Journal
 from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..models.arch import ModelView, evaluating
 from ..models.device import peak_memory, synchronise
-from ..models.prompts import Request, encode, target_tokens
-from ..models.updates import Update, accumulate
-from ..models.weights import check_finite, check_model, edited_parameters, followed
+from ..models.prompts import SUBJECT, Request, encode, target_tokens
+from ..models.weights import Matrices, check_finite, check_model, down_projections
 
 logger = logging.getLogger(__name__)
 
-_ATTRIBUTE = "nmke_state"  # where a model carries its state between calls that pass none (EasyEdit passes none)
+HANDLE = "nmke_state"  # the one thing that is put on a model: its state, for calls that pass none (EasyEdit passes none)
 
-Opens = Callable[[torch.nn.Module, object, HyperParams], LifelongState]
-Writes = Callable[[ModelView, object, Sequence[Request], HyperParams, LifelongState], tuple[dict[int, torch.Tensor], EditReport]]
+
+def _nothing_measured(view: ModelView, tok, hparams: HyperParams, progress: bool) -> Ground:
+    return Ground([[SUBJECT]])
+
+
+def _no_solvers(view: ModelView, ground: Ground, hparams: HyperParams) -> Mapping[int, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An editing method: all that the rest of the package knows of it.
+
+    name: its alg_name, and the folder of its YAML files.
+    hparams: its hyperparameters, each with what it may be.
+    edit(view, tok, requests, hparams, state): computes the updates of one edit, adds each by `state.write`, says what was done.
+    measure(view, tok, hparams, progress): what it has to know of the unedited model, once.
+    build(view, ground, hparams): from that the solvers which remember past keys, by layer.
+    writes(view, hparams): names of the parameters that it edits.
+    replay: `edit` that may be given z [D, requests], where edits can be solved again from their values (undo with resolve).
+    needs_subject: whether a request has to say which words of the prompt are the subject.
+    """
+
+    name: str
+    hparams: type[HyperParams]
+    edit: Callable[[ModelView, Any, Sequence[Request], Any, LifelongState], EditReport]
+    measure: Callable[[ModelView, Any, Any, bool], Ground] = _nothing_measured
+    build: Callable[[ModelView, Ground, Any], Mapping[int, Any]] = _no_solvers
+    writes: Callable[[ModelView, Any], Sequence[str]] = down_projections
+    replay: Callable[..., EditReport] | None = None
+    needs_subject: bool = True
+
+    def matrices(self, model, hparams: HyperParams) -> Matrices:
+        """The parameters that an edit writes, as matrices by name, of the model as it is at the moment."""
+        view = ModelView(model)
+        return Matrices(view, self.writes(view, hparams))
+
+    def open(self, model, tok, hparams: HyperParams, progress: bool = True) -> LifelongState:
+        """A new state of the model as it is now; with `hparams.state_dir` the one that is kept there, and the model brought to its
+        last edit.
+
+        Raises ValueError, and leaves the model as it was, when that state is of another model or of other hyperparameters; OSError
+        when the folder cannot be written, or another process writes it.
+        """
+        view = ModelView(model)
+        check_model(view, hparams)
+        if hparams.state_dir is not None and Journal.exists(hparams.state_dir):
+            return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams)
+        with evaluating(model):
+            ground = self.measure(view, tok, hparams, progress)
+        state = self._state(view, ground, hparams)
+        return state if hparams.state_dir is None else begun(state, ground, self.matrices(model, hparams), hparams)
+
+    def _state(self, view: ModelView, ground: Ground, hparams: HyperParams) -> LifelongState:
+        solvers = self.build(view, ground, hparams)
+        return LifelongState(hparams.state_settings(), solvers, ground.templates, ground.value_norm, hparams.keeps_updates)
 
 
 def apply_method(
-    opens: Opens,
-    writes: Writes,
+    method: Method,
     model,
     tok,
     requests: Sequence[Mapping | Request],
@@ -39,17 +95,21 @@ def apply_method(
     copy: bool = False,
     return_orig_weights: bool = False,
     state: LifelongState | None = None,
+    edit: Callable[..., EditReport] | None = None,
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """Write `requests` into the model by one call of `writes`, in EasyEdit's calling convention.
+    """Write `requests` into the model by one edit of the method, in EasyEdit's calling convention.
 
-    opens: makes the method's state, for a model that carries none. writes: computes and writes the update; returns the keys to
-    remember (layer -> [F, requests]; none, for methods without a memory) and what it did. copy: edit a deep copy.
-    return_orig_weights: also return the edited parameters as they were before this call, by name. state: by default the one
-    that the model carries from its last edit with the same settings, or a new one.
+    copy: edit a deep copy. return_orig_weights: also return the edited parameters as they were before this call, by name. state: by
+    default the one that the model carries from its last edit with the same settings, or a new one. edit: instead of the method's.
 
     Raises ValueError, before anything changes, for requests, hyperparameters or models that cannot be edited. When anything
     fails on the way, weights and state are as before the call, bit for bit.
     """
+    if not isinstance(hparams, method.hparams):
+        got = type(hparams).__name__
+        raise ValueError(
+            f"hparams is {got}, expected {method.hparams.__name__}; `LifelongEditor` and `apply_to_model` take any method's"
+        )
     hparams = shallow_copy(hparams)
     hparams.validate()
     view = ModelView(model)
@@ -61,44 +121,20 @@ def apply_method(
         view = ModelView(model)
     with evaluating(model):
         if state is None:
-            state = carried_state(model, tok, hparams, opens)
-        elif state.settings != settings_of(hparams):
+            state = carried_state(model, tok, hparams, method)
+        elif state.settings != hparams.state_settings():
             raise ValueError(_different_state(state, hparams))
         elif state.book is not None:
             state.book.check(hparams)
-        setattr(model, _ATTRIBUTE, state)
+        setattr(model, HANDLE, state)
         check_requests(view, tok, requests, state.flat_templates)
-        weights = followed(view, hparams)
+        weights = method.matrices(model, hparams)
         state.follow(weights)
-        with _unchanged_on_error(edited_parameters(view, hparams)) as originals:
+        with _unchanged_on_error({name: model.get_parameter(name) for name in weights}) as originals:
             if not state.claim(requests):
                 with state.superseding(requests):
-                    keys, report = writes(view, tok, requests, hparams, state)
-                    state.advance(weights, keys, report, requests)
+                    state.advance((edit or method.edit)(view, tok, requests, hparams, state), requests)
     return model, originals if return_orig_weights else {}
-
-
-def require(hparams, kind: type[HyperParams]) -> None:
-    """ValueError when a method is given another method's hyperparameters."""
-    if not isinstance(hparams, kind):
-        got = type(hparams).__name__
-        raise ValueError(f"hparams is {got}, expected {kind.__name__}; `LifelongEditor` and `apply_to_model` take any method's")
-
-
-def write(weight: torch.Tensor, update: Update, report: EditReport, master: torch.Tensor | None = None) -> None:
-    """weight [D, F] += update in place, and note it in the report as it was added (see `Update.rounded`).
-
-    With a float32 `master`, weight = master + all updates of its layer in the report, rounded once; the master itself is left
-    to `LifelongState.advance`. FloatingPointError when the sum is not finite; the caller puts the weight back.
-    """
-    update = update.rounded(weight.dtype)
-    report.updates.append(update)
-    if master is None:
-        accumulate(weight, weight, [update])
-    else:
-        accumulate(weight, master, [u for u in report.updates if u.layer == update.layer])
-    if not torch.isfinite(weight).all():
-        raise FloatingPointError(f"the update of layer {update.layer} is not finite; the model is left as it was")
 
 
 def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
@@ -122,38 +158,34 @@ def check_requests(view: ModelView, tok, requests: Sequence[Request], templates:
             raise ValueError(f"the target {request.target_new!r} of {request.prompt!r} has no tokens of its own")
 
 
-def settings_of(hparams: HyperParams) -> dict:
-    """The hyperparameters that a state depends on."""
-    return {name: deepcopy(getattr(hparams, name)) for name in hparams.STATE}
-
-
-def _different_state(state: LifelongState, hparams: HyperParams) -> str:
-    wanted = settings_of(hparams)
-    changed = [
-        f"{name} {state.settings.get(name)!r} -> {wanted[name]!r}" for name in wanted if state.settings.get(name) != wanted[name]
-    ]
-    return f"the state was opened with other settings ({', '.join(changed)}); open a new one with open_state"
-
-
-def carried_state(model, tok, hparams: HyperParams, opens: Opens) -> LifelongState:
+def carried_state(model, tok, hparams: HyperParams, method: Method, progress: bool = True) -> LifelongState:
     """The state that the model carries from its last edit with the same settings, or a new one; with `state_dir` the one that is
     kept there.
 
     ValueError when the model's edits are kept on disk elsewhere or with other hyperparameters.
     """
-    state = getattr(model, _ATTRIBUTE, None)
+    state = getattr(model, HANDLE, None)
     if state is not None and state.book is not None:
         state.book.check(hparams)
         if hparams.state_dir is None or Path(hparams.state_dir).resolve() == state.book.directory.resolve():
             return state
         raise ValueError(f"the edits of this model are kept in {state.book.directory}, not in {hparams.state_dir}")
-    if state is not None and state.settings == settings_of(hparams) and hparams.state_dir is None:
+    if state is not None and state.settings == hparams.state_settings() and hparams.state_dir is None:
         return state
     if state is not None and state.edits:
         what = _different_state(state, hparams).split(";")[0] if hparams.state_dir is None else "the state was not kept on disk"
         logger.warning("%s; past keys are forgotten", what)
     check_finite(model)
-    return opens(model, tok, hparams)
+    return method.open(model, tok, hparams, progress)
+
+
+def _different_state(state: LifelongState, hparams: HyperParams) -> str:
+    changed = [
+        f"{name} {state.settings.get(name)!r} -> {value!r}"
+        for name, value in hparams.state_settings().items()
+        if state.settings.get(name) != value
+    ]
+    return f"the state was opened with other settings ({', '.join(changed)}); open a new one with open_state"
 
 
 @contextmanager

@@ -1,77 +1,159 @@
-"""One NMKE edit on one page: values, masks, closed-form updates, state."""
+"""NMKE (arXiv 2510.22139): AlphaEdit's update, written into the neurons that attribution chooses; and what goes beyond that."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attribution import AttributionCache, choose, neuron_scores
+from ..attribution import STRATEGIES, AttributionCache, choose, neuron_scores
 from ..attribution.masks import NeuronMask, neuron_mask, shuffled
-from ..history.durable import Ground, opened
+from ..history.durable import Ground
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import AlphaEditHyperParams, NMKEHyperParams
+from ..hparams import is_number, report, setting
+from ..messages import did_you_mean
 from ..models.arch import ModelView
-from ..models.prompts import Request, context_templates, target_tokens
-from ..models.updates import Update
+from ..models.prompts import Request, target_tokens
+from ..models.updates import of_parameter
 from ..scores.drift import mask_overlap
-from ..statistics.nullspace import RowSpace, row_spaces
-from .contract import apply_method, phase, require, settings_of, write
-from .keys import Ascent, Contexts, attribution_inputs
+from ..statistics.nullspace import RowSpace
+from . import alphaedit
+from .alphaedit import AlphaEditHyperParams
+from .contract import Method, phase
+from .keys import attribution_inputs
+from .located import edit_layers
 from .solver import NullSpaceSolver, RestrictedSolver
-from .values import reference_norm, target_values
+from .values import reference_norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-def apply_nmke_to_model(
-    model,
-    tok,
-    requests: Sequence[Mapping | Request],
-    hparams: NMKEHyperParams,
-    copy: bool = False,
-    return_orig_weights: bool = False,
-    keep_original_weight: bool = False,
-    state: LifelongState | None = None,
-    **kwargs,
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """Write `requests` into the model by one NMKE update; EasyEdit's calling convention.
+@dataclass
+class NMKEHyperParams(AlphaEditHyperParams):
+    """AlphaEdit, and a mask from attribution. Defaults are the published NMKE code's.
 
-    requests: EasyEdit's dictionaries or `Request`s. copy: edit a deep copy. return_orig_weights: also return the edited
-    parameters as they were before this call, by name. state: past keys and projector; by default the one that the model
-    carries from its last edit with the same settings, or a new one. Other keywords of EasyEdit's convention change nothing.
-
-    Raises ValueError, before anything changes, for requests, hyperparameters or models that cannot be edited. When anything
-    fails on the way, weights and state are as before the call, bit for bit.
+    docs/settings.md says which symbol of the paper each one is.
     """
-    require(hparams, NMKEHyperParams)
-    return apply_method(open_state, edit_layers, model, tok, requests, hparams, copy, return_orig_weights, state)
+
+    alg_name: str = setting("NMKE", state=True)
+    mom2_update_weight: float = setting(15000.0, above=0, state=True)  # λ of `regularizer: covariance`
+
+    # Beyond the paper
+    # "covariance": λ·E[c cᵀ] + L2 instead of a hard null space
+    regularizer: str = setting("nullspace", choices=("nullspace", "covariance"), state=True)
+    # "auto": L2 times the mean squared norm of a key outside the protected directions, per layer
+    l2_scale: str = setting("absolute", choices=("absolute", "auto"), state=True)
+    solve: str = setting("full", choices=("full", "restricted"), state=True)  # and mask afterwards; or for the chosen neurons alone
+    # "anchored": every z is rescaled to the mean norm of values solved on the unedited model, times the factor
+    value_norm: str = setting("free", choices=("free", "anchored"), state=True)
+    value_norm_factor: float = setting(1.0, above=0, state=True)
+    key_contexts: str = setting("templates", choices=("templates", "relations"))  # keys' texts; "relations": locality_prompts too
+    # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
+    control: str = setting("none", choices=("none", "random", "uniform"))
+
+    # Attribution (Eqs. 2, 3)
+    attribution_strategy: str = setting("lps", choices=tuple(STRATEGIES))
+    amplification: float = setting(30.0, above=0)
+    attribution_target: str = setting("predicted", choices=("predicted", "target_new"))
+    attribution_norm: str = setting("frozen", choices=("frozen", "exact"))
+    attribution_position: str = setting("last_token", choices=("last_token", "padded_end"))
+    attribution_backend: str = setting("auto", choices=("auto", "reference", "fast", "fused", "cached"))
+
+    # Mask (Eqs. 4 to 8)
+    neurons: str = setting("both", choices=("both", "general", "specific", "overlap", "non_overlap", "all"))
+    ratio: str = setting("dynamic", choices=("dynamic", "fixed"))
+    general_ratio: float = setting(0.5, above=0, most=1)  # used when ratio: fixed
+    specific_ratio: float = setting(0.3, above=0, most=1)
+    general_bias: float = setting(0.3, least=0, most=1)
+    general_scale: float = setting(0.1, least=0, most=1)
+    general_power: float = setting(3.0, above=0)
+    specific_bias: float = setting(0.3, least=0, most=1)
+    specific_scale: float = setting(0.1, least=0, most=1)
+    specific_power: float = setting(2.0, above=0)
+    temperature: float = setting(30.0, above=0)
+    mask: str = setting("binary", choices=("binary", "soft"))
+    mask_ties: str = setting("include", choices=("include", "exact"))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
+        """As the other methods'; `preset` names a set of values for whatever `content` leaves out."""
+        content = dict(content)
+        preset = content.pop("preset", "published")
+        if preset not in PRESETS:
+            hint = did_you_mean(str(preset), PRESETS)
+            raise ValueError(report(source, [f"preset is {preset!r}{hint}; expected one of {', '.join(map(repr, PRESETS))}"]))
+        defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in PRESETS[preset].items()}
+        return super().from_dict({**defaults, **content}, source)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.solve == "restricted" and self.mask == "soft":
+            found.append("solve: restricted chooses neurons and mask: soft weighs all of them; use one of the two")
+        if not self.locality_prompts and self.key_contexts == "relations":
+            found.append("key_contexts: relations needs locality_prompts; give some, or set key_contexts: templates")
+        for kind in ("general", "specific"):
+            bias, scale = getattr(self, f"{kind}_bias"), getattr(self, f"{kind}_scale")
+            if is_number(bias) and is_number(scale) and bias + scale > 1:
+                found.append(f"{kind}_bias + {kind}_scale is {bias + scale}, expected at most 1")
+        return found
 
 
-def open_state(model, tok, hparams: AlphaEditHyperParams, progress: bool = True) -> LifelongState:
-    """A new state: context templates, and one solver per layer with the projector of the model as it is now; with `state_dir` the
-    one that is kept there (see `durable.opened`)."""
-    return opened(_measure, _build, model, tok, hparams, progress)
+# What `preset` stands for, in NMKE's files. The prompts are relations that most knowledge bases have; one that asks for the edited
+# fact itself is left out when z is optimised.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "published": {},
+        "plus": {
+            "neurons": "all",
+            "regularizer": "covariance",
+            "l2_scale": "auto",
+            "nullspace_fraction": 0.1,
+            "mom2_update_weight": 2500.0,
+            "L2": 12.0,
+            "key_contexts": "relations",
+            "v_extra_steps": 45,
+            "locality_factor": 1.5,
+            "locality_prompts": (
+                "{} was born in",
+                "{} works as a",
+                "{} lives in",
+                "{} speaks",
+                "{} is married to",
+                "{} studied at",
+                "{} is located in",
+                "{} was founded in",
+                "{} is famous for",
+                "{} belongs to",
+                "{} plays",
+                "The capital of {} is",
+            ),
+        },
+    }
+)
 
 
-def _measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
-    templates = context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
-    spaces, norm = row_spaces(view, tok, hparams, progress), None
-    if hparams.value_norm == "anchored":
-        flat = [template for group in templates for template in group]
-        norm = hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams)
-    statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
-    return Ground(templates, statistics, norm)
+# ---- what is kept from edit to edit
 
 
-def _build(view: ModelView, ground: Ground, hparams: AlphaEditHyperParams) -> LifelongState:
-    def space(layer: int) -> RowSpace:
-        return RowSpace(*(ground.statistics[f"{part}.{layer}"].to(view.weight(layer).device) for part in RowSpace._fields))
+def measure(view: ModelView, tok, hparams: NMKEHyperParams, progress: bool) -> Ground:
+    """As AlphaEdit; with anchored values also the norm that every z gets."""
+    ground = alphaedit.measure(view, tok, hparams, progress)
+    if hparams.value_norm != "anchored":
+        return ground
+    flat = [template for group in ground.templates for template in group]
+    return replace(ground, value_norm=hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams))
 
-    solvers = {layer: _solver(space(layer), hparams) for layer in hparams.layers}
-    return LifelongState(settings_of(hparams), solvers, ground.templates, ground.value_norm)
+
+def build(view: ModelView, ground: Ground, hparams: NMKEHyperParams) -> Mapping[int, NullSpaceSolver | RestrictedSolver]:
+    return {layer: _solver(alphaedit.row_space(view, ground, layer), hparams) for layer in hparams.layers}
 
 
-def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver | RestrictedSolver:
+def _solver(space: RowSpace, hparams: NMKEHyperParams) -> NullSpaceSolver | RestrictedSolver:
     soft, relative = hparams.regularizer == "covariance", hparams.l2_scale == "auto"
     if (soft or relative) and not torch.isfinite(space.energy):
         raise ValueError(
@@ -82,66 +164,51 @@ def _solver(space: RowSpace, hparams: AlphaEditHyperParams) -> NullSpaceSolver |
     strength = hparams.mom2_update_weight * space.eigenvalues if soft else None
     if hparams.solve == "restricted" and hparams.neurons != "all":
         return RestrictedSolver(space.basis, l2, strength)
-    if space.null.shape[1] and not soft:
-        return NullSpaceSolver(space.null, l2, null=True)
-    return NullSpaceSolver(space.basis, l2, strength)
+    return NullSpaceSolver(space.basis, l2, strength) if soft else alphaedit.hard_solver(space, l2)
 
 
-def edit_layers(
-    view: ModelView, tok, requests, hparams, state: LifelongState, z: torch.Tensor | None = None
-) -> tuple[dict[int, torch.Tensor], EditReport]:
-    """Compute and write the update layer by layer; returns the keys of the edited model, if they are to be remembered, and what
-    was done. The solvers of `state` make it NMKE, AlphaEdit or MEMIT. z [D, requests]: values that were found before.
+# ---- one edit
 
-    A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's.
-    """
-    report, z_layer = EditReport(len(requests)), hparams.layers[-1]
-    flat = state.flat_templates
-    contexts = Contexts(state.templates, hparams.locality_prompts if hparams.key_contexts == "relations" else ())
-    with phase(report, "values"):
-        if z is None:
-            values = target_values(view, tok, requests, flat, z_layer, hparams)
-            report.value_loss = [value.loss for value in values]
-            z = torch.stack([value.z for value in values], 1)
-            if state.value_norm is not None:
-                z = z * (state.value_norm / z.norm(dim=0))
-        report.z = z = z.to(view.weight(z_layer).device)
-    with phase(report, "attribution"):
-        masks = neuron_masks(view, tok, requests, flat, hparams, state, report)
-        if masks and hparams.control == "random":
-            masks = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in masks.items()}
-    ascent, found = Ascent(view, tok, requests, contexts, z_layer), {}
-    for index, layer in enumerate(hparams.layers):
-        with phase(report, "keys"):
-            found[layer], current = ascent(layer)
-        residual = (z - current.to(z)) / (len(hparams.layers) - index)
-        if index == 0:
-            report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
-        with phase(report, "solve"):
-            weight = view.w_out(layer)
-            mask = masks[layer].mask.to(weight.device) if layer in masks else None
-            right = _directions(state.solvers[layer], found[layer], mask, hparams).T.float().contiguous()
-        with phase(report, "apply"):
-            write(weight, Update(layer, residual.to(weight.device).float(), right), report, state.masters.get(layer))
-        report.density[layer] = masks[layer].density if layer in masks else 1.0
-        if layer in masks:
-            chosen = masks[layer].mask != 0
-            report.ratios[layer] = (masks[layer].general_ratio, masks[layer].specific_ratio)
-            if layer in state.masks:
-                report.overlap[layer] = mask_overlap(state.masks[layer], chosen)
-            report.masks[layer] = chosen
+
+def edit(
+    view: ModelView, tok, requests: Sequence[Request], hparams: NMKEHyperParams, state: LifelongState, z: torch.Tensor | None = None
+) -> EditReport:
+    """`edit_layers` with masks."""
+
+    def masks(report: EditReport) -> dict[int, NeuronMask]:
+        found = neuron_masks(view, tok, requests, state.flat_templates, hparams, state, report)
+        if hparams.control == "random":
+            found = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in found.items()}
+        _note(found, state, report)
+        return found
+
+    prompts = hparams.locality_prompts if hparams.key_contexts == "relations" else ()
+    directions = _uniform if hparams.control == "uniform" else _masked
+    report = edit_layers(view, tok, requests, hparams, state, z, prompts, masks, directions)
     if state.attribution_cache is not None:
         with phase(report, "attribution"):
-            w_out = {layer: view.w_out(layer) for layer in hparams.layers}
-            state.attribution_cache.follow(report.updates, w_out, view.readout)
-    remembers = all(hasattr(solver, "append") for solver in state.solvers.values())
-    return found if remembers else {}, report
+            updates = {layer: of_parameter(report.updates, view.weight_name(layer)) for layer in hparams.layers}
+            state.attribution_cache.follow(updates, {layer: view.w_out(layer) for layer in hparams.layers}, view.readout)
+    return report
 
 
-def _directions(solver, keys: torch.Tensor, mask: torch.Tensor | None, hparams) -> torch.Tensor:
-    """The solver's; for the control "uniform" the unmasked ones, each scaled to the norm of the masked one."""
+def _note(masks: Mapping[int, NeuronMask], state: LifelongState, report: EditReport) -> None:
+    for layer, mask in masks.items():
+        chosen = mask.mask != 0
+        report.ratios[layer] = (mask.general_ratio, mask.specific_ratio)
+        if layer in state.masks:
+            report.overlap[layer] = mask_overlap(state.masks[layer], chosen)
+        report.masks[layer] = chosen
+
+
+def _masked(solver, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return solver.directions(keys, mask)
+
+
+def _uniform(solver, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The unmasked directions, each scaled to the norm of the masked one."""
     masked = solver.directions(keys, mask)
-    if mask is None or hparams.control != "uniform":
+    if mask is None:
         return masked
     whole = solver.directions(keys)
     return whole * (masked.norm(dim=0) / whole.norm(dim=0).clamp(min=1e-30))
@@ -152,7 +219,7 @@ def neuron_masks(
     tok,
     requests: Sequence[Request],
     templates: Sequence[str],
-    hparams,
+    hparams: NMKEHyperParams,
     state: LifelongState | None = None,
     report: EditReport | None = None,
 ) -> dict[int, NeuronMask]:
@@ -184,8 +251,9 @@ def neuron_masks(
 
 def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:
     """(cache, backend) of this edit's attribution; the state's cache counts it, the report says why."""
-    if hparams.attribution_strategy == "mpc":
-        backend, reason = hparams.attribution_backend.replace("cached", "auto"), "MPC needs no vocabulary"
+    strategy = STRATEGIES[hparams.attribution_strategy]
+    if strategy.gain is None:
+        backend, reason = hparams.attribution_backend.replace("cached", "auto"), f"{strategy.label} needs no vocabulary"
         cache = None
     else:
         if state is not None and state.attribution_cache is None:
@@ -198,3 +266,6 @@ def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[Attri
     if report is not None:
         report.attribution = f"{backend}: {reason}"
     return cache, backend
+
+
+METHOD = Method("NMKE", NMKEHyperParams, edit, measure, build, replay=edit)

@@ -20,7 +20,9 @@ from .ridge import Ridge, kept_columns, times, transposed_times
 
 
 class _Solver:
-    """An update is residual·directionsᵀ, whatever finds the directions."""
+    """An update is residual·directionsᵀ, whatever finds the directions. remembers: past keys are appended to it."""
+
+    remembers = True
 
     def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The change of w_out [D, N] that moves the output at `keys` [N, k] by `residual` [D, k]; zero where `mask` [N] is.
@@ -194,7 +196,7 @@ class CovarianceSolver(_Solver):
     B = (weight·C0)⁻¹ K the update is B (I + Kᵀ B)⁻¹ rᵀ, O(k·N²) instead of N³. There is no memory of past keys.
     """
 
-    count = 0
+    count, remembers = 0, False
 
     def __init__(self, moment: torch.Tensor, weight: float = 1.0):
         if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:

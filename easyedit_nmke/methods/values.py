@@ -82,7 +82,7 @@ def target_values(
     reached: list[Value | None] = [None] * len(requests)
     kept = None
     enough = hparams.v_num_grad_steps
-    last = enough + getattr(hparams, "v_extra_steps", 0)
+    last = enough + hparams.v_extra_steps
     for step in range(1, last + 1):
         with torch.enable_grad():
             outputs = above(delta)
@@ -178,7 +178,7 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
         text = KL_PROMPT.format(request.subject)
         row = add(i, encode(tok, text), text, len(request.subject))
         subject.append((row, rows[row][1]))
-        for prompt in getattr(hparams, "locality_prompts", ()) if getattr(hparams, "locality_factor", 0) else ():
+        for prompt in hparams.locality_prompts if hparams.locality_factor else ():
             text = prompt.replace(SUBJECT, request.subject)
             ids = encode(tok, text)
             row = add(i, ids, text, prompt.index(SUBJECT) + len(request.subject))

@@ -35,6 +35,12 @@ FAMILIES = {
 }
 
 
+def down_projection(model_type: str, layer: int) -> str:
+    """The name of a block's FFN output weight."""
+    family = FAMILIES[model_type]
+    return f"{family.blocks}.{layer}.{family.down}.weight"
+
+
 @dataclass(frozen=True)
 class Readout:
     """From the residual stream to logits: softcap(head · N(y) + head_bias).
@@ -140,6 +146,15 @@ class ModelView:
         """The down projection as [D, F]; a view of the parameter, so writing to it edits the model."""
         weight = self.weight(layer).data
         return weight.T if self.family.transposed else weight
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A parameter as [out, in], the way torch.nn.Linear stores it; a vector as it is. A view: writing to it edits the model."""
+        return self.oriented(name, self.model.get_parameter(name).data)
+
+    def oriented(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as its parameter `name` is stored -> [out, in] (GPT-2's Conv1D is the other way round)."""
+        module, _, leaf = name.rpartition(".")
+        return tensor.T if leaf == "weight" and type(self.model.get_submodule(module)).__name__ == "Conv1D" else tensor
 
     def ffn_norm(self, layer: int) -> torch.nn.Module | None:
         return self.blocks[layer].get_submodule(self.family.ffn_norm) if self.family.ffn_norm else None

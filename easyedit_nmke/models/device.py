@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 
 
 def synchronise() -> None:
     """Wait until the GPUs have done what they were given, so that its time is counted where it was caused."""
-    if torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
+    for device in _in_use():
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(reset: bool = False) -> float:
-    """Most memory in MB since the last reset: allocated on the GPUs, else held by the process (0 where that cannot be read, which
-    is anywhere but on Linux)."""
-    if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
+    """Most memory in MB since the last reset: allocated on the GPUs in use, else held by the process. Linux alone can reset the
+    latter: elsewhere it is the most since the process began (Windows), or what it holds now."""
+    if devices := _in_use():
         if reset:
             for device in devices:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -30,7 +30,29 @@ def peak_memory(reset: bool = False) -> float:
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return int(peak[1]) * 1024 / 1e6
     except (OSError, TypeError):
-        return 0.0
+        held = psutil.Process().memory_info()
+        return getattr(held, "peak_wset", held.rss) / 1e6
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that new tensors may take: free on a GPU, or held there by torch and unused; else available to processes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    return float(psutil.virtual_memory().available)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Inside it kernels that are launched without torch run on `device`: by themselves they run on GPU 0."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _in_use() -> list[int]:
+    """The GPUs on which torch has held memory since the last reset. Its own books are asked and not the GPUs, where a question
+    opens a context of some hundred MB."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [device for device in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(device)]
 
 
 def device_of(wanted) -> torch.device:

@@ -1,8 +1,12 @@
-"""Low-rank changes of weights, to the bit: how they are rounded, added, and told apart by a fingerprint."""
+"""Changes of single parameters, to the bit: how they are rounded, added, kept, and told apart by a fingerprint.
+
+A parameter is seen as a matrix [out, in] here (`weights.Matrices`), whatever way round the model stores it; a vector as [n, 1].
+An update is low-rank, sparse or dense. Its `first` and following edits share it: a low-rank one holds a column for each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +18,19 @@ _BLOCK = 1 << 20  # elements of a weight that are summed at a time: 4 MB
 _WRAP = (1 << 64) - 1
 
 
-class Update(NamedTuple):
-    """One low-rank change of a layer's w_out [D, F]: left [D, k] · right [k, F]; column i belongs to request `first` + i."""
+class LowRank(NamedTuple):
+    """+= left [out, k] · right [k, in]; column i belongs to request `first` + i."""
 
-    layer: int
+    parameter: str
     left: torch.Tensor
     right: torch.Tensor
     first: int = 0
 
-    def rounded(self, dtype: torch.dtype) -> Update:
+    @property
+    def requests(self) -> int:
+        return self.left.shape[1]
+
+    def rounded(self, dtype: torch.dtype) -> LowRank:
         """What is added and recorded for weights of `dtype`: float32, and for 16-bit weights `right` in their own dtype, its rows
         scaled to a largest entry of 1 with the scales in `left`. No zero has a sign, so that zeros need not be kept."""
         left, right = self.left.float(), self.right.float()
@@ -31,30 +39,109 @@ class Update(NamedTuple):
             left, right = left * scale, (right / scale[:, None]).to(dtype)
         return self._replace(left=left, right=right + 0)
 
-    def without(self, requests: set[int]) -> Update:
-        """Only the columns of the other requests."""
-        kept = [i for i in range(self.left.shape[1]) if self.first + i not in requests]
-        return self if len(kept) == self.left.shape[1] else self._replace(left=self.left[:, kept], right=self.right[kept])
+    def without(self, requests: set[int]) -> LowRank | None:
+        """Only the columns of the other requests; None when there is none."""
+        kept = [i for i in range(self.requests) if self.first + i not in requests]
+        if len(kept) == self.requests:
+            return self
+        return self._replace(left=self.left[:, kept], right=self.right[kept]) if kept else None
+
+    def added_to(self, total: torch.Tensor, rows: slice) -> None:
+        """Add these rows of the change to `total` [rows, in]: column after column, each product and each sum rounded on its own."""
+        for column in range(self.requests):
+            total += self.left[rows, column, None] * self.right[column]
+
+
+class Sparse(NamedTuple):
+    """+= values [n] at `indices` [n] (int64, increasing) into the matrix, row after row; of `requests` requests from `first` on."""
+
+    parameter: str
+    indices: torch.Tensor
+    values: torch.Tensor
+    first: int = 0
+    requests: int = 1
+
+    def rounded(self, dtype: torch.dtype) -> Sparse:
+        """What is added and recorded: float32, no zero with a sign, nothing for indices out of order (ValueError)."""
+        if self.indices.shape != self.values.shape or (len(self.indices) > 1 and not (self.indices.diff() > 0).all()):
+            raise ValueError(f"a sparse update of {self.parameter} needs a value for each of its indices, which must increase")
+        return self._replace(indices=self.indices.long(), values=self.values.float() + 0)
+
+    def without(self, requests: set[int]) -> Sparse | None:
+        """None when all of its requests are among `requests`; it cannot be shared out."""
+        return None if set(range(self.first, self.first + self.requests)) <= requests else self
+
+    def added_to(self, total: torch.Tensor, rows: slice) -> None:
+        """As `LowRank.added_to`."""
+        start, width = rows.start * total.shape[1], total.shape[1]
+        bounds = torch.searchsorted(self.indices, torch.tensor([start, start + len(total) * width], device=self.indices.device))
+        inside = slice(*bounds.tolist())
+        total.view(-1).index_add_(0, self.indices[inside] - start, self.values[inside])
+
+
+class Dense(NamedTuple):
+    """+= difference [out, in]; of `requests` requests from `first` on."""
+
+    parameter: str
+    difference: torch.Tensor
+    first: int = 0
+    requests: int = 1
+
+    def rounded(self, dtype: torch.dtype) -> Dense:
+        """What is added and recorded: float32, no zero with a sign."""
+        return self._replace(difference=self.difference.float() + 0)
+
+    without = Sparse.without
+
+    def added_to(self, total: torch.Tensor, rows: slice) -> None:
+        """As `LowRank.added_to`."""
+        total += _matrix(self.difference)[rows]
+
+
+Update = LowRank | Sparse | Dense
+KINDS = {kind.__name__.lower(): kind for kind in (LowRank, Sparse, Dense)}
+
+
+def tensors_of(update: Update) -> dict[str, torch.Tensor]:
+    """Field -> tensor."""
+    return {name: value for name, value in update._asdict().items() if torch.is_tensor(value)}
+
+
+def moved(update: Update, *args, **kwargs) -> Update:
+    """With its numbers as torch.Tensor.to would make them, indices only moved."""
+    device = torch.empty(0).to(*args, **kwargs).device
+    return update._replace(
+        **{name: t.to(*args, **kwargs) if t.is_floating_point() else t.to(device) for name, t in tensors_of(update).items()}
+    )
+
+
+def of_parameter(updates: Iterable[Update], name: str) -> list[Update]:
+    """Those that change it, in order."""
+    return [update for update in updates if update.parameter == name]
 
 
 @torch.no_grad()
 def accumulate(into: torch.Tensor, start: torch.Tensor, updates: Sequence[Update]) -> None:
-    """into [D, F] = start + Σ left·right, column after column, in float32 (for float64 weights in float64); rounded to `into` once.
+    """into [out, in] = start + Σ updates, one after the other, in float32 (for float64 weights in float64); rounded to `into` once.
 
     Every product and every sum is rounded on its own, so the bits depend on the numbers and their order alone: not on the
-    device, its threads, or what was added together. `into` may be `start`. Scratch: 8 MB and the factors.
+    device, its threads, or what was added together. `into` may be `start`. Scratch: 8 MB and the updates.
     """
     exact = torch.promote_types(start.dtype, torch.float32)
-    left = [update.left.to(into.device, exact) for update in updates]
-    right = [update.right.to(into.device, exact) for update in updates]
+    changes = [moved(update, into.device, exact) for update in updates]
+    into, start = _matrix(into), _matrix(start)
     rows = max(1, _BLOCK // start.shape[1])
     for first in range(0, len(start), rows):
         block = slice(first, first + rows)
-        total = start[block].to(into.device, exact, copy=True)
-        for one, other in zip(left, right, strict=True):
-            for column in range(one.shape[1]):
-                total += one[block, column, None] * other[column]
+        total = start[block].to(into.device, exact, copy=True).contiguous()
+        for change in changes:
+            change.added_to(total, block)
         into[block] = total
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """A vector as [n, 1]; its own memory."""
+    return tensor[:, None] if tensor.dim() == 1 else tensor
 
 
 def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:

@@ -10,34 +10,26 @@ from ..hparams import HyperParams
 from .arch import ModelView
 
 
-def edited_parameters(view: ModelView, hparams: HyperParams) -> dict[str, torch.nn.Parameter]:
-    """The parameters that an edit writes, by name: the output projection of every edited layer. FT also trains its bias, where
-    the architecture has one (GPT-2, GPT-J), as EasyEdit's does."""
-    if hparams.alg_name != "FT":
-        return {view.weight_name(layer): view.weight(layer) for layer in hparams.layers}
-    prefixes = {layer: view.weight_name(layer).removesuffix("weight") for layer in hparams.layers}
-    return {prefixes[layer] + name: p for layer in hparams.layers for name, p in view.down(layer).named_parameters()}
+def down_projections(view: ModelView, hparams: HyperParams) -> list[str]:
+    """Names of the output projections of every edited layer: what most methods write."""
+    return [view.weight_name(layer) for layer in hparams.layers]
 
 
-class DownProjections(Mapping):
-    """layer -> w_out [D, F] of a model as it is at the moment, wherever it has been moved to."""
+class Matrices(Mapping):
+    """Name -> parameter as a matrix [out, in] (see `ModelView.matrix`), of a model as it is at the moment, wherever it has been
+    moved to. Writing to one edits the model."""
 
-    def __init__(self, view: ModelView, layers: Sequence[int]):
-        self.view, self.layers = view, tuple(layers)
+    def __init__(self, view: ModelView, names: Sequence[str]):
+        self.view, self.names = view, tuple(names)
 
-    def __getitem__(self, layer: int) -> torch.Tensor:
-        return self.view.w_out(layer)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.view.matrix(name)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.layers)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.layers)
-
-
-def followed(view: ModelView, hparams: HyperParams) -> Mapping:
-    """What a state follows: the edited down projections, by layer; of FT, which has no log to replay, all that it trains."""
-    return edited_parameters(view, hparams) if hparams.alg_name == "FT" else DownProjections(view, hparams.layers)
+        return len(self.names)
 
 
 def check_model(view: ModelView, hparams: HyperParams) -> None:

@@ -6,7 +6,6 @@ Its tasks read their data from the hub; this package's `atlas_exercises` and `at
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from .. import atlas
 from ..atlas import facts as world
+from ..messages import did_you_mean
 from ..models.arch import evaluating
 
 TASKS = Path(__file__).parents[1] / "atlas" / "tasks"
@@ -148,8 +148,7 @@ def _load(manager, name: str, allow_code: bool) -> dict:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)
+    return repr(name) + did_you_mean(name, known)
 
 
 def _scores(entry: Mapping) -> dict[str, float]:

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..files import whole as whole_file
 from ..models.arch import ModelView, evaluating
+from ..models.device import free_memory
 from ..models.hooks import record
 from ..models.passes import batches
+from ..models.products import exact_products
 from ..models.prompts import pad, without_end
 from ..models.updates import fingerprint
 from .corpus import SELF, Corpus, corpus, identity, own_texts
@@ -87,6 +89,7 @@ def covariances(
     return {layer: whole(sums.means()) for layer, sums in key_sums(view, tok, texts, layers, dtype).items()}
 
 
+@exact_products()
 @torch.no_grad()
 def key_sums(
     view: ModelView, tok, texts: Iterable[str], layers: Sequence[int], dtype: torch.dtype = torch.float32, progress: bool = False
@@ -135,18 +138,7 @@ def _tokens_at_a_time(view: ModelView, layers: Sequence[int]) -> int:
     size, (width, neurons) = weight.element_size(), view.w_out(layers[0]).shape
     heads = getattr(view.model.config, "num_attention_heads", 0)
     each = neurons * (size * (len(layers) + 3) + 8) + 8 * size * width + heads * LONGEST_TEXT * (size + 4)
-    return int(min(TOKENS_AT_A_TIME, min(ACTIVATIONS, _free_memory(weight.device) / 4) // each))
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes; infinite where it cannot be told."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024.0
-    except (OSError, TypeError):
-        return float("inf")
+    return int(min(TOKENS_AT_A_TIME, min(ACTIVATIONS, free_memory(weight.device) / 4) // each))
 
 
 # ---- files
@@ -274,14 +266,9 @@ def cache_directory(hparams) -> Path:
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
     """All or nothing; a cache that cannot be written is only a warning, and False."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(path) as temporary:
             save_file(dict(tensors), temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         logger.warning("the statistics of keys were not cached in %s: %s", path.parent, error)
         return False

@@ -4,13 +4,20 @@
     base.safetensors    tensors that hold for the whole journal; written once
     index.jsonl         one line per record: its content, size and SHA-256 of its tensors' file, checksum
     edits/000000.safetensors, ...    the tensors of each record
-    lock                the writer's process, host and start
+    lock, lock.json     the writer's lock; its process, host and start
     dropped/            what was damaged and taken out, never deleted
+    verified.json       when `verify` last read every file, and what it found
 
 A record is written in three steps: its tensors to a temporary file, its line to the index, and the file renamed to its place. It
 counts when the last step is done. The checksum of a line covers the checksum of the line before, the first one's that of the
 header: a lost, doubled or foreign line is noticed like a flipped bit. On disk a record takes its tensors' bytes, its content as
 JSON, about 300 bytes of index and about 100 for the name and shape of each tensor.
+
+Files and not sqlite3: a record is megabytes of tensors and a line of text, is never changed, and is read in order, so a database's
+pages, indexes and queries would serve nothing. What has to be guarded against is damage, and sqlite3 has no checksums: a flipped
+bit in a tensor is returned as it is, one in a page's head takes other records along, and here both cost one named file. sqlite3's
+locks and write-ahead log are not safe on the network file systems that clusters keep such folders on; renames and appends are. A
+backup copies the new files and no others, and every part is read without this package: by `safetensors`, or by eye.
 """
 
 from __future__ import annotations
@@ -33,17 +40,35 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from .disk import explained, seal, sync_folder, temporary, unseal, write, write_fully, write_new
+from ...files import BINARY, sync_folder, write_fully, write_new, write_whole
+from .disk import (
+    BASE,
+    DROPPED,
+    EDITS,
+    FORMAT,
+    HEADER,
+    INDEX,
+    LOCK,
+    VERSION,
+    explained,
+    file_problem,
+    place,
+    read_header,
+    record_files,
+    seal,
+    temporary,
+    unseal,
+)
 from .lock import Lock
+from .verification import Problem, Verification, last_verified, verify
+
+__all__ = ["Journal", "Problem", "Record", "Verification", "installed", "last_verified", "verify", "versions"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "easyedit_nmke journal", 2
-HEADER, BASE, INDEX, EDITS, LOCK, DROPPED = "header.json", "base.safetensors", "index.jsonl", "edits", "lock", "dropped"
 LIBRARIES = ("easyedit-nmke", "torch", "transformers", "safetensors", "numpy")
 
 _NAMES = re.compile(rb'"(id|prompt)": ("(?:[^"\\]|\\.)*"|\d+)')
-_FILE = re.compile(r"(\d{6,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -101,8 +126,8 @@ class Journal:
             journal = cls(path, json.loads(text), mark, Lock(path / LOCK))
             with journal._closed_on_error():
                 _check_empty(path)
-                write(path / BASE, data)
-                write(path / HEADER, text + b"\n")
+                write_whole(path / BASE, data, temporary(path / BASE))
+                write_whole(path / HEADER, text + b"\n", temporary(path / HEADER))
                 journal._open_index()
         return journal
 
@@ -115,7 +140,7 @@ class Journal:
         Raises ValueError for another format version or a damaged header, BlockingIOError when another process writes.
         """
         path = Path(directory)
-        about, mark = _read_header(path)
+        about, mark = read_header(path)
         with explained(f"the journal in {path} could not be opened" + " for writing (write=False reads it)" * write):
             journal = cls(path, about, mark, Lock(path / LOCK) if write else None)
             with journal._closed_on_error():
@@ -161,19 +186,19 @@ class Journal:
         """
         if self._index is None:
             raise ValueError(f"the journal in {self.path} is not open for writing; open it with write=True")
-        number, place = len(self), self._place(len(self))
+        number, where = len(self), self._place(len(self))
         data = save(_on_cpu(tensors))
         checksum = hashlib.sha256(data).hexdigest()
         line, mark = seal({"record": number, "content": content, "bytes": len(data), "sha256": checksum}, self._marks[-1])
-        record = Record(number, json.loads(line)["content"], place, checksum)
+        record = Record(number, json.loads(line)["content"], where, checksum)
         with explained(f"{_label(number, line)} could not be added to {self.path}, nothing of it counts"):
             try:
                 self._settle()
-                write_new(temporary(place), data)
+                write_new(temporary(where), data)
                 write_fully(self._index, line + b"\n")
                 os.fsync(self._index)
-                os.replace(temporary(place), place)
-                sync_folder(place.parent)
+                os.replace(temporary(where), where)
+                sync_folder(where.parent)
             except BaseException:
                 with contextlib.suppress(OSError):
                     self._settle()
@@ -203,12 +228,7 @@ class Journal:
             raise
 
     def _place(self, number: int) -> Path:
-        return self.path / EDITS / f"{number:06d}.safetensors"
-
-    def _files(self) -> dict[int, Path]:
-        """The records' files that are there, by number."""
-        found = ((_FILE.fullmatch(path.name), path) for path in (self.path / EDITS).glob("*"))
-        return {int(match[1]): path for match, path in found if match}
+        return place(self.path, number)
 
     def _take_in(self, record: Record, line: bytes, mark: str) -> None:
         self._records.append(record)
@@ -217,15 +237,15 @@ class Journal:
 
     def _open_index(self) -> None:
         os.makedirs(self.path / EDITS, exist_ok=True)
-        self._index = os.open(self.path / INDEX, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._index = os.open(self.path / INDEX, os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
         self._held.callback(os.close, self._index)
         sync_folder(self.path)
         self._settle()
 
     def _settle(self) -> None:
         """Take away what an unfinished `append` left."""
-        place = self._place(len(self))
-        for path in (place, temporary(place)):
+        where = self._place(len(self))
+        for path in (where, temporary(where)):
             if os.path.lexists(path):
                 os.unlink(path)
         if os.fstat(self._index).st_size != self._end:
@@ -237,7 +257,7 @@ class Journal:
         Files are listed before the index is read: a line is written before its file, so under a living writer there can be a
         line too many, never a file.
         """
-        last = max(self._files(), default=-1)
+        last = max(record_files(self.path), default=-1)
         index = self.path / INDEX
         *lines, torn = (index.read_bytes() if index.exists() else b"").split(b"\n")
         problem = next(filter(None, map(self._accept, lines)), f"its line in {INDEX} is {'incomplete' if torn else 'missing'}")
@@ -259,52 +279,26 @@ class Journal:
 
     def _accept(self, line: bytes) -> str | None:
         """Take the next record in, or say what is wrong with it."""
-        place = self._place(len(self))
+        where = self._place(len(self))
         body, mark = unseal(line, self._marks[-1])
         if body is None:
             return f"line {len(self) + 1} of {INDEX} is not what was written"
-        if not place.exists():
-            return f"{EDITS}/{place.name} is missing"
-        if place.stat().st_size != body["bytes"]:
-            return f"{EDITS}/{place.name} has {place.stat().st_size} bytes instead of {body['bytes']}"
-        if self._lock and hashlib.sha256(place.read_bytes()).hexdigest() != body["sha256"]:
-            return f"{EDITS}/{place.name} is not what was written (other checksum)"
-        self._take_in(Record(len(self), body["content"], place, body["sha256"]), line, mark)
+        if problem := file_problem(where, body, contents=self._lock is not None):
+            return f"{EDITS}/{where.name} {problem}"
+        self._take_in(Record(len(self), body["content"], where, body["sha256"]), line, mark)
         return None
 
     def _set_aside(self, lines: list[bytes]) -> Path | None:
         """Move the files from the current end on to `dropped`, with their lines, last one first; None when there are none."""
-        files = sorted(((number, path) for number, path in self._files().items() if number >= len(self)), reverse=True)
+        files = sorted(((number, path) for number, path in record_files(self.path).items() if number >= len(self)), reverse=True)
         if not files:
             return None
         where = next(path for i in itertools.count() if not (path := self.path / DROPPED / f"{i:03d}").exists())
         os.makedirs(where)
-        write(where / INDEX, b"\n".join(lines))
+        write_whole(where / INDEX, b"\n".join(lines), temporary(where / INDEX))
         for _, path in files:
             os.replace(path, where / path.name)
         return where
-
-
-def _read_header(path: Path) -> tuple[dict, str]:
-    """What `create` wrote, and its checksum. The version is looked at first: another one may be sealed in another way."""
-    file = path / HEADER
-    if not file.is_file():
-        raise ValueError(f"{path} holds no journal ({HEADER} is missing); expected a directory that one was made in")
-    text = file.read_bytes()
-    try:
-        about = json.loads(text)
-        found = about["version"] if about["format"] == FORMAT else VERSION
-    except (ValueError, KeyError, TypeError):
-        found = VERSION
-    if found != VERSION:
-        raise ValueError(
-            f"{file} says format version {found!r}, expected {VERSION}; open it with the release of easyedit_nmke that wrote it, "
-            "or start anew in another directory"
-        )
-    about, mark = unseal(text.removesuffix(b"\n"), "")
-    if about is None:
-        raise ValueError(f"{file} is damaged; put this file back from a backup: the records cannot be used without it")
-    return about, mark
 
 
 def _check_empty(path: Path) -> None:
@@ -312,7 +306,7 @@ def _check_empty(path: Path) -> None:
         raise ValueError(f"{path} already holds a journal; open it, or choose another directory")
     # A `create` that was killed leaves these.
     ours = {LOCK, BASE, temporary(path / BASE).name, temporary(path / HEADER).name}
-    others = sorted(p.name for p in path.iterdir() if p.name not in ours)
+    others = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith(f"{LOCK}."))
     if others:
         raise ValueError(f"{path} is not empty (it holds {', '.join(others[:3])}) and no journal; choose another directory")
 

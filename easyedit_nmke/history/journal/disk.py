@@ -1,4 +1,4 @@
-"""Writing that survives: whole files or none, text that carries its checksum, errors that say what to do."""
+"""What lies in a journal's folder and how to tell that it is what was written; errors that say what to do."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
+FORMAT, VERSION = "easyedit_nmke journal", 2
+HEADER, BASE, INDEX, EDITS, LOCK, DROPPED = "header.json", "base.safetensors", "index.jsonl", "edits", "lock", "dropped"
+
+_FILE = re.compile(r"(\d{6,})\.safetensors")
 _SEAL = re.compile(rb', "checksum": "([0-9a-f]{64})"}\Z')
 _ADVICE = {
     errno.ENOSPC: "make room there and repeat", errno.EDQUOT: "make room there and repeat",
@@ -46,44 +49,55 @@ def explained(what: str):
 
 
 def temporary(path: Path) -> Path:
+    """Where a file of the journal is written first; the one writer's, so that the next one writes over what was left."""
     return path.with_name(path.name + ".tmp")
 
 
-def write(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all."""
+def place(path: Path, number: int) -> Path:
+    """Where the tensors of a record lie."""
+    return path / EDITS / f"{number:06d}.safetensors"
+
+
+def record_files(path: Path) -> dict[int, Path]:
+    """The records' files that are there, by number."""
+    found = ((_FILE.fullmatch(file.name), file) for file in (path / EDITS).glob("*"))
+    return {int(match[1]): file for match, file in found if match}
+
+
+def file_problem(file: Path, written: dict, contents: bool = True) -> str | None:
+    """What is wrong with a file of which `written` tells "bytes" and "sha256"; not `contents`: by its size alone."""
+    if not file.exists():
+        return "is missing"
+    if file.stat().st_size != written["bytes"]:
+        return f"has {file.stat().st_size} bytes instead of {written['bytes']}"
+    if contents and hashlib.sha256(file.read_bytes()).hexdigest() != written["sha256"]:
+        return "is not what was written (other checksum)"
+    return None
+
+
+def read_header(path: Path) -> tuple[dict, str]:
+    """What `create` wrote, and its checksum. ValueError, that says what to do, when it cannot be used."""
+    about, mark = unseal(header_text(path), "")
+    if about is None:
+        damaged = f"{path / HEADER} is damaged; put this file back from a backup: the records cannot be used without it"
+        raise ValueError(damaged)
+    return about, mark
+
+
+def header_text(path: Path) -> bytes:
+    """As it is there, sound or not. ValueError where there is none, or of another version, which may be sealed in another way."""
+    file = path / HEADER
+    if not file.is_file():
+        raise ValueError(f"{path} holds no journal ({HEADER} is missing); expected a directory that one was made in")
+    text = file.read_bytes()
     try:
-        write_new(temporary(path), data)
-        os.replace(temporary(path), path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary(path))
-        raise
-    sync_folder(path.parent)
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """All of it on the disk, or OSError."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        write_fully(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def write_fully(file: int, data: bytes) -> None:
-    """A write may take less than it is given."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-def sync_folder(path: Path) -> None:
-    """A renamed file is in its place for good only after this."""
-    if os.name != "posix":  # a folder cannot be opened there
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        about = json.loads(text)
+        found = about["version"] if about["format"] == FORMAT else VERSION
+    except (ValueError, KeyError, TypeError):
+        found = VERSION
+    if found != VERSION:
+        raise ValueError(
+            f"{file} says format version {found!r}, expected {VERSION}; open it with the release of easyedit_nmke that wrote it, "
+            "or start anew in another directory"
+        )
+    return text.removesuffix(b"\n")

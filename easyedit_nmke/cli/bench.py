@@ -1,0 +1,87 @@
+"""`nmke bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from tqdm import tqdm
+
+from .verb import Verb, numbers, positive, quiet_libraries
+
+
+def _arguments(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--shape", metavar="NAME", help="llama3-8b, qwen2.5-7b, gpt2-xl, small or atlas (default atlas)")
+    bench.add_argument("--part", metavar="PART", help="only this step, one layer: solve or attribution (default shape llama3-8b)")
+    bench.add_argument("--edits", type=positive, default=3, metavar="N", help="repetitions of each measurement (default 3)")
+    bench.add_argument("--at", type=numbers, metavar="LIST", help="with so many past edits (default 1,500; solve: 100,2000)")
+    bench.add_argument("--layers", type=positive, metavar="N", help="a model of only so many blocks, where memory is short")
+    bench.add_argument("--neurons", type=positive, metavar="N", help="of --part attribution (default 1024, on a GPU all)")
+    bench.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    bench.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, float16")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
+
+
+def _bench(args, console: Console) -> int:
+    import torch
+
+    from .. import bench
+    from ..files import write_json
+
+    quiet_libraries(args)
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; give a file")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as bar:
+        content = {"command": args.command, **_measured(args, device, bar.set_description_str)}
+    part = content.get("part")
+    headings, body = (bench.parts if part else bench).rows(content)
+    for line in (_machine(content), *(f"Note: {note}." for note in content["notes"]), "", *_aligned(headings, body), ""):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print((bench.parts if part else bench).LEGEND, highlight=False, markup=False, soft_wrap=True)
+    if args.out:
+        write_json(args.out, content)
+    return 0
+
+
+def _measured(args, device: str, said) -> dict:
+    from .. import bench
+
+    if args.part is None:
+        if args.neurons:
+            raise ValueError("--neurons goes with --part attribution")
+        plan = bench.Plan(args.shape or "atlas", args.edits, args.at or (1, 500), args.layers, device, args.dtype)
+        return bench.measure(plan, said)
+    if args.part not in bench.parts.PARTS:
+        raise ValueError(f"no part {args.part!r}; known: {', '.join(bench.parts.PARTS)}")
+    if args.layers:
+        raise ValueError("--layers goes with whole edits; a part is measured for one layer")
+    return bench.parts.measure(
+        args.part, args.shape or "llama3-8b", args.edits, args.at or (100, 2000), args.neurons, device, args.dtype, said
+    )
+
+
+def _machine(content: dict) -> str:
+    where, versions = content["hardware"], content["versions"]
+    gpus = "".join(f"; {gpu['name']}, {gpu['memory_gb']} GB" for gpu in where["gpus"])
+    known = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
+    cpu = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, {where['free_memory_gb']} GB free"
+    return f"{content['command']}\n{cpu}{gpus}\n{known}\n{content['what']}"
+
+
+def _aligned(headings: list[str], body: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *body, strict=True)]
+    first = [f"{row[0]:<{widths[0]}}" for row in (headings, *body)]
+    others = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)) for row in (headings, *body)]
+    return [f"{name}  {cells}" for name, cells in zip(first, others, strict=True)]
+
+
+VERB = Verb(
+    "bench",
+    "time and memory of an edit: this package, the plain equations and EasyEdit, side by side",
+    "nmke bench --shape small --edits 3 --at 1,500 --out bench.json",
+    _bench,
+    _arguments,
+)

@@ -1,0 +1,136 @@
+"""`nmke log`, `undo`, `rollback` and `export`: the edits that `nmke run` left in a folder, told, taken out, and given to others."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .verb import Verb, positive, quiet_libraries
+
+
+def _folder(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", type=Path, metavar="DIR", help="where `nmke run` keeps its edits, or a state_dir")
+    sub.add_argument("--model", metavar="NAME", help="where the base model lies now, if it was moved")
+    sub.add_argument("--device", metavar="NAME", help="instead of the one that the edits were made on")
+
+
+def _log_arguments(log: argparse.ArgumentParser) -> None:
+    _folder(log)
+    log.add_argument("--check", action="store_true", help="also load the model and ask it")
+    log.add_argument("--verify", action="store_true", help="first read every file and check that it is what was written")
+
+
+def _undo_arguments(undo: argparse.ArgumentParser) -> None:
+    _folder(undo)
+    undo.add_argument("edit", type=positive, metavar="ID", help="its number in `nmke log`")
+    undo.add_argument("--resolve", action="store_true", help="solve the later edits again without it (loads the model)")
+
+
+def _rollback_arguments(rollback: argparse.ArgumentParser) -> None:
+    _folder(rollback)
+    rollback.add_argument("to", type=int, metavar="ID", help="the last edit that stays, 0 for none")
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    _folder(export)
+    export.add_argument("--to", required=True, choices=("model", "delta", "lora"), help="a whole checkpoint, factors, an adapter")
+    export.add_argument("--rank", type=positive, metavar="R", help="of the adapter (default: that of all edits together)")
+    export.add_argument("--out", type=Path, metavar="PATH", help="where it goes, a new folder (default DIR/model, delta or lora)")
+
+
+def _log(args, console: Console) -> int:
+    from . import kept
+
+    if args.verify and (problems := kept.verify(args.folder).problems):
+        for problem in problems:
+            console.print(f"{problem.file} {problem.reason}", highlight=False, markup=False, soft_wrap=True)
+        files = "this file" if len(problems) == 1 else "these files"
+        raise ValueError(f"{args.folder} is damaged, see above; put {files} back from a backup")
+    if args.check:
+        quiet_libraries(args)
+    table = Table(title=f"Edits in {args.folder}", title_justify="left", box=SIMPLE)
+    table.add_column("Edit", justify="right")
+    names = ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if args.check else []), "When", "Now")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for edit in kept.edits(args.folder, args.model, args.device, args.check):
+        style = "" if edit["now"] == "effective" else "dim"
+        said = [Text(edit["said"], "green" if edit["said"] == edit["target_new"] else "red")] if args.check else []
+        asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
+        table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
+    console.print(table)
+    console.print(kept.verified(args.folder), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _undo(args, console: Console) -> int:
+    from . import kept
+
+    if args.resolve:
+        quiet_libraries(args)
+    edit = kept.take_out(args.folder, args.edit, args.resolve, args.model, args.device)
+    told = f"{edit['prompt']} -> {edit['target_new']}"
+    console.print(f"Edit {args.edit} is taken out: {told}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _rollback(args, console: Console) -> int:
+    from . import kept
+
+    quiet_libraries(args)
+    gone = kept.roll_back(args.folder, args.to, args.model, args.device)
+    console.print(f"Back at edit {args.to}: {gone} {'edit' if gone == 1 else 'edits'} taken out", highlight=False)
+    return 0
+
+
+def _export(args, console: Console) -> int:
+    from . import kept
+
+    quiet_libraries(args)
+    out = args.out or args.folder / args.to
+    report = kept.export(args.folder, args.to, out, args.rank, args.model, args.device)
+    if report:
+        each = ", ".join(f"layer {layer} {error:.2%}" for layer, error in report.errors.items())
+        told = f"Rank {report.rank} leaves out {report.total:.2%} of the updates (Frobenius norm): {each}"
+        console.print(told, highlight=False, soft_wrap=True)
+    console.print(f"{out}: README.md in it says how to load it", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+LOG = Verb(
+    "log",
+    "list the edits that are kept in a folder: what was asked, when, and whether it still counts",
+    "nmke log results",
+    _log,
+    _log_arguments,
+    needs_arguments=True,
+)
+UNDO = Verb(
+    "undo",
+    "take one edit out, wherever it lies; the others stay",
+    "nmke undo results 17",
+    _undo,
+    _undo_arguments,
+    needs_arguments=True,
+)
+ROLLBACK = Verb(
+    "rollback",
+    "take all edits after one out, as if they had never been",
+    "nmke rollback results 100",
+    _rollback,
+    _rollback_arguments,
+    needs_arguments=True,
+)
+EXPORT = Verb(
+    "export",
+    "write the edited model for others: a checkpoint, a delta, or a LoRA adapter",
+    "nmke export results --to lora --rank 64",
+    _export,
+    _export_arguments,
+    needs_arguments=True,
+)

@@ -1,0 +1,62 @@
+"""`nmke report`, and the table that `nmke compare` ends with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .verb import Verb
+
+
+def _arguments(report: argparse.ArgumentParser) -> None:
+    report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` wrote results.jsonl")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and its figures go (default DIR/report)")
+    report.add_argument("--markdown", action="store_true", help="only print the table, as Markdown")
+
+
+def _report(args, console: Console) -> int:
+    from ..experiments import report
+    from ..experiments.page import write
+
+    lines, notes = report.read(args.folder)
+    if args.markdown:
+        print(report.markdown(lines, report.shared_checkpoint(lines)))
+        return 0
+    comparison(lines, notes, console)
+    path = write(lines, notes, args.out or args.folder / "report")
+    console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
+    """The table of the last checkpoint that all methods have reached, and what it says in words."""
+    from ..experiments import report
+
+    last = report.shared_checkpoint(lines)
+    headings, body = report.rows(lines, last)
+    table = Table(title=f"Scores after {report.count(last, 'edit')}", title_justify="left", box=SIMPLE, padding=0)
+    table.add_column("Method", overflow="fold")
+    for heading in headings:
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    styles = {"best": "bold green", "close": "green", "": ""}
+    for label, cells in body:
+        table.add_row(Text(label), *(Text(text.replace(" ± ", "\n±"), styles[mark]) for text, mark in cells))
+    console.print(table)
+    said = [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines), *report.failures(lines)]
+    for sentence in said:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+VERB = Verb(
+    "report",
+    "tables and figures of a comparison's results.jsonl, as one HTML page",
+    "nmke report results",
+    _report,
+    _arguments,
+    needs_arguments=True,
+)

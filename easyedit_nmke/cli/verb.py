@@ -1,0 +1,66 @@
+"""A verb of the shell, and what verbs share: kinds of arguments, silence, tables of scores."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`nmke NAME`. summary: a line of help; example: a whole command line.
+
+    run(args, console) does the work and returns the exit code; a ValueError, FloatingPointError, OSError, ImportError or
+    RuntimeError becomes one sentence on stderr and exit code 1. `args` holds what `add_arguments` asks for, and `verb`, `command`
+    (the whole command line) and `verbose`. Whatever takes long to import (torch, transformers, experiments) is imported in `run`.
+    needs_arguments: `nmke VERB` alone prints its help. goes_on: interrupted, the same command goes on from there.
+
+    A package adds one by an entry point of the group easyedit_nmke.verbs: the verb's name, and its `Verb`.
+    """
+
+    name: str
+    summary: str
+    example: str
+    run: Callable[[argparse.Namespace, Console], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    needs_arguments: bool = False
+    goes_on: bool = False
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Different ones of 1 or more, ascending: 1,100,400."""
+    return tuple(sorted({positive(part.strip()) for part in text.split(",")}))
+
+
+def quiet_libraries(args: argparse.Namespace) -> None:
+    """No warnings and progress bars of transformers, unless the verb is verbose; before a model is loaded."""
+    if not args.verbose:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+
+def score_table(headings: Mapping[str, str], extra: list[str]) -> Table:
+    """A table of methods by scores (`scores.table.in_shell`) and `extra` columns."""
+    table = Table(title="Scores after all edits", title_justify="left")
+    table.add_column("Method")
+    for name in (*headings.values(), *extra):
+        table.add_column(name, justify="right")
+    return table
+
+
+def cells(headings: Mapping[str, str], scores: Mapping[str, float | None]) -> list[str]:
+    """The scores under the headings."""
+    return ["-" if scores.get(name) is None else f"{scores[name]:.2f}" for name in headings]

@@ -1,0 +1,56 @@
+"""Which facts are edited, in which order: the embedded model's, or the records of a file that a model can be edited with."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import atlas, data
+from ..editor import LifelongEditor
+from ..methods.contract import check_requests
+from ..models.arch import ModelView
+from ..models.prompts import Request
+from ..scores import metrics
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is edited, in order, and the number of each record in its file; refused records; what the stamp says of them."""
+
+    requests: list[Request]
+    records: list[int]
+    refused: list[data.Refusal]
+    facts: dict
+
+
+def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
+    """The first `edits` (None: all) facts of the embedded model's test half, or records of a file, in an order that the seed
+    decides (0: as they are), without those that this model and its templates cannot be edited with or scored on."""
+    if source in atlas.SOURCES:
+        requests = [Request.from_dict(r) for r in atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])]
+        return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
+    loaded = data.load(Path(source))
+    order = list(range(len(loaded.requests)))
+    if seed:
+        random.Random(seed).shuffle(order)
+    view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
+    accepted, refused, batch = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
+    for place in order:
+        try:
+            begun = [loaded.requests[i] for i in accepted[len(accepted) // batch * batch :]]
+            check_requests(view, editor.tok, [*begun, loaded.requests[place]], templates)
+            metrics.check(editor.model, editor.tok, [loaded.requests[place]])
+            accepted.append(place)
+        except ValueError as error:
+            refused.append(data.Refusal(loaded.indices[place], str(error)))
+    refused.sort(key=lambda refusal: refusal.index)
+    if not accepted:
+        raise ValueError(f"none of the {len(refused)} records of {source} can be edited; the first: {refused[0].reason}")
+    if edits and len(accepted) < edits:
+        raise ValueError(f"{edits} edits were asked for, but {len(accepted)} records of {source} can be edited; ask for fewer")
+    chosen = accepted[:edits]
+    facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
+    return Stream(
+        [loaded.requests[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, {**facts, "edits": len(chosen)}
+    )

@@ -1,0 +1,67 @@
+"""AlphaEdit (arXiv 2410.02355): MEMIT's spread of the residual, in the null space of old knowledge, with past keys remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..history.durable import Ground
+from ..hparams import setting
+from ..models.arch import ModelView
+from ..statistics.nullspace import RowSpace, row_spaces
+from .contract import Method
+from .located import KeyValueHyperParams, edit_layers, templates
+from .solver import NullSpaceSolver
+
+
+@dataclass
+class AlphaEditHyperParams(KeyValueHyperParams):
+    """MEMIT's spread of the residual, with updates kept in the null space of old knowledge and past keys remembered."""
+
+    alg_name: str = setting("AlphaEdit", state=True)
+
+    # Null space of the covariance of keys
+    nullspace_threshold: float = setting(2e-2, above=0, state=True)
+    # instead of the threshold: the share of directions that updates may use
+    nullspace_fraction: float | None = setting(None, above=0, most=1, none=None, state=True)
+    L2: float = setting(1.0, above=0, state=True)
+    P_loc: str | None = setting(None, state=True)
+    template_length: int = setting(10, least=2, whole=True, state=True)  # tokens, prefix included
+
+    # Accepted for EasyEdit's files
+    layer_selection: str = "all"
+    mom2_update_weight: float = setting(15000.0, above=0)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.P_loc is not None and not isinstance(self.P_loc, str):
+            found.append(f"P_loc must be a path or null, got {self.P_loc!r}")
+        return found
+
+
+def measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
+    """Context templates, and each layer's row space of the model as it is now."""
+    found = templates(view, tok, hparams)
+    spaces = row_spaces(view, tok, hparams, progress)
+    return Ground(found, {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()})
+
+
+def row_space(view: ModelView, ground: Ground, layer: int) -> RowSpace:
+    """What `measure` has found for a layer, on its device."""
+    device = view.weight(layer).device
+    return RowSpace(*(ground.statistics[f"{part}.{layer}"].to(device) for part in RowSpace._fields))
+
+
+def hard_solver(space: RowSpace, l2: float) -> NullSpaceSolver:
+    """By whichever of the row space and the null space has fewer directions."""
+    basis: torch.Tensor = space.null if space.null.shape[1] else space.basis
+    return NullSpaceSolver(basis, l2, null=bool(space.null.shape[1]))
+
+
+def build(view: ModelView, ground: Ground, hparams: AlphaEditHyperParams) -> Mapping[int, NullSpaceSolver]:
+    return {layer: hard_solver(row_space(view, ground, layer), hparams.L2) for layer in hparams.layers}
+
+
+METHOD = Method("AlphaEdit", AlphaEditHyperParams, edit_layers, measure, build, replay=edit_layers)

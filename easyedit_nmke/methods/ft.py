@@ -1,0 +1,138 @@
+"""FT: fine-tuning of the FFN's output projection, as EasyEdit does it (FT-L, FT-M)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+from torch.nn.functional import log_softmax
+
+from ..history.log import EditReport
+from ..history.state import LifelongState
+from ..hparams import HyperParams, setting
+from ..models.arch import ModelView
+from ..models.prompts import Request, encode, pad, target_tokens
+from ..models.updates import Dense
+from .contract import Method, phase
+
+LOSS_TO_STOP = 1e-2
+
+
+@dataclass
+class FTHyperParams(HyperParams):
+    """Adam on the FFN's output projection of `layers`; with `norm_constraint` no weight moves by more than that (FT-L)."""
+
+    alg_name: str = setting("FT", state=True)
+    num_steps: int = setting(25, least=1, whole=True)
+    lr: float = setting(5e-4, above=0)
+    weight_decay: float = setting(0.0, least=0)
+    norm_constraint: float | bool = setting(False, above=0, none=False)  # false: none
+    # every target token from the prompt's last; "target_new": one after the other
+    objective_optimization: str = setting("prompt_last", choices=("prompt_last", "target_new"))
+    kl_factor: float = setting(0.0, least=0)  # accepted for EasyEdit's files
+    # Each edit's whole difference, float32: 1.2 GB an edit at 8B with 5 layers. Without it nothing can be undone or kept on disk.
+    keep_updates: bool = setting(False, state=True)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.state_dir is not None and self.keep_updates is False:
+            found.append(
+                "state_dir is set, but FT changes whole weights, which are large to keep for every edit; "
+                "remove it, or set keep_updates: true"
+            )
+        return found
+
+    @property
+    def keeps_updates(self) -> bool:
+        return self.keep_updates
+
+
+def writes(view: ModelView, hparams: FTHyperParams) -> list[str]:
+    """The output projection of every edited layer, and its bias where the architecture has one (GPT-2, GPT-J): as EasyEdit."""
+    prefixes = {layer: view.weight_name(layer).removesuffix("weight") for layer in hparams.layers}
+    return [prefixes[layer] + name for layer in hparams.layers for name, _ in view.down(layer).named_parameters()]
+
+
+def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperParams, state: LifelongState) -> EditReport:
+    """Adam on the edited parameters, `batch_size` requests a step, for `num_steps` rounds or until a round's mean loss is under
+    0.01; with `norm_constraint` no weight ends further than that from where it was. The model is written once, at the end.
+    """
+    report = EditReport(len(requests))
+    with phase(report, "values"), _frozen(view.model):
+        weights = {name: view.model.get_parameter(name) for name in writes(view, hparams)}
+        trained = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+        optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
+        for _ in range(hparams.num_steps):
+            total = 0.0
+            for start in range(0, len(requests), hparams.batch_size):
+                batch = requests[start : start + hparams.batch_size]
+                with torch.enable_grad():
+                    loss = _loss(view, tok, batch, trained, hparams.objective_optimization)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss of FT is {loss.item()}; check lr ({hparams.lr}) and the model's weights")
+                total += loss.item() * len(batch)
+                if loss >= LOSS_TO_STOP:
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+                if hparams.norm_constraint:
+                    _clamp(trained, weights, hparams.norm_constraint)
+            if total / len(requests) < LOSS_TO_STOP:
+                break
+        report.value_loss = [total / len(requests)]
+    with phase(report, "solve"), torch.no_grad():
+        if not all(torch.isfinite(new).all() for new in trained.values()):
+            raise FloatingPointError("the fine-tuned weights are not finite; the model is left as it was")
+        for name, new in trained.items():
+            if hparams.keep_updates:  # what is recorded is the rounded difference, so that is what is added
+                difference = view.oriented(name, new.float() - weights[name].float())
+                state.write(Dense(name, difference, requests=len(requests)), report)
+            else:
+                weights[name].copy_(new)
+    report.density = dict.fromkeys(hparams.layers, 1.0)
+    return report
+
+
+def _loss(view: ModelView, tok, requests: Sequence[Request], trained: Mapping[str, torch.Tensor], objective: str):
+    """Mean over requests of the mean over target tokens of -log p. "prompt_last" (FT-L): all of them from the prompt's last
+    token; "target_new" (FT-M): each from the token before it."""
+    rows, where = [], []
+    for request in requests:
+        target = target_tokens(tok, request.prompt, request.target_new)
+        full = encode(tok, f"{request.prompt} {request.target_new}")
+        before = len(full) - len(target)
+        rows.append(full[:before] if objective == "prompt_last" else full[:-1])
+        where.append((before - 1, target))
+    tokens = pad(rows, tok, view.device)
+    logits = functional_call(view.model, dict(trained), (), {**tokens.inputs(), "use_cache": False}).logits
+    losses = []
+    for row, (last, target) in enumerate(where):
+        labels = torch.tensor(target, device=logits.device)
+        at = torch.full_like(labels, last) if objective == "prompt_last" else last + torch.arange(len(target), device=logits.device)
+        losses.append(-log_softmax(logits[row, at].float(), -1).gather(1, labels[:, None]).mean())
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def _clamp(trained: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor], limit: float) -> None:
+    for name, weight in trained.items():
+        weight.clamp_(originals[name] - limit, originals[name] + limit)
+
+
+@contextmanager
+def _frozen(model) -> Iterator[None]:
+    """No parameter of the model takes a gradient; what did before does so again afterwards."""
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in training:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)
+
+
+METHOD = Method("FT", FTHyperParams, edit, writes=writes, needs_subject=False)

@@ -1,0 +1,118 @@
+"""What the locate-then-edit methods share: their settings, what they measure, and MEMIT's spread of a residual over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..attribution.masks import NeuronMask
+from ..history.log import EditReport
+from ..history.state import LifelongState
+from ..hparams import HyperParams, is_number, setting
+from ..models.arch import ModelView
+from ..models.prompts import Request, context_templates
+from ..models.updates import LowRank
+from .contract import phase
+from .keys import Ascent, Contexts
+from .values import target_values
+
+
+@dataclass
+class KeyValueHyperParams(HyperParams):
+    """For the methods that write a target value z for a key k: NMKE, AlphaEdit, MEMIT, ROME. Defaults are EasyEdit's."""
+
+    # Target values z (Adam on δ at the last edited layer)
+    fact_token: str = setting("subject_last", choices=("subject_last",))
+    v_num_grad_steps: int = setting(25, least=1, whole=True)
+    v_lr: float = setting(0.1, above=0)
+    v_loss_layer: int | None = setting(None, least=0, whole=True, none=None)  # None: the last block
+    v_weight_decay: float = setting(0.5, least=0)
+    clamp_norm_factor: float = setting(0.75, above=0)
+    kl_factor: float = setting(0.0625, least=0)
+
+    # Beyond EasyEdit
+    v_extra_steps: int = setting(0, least=0, whole=True)  # for a z that has not made the target the likelier answer by then
+    locality_factor: float = setting(0.0, least=0)  # weight of keeping the answers to locality_prompts when z is optimised
+    locality_prompts: list[str] = setting(factory=list)  # other relations, "{}" for the subject
+
+    # Covariance of keys
+    mom2_dataset: str = setting("wikipedia", state=True)
+    mom2_n_samples: int = setting(100000, least=1, whole=True, state=True)
+    mom2_dtype: str = setting("float32", choices=("float32", "float64"), state=True)  # of the sums over tokens
+    mom2_adjustment: bool = True  # ROME's; accepted for EasyEdit's files of the others
+    stats_dir: str | None = None  # None: the user's cache directory
+
+    # Context templates
+    template_prefixes: list[str] = setting(factory=lambda: ["The", "Therefore", "Because", "I", "You"], state=True)
+
+    def problems(self) -> list[str]:
+        found, prompts = super().problems(), self.locality_prompts
+        if not isinstance(self.mom2_dataset, str):
+            found.append(f"mom2_dataset must be a file or the name of a dataset, got {self.mom2_dataset!r}")
+        if self.stats_dir is not None and not isinstance(self.stats_dir, (str, Path)):
+            found.append(f"stats_dir must be a folder or null, got {self.stats_dir!r}")
+        prefixes = self.template_prefixes
+        if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, str) and p for p in prefixes):
+            found.append(f"template_prefixes must be a list of words, got {prefixes!r}")
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) and p.count("{}") == 1 for p in prompts):
+            found.append(f"locality_prompts must be a list of texts with one {{}} each for the subject, got {prompts!r}")
+        elif not prompts and is_number(self.locality_factor) and self.locality_factor > 0:
+            found.append(f"locality_factor is {self.locality_factor!r}, but locality_prompts is empty; give some, or set it to 0")
+        return found
+
+
+def templates(view: ModelView, tok, hparams) -> list[list[str]]:
+    """Context templates of `template_length` tokens, in groups."""
+    return context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+
+
+def edit_layers(
+    view: ModelView,
+    tok,
+    requests: Sequence[Request],
+    hparams: KeyValueHyperParams,
+    state: LifelongState,
+    z: torch.Tensor | None = None,
+    prompts: Sequence[str] = (),
+    masks: Callable[[EditReport], Mapping[int, NeuronMask]] = lambda report: {},
+    directions: Callable[..., torch.Tensor] = lambda solver, keys, mask: solver.directions(keys, mask),
+) -> EditReport:
+    """Compute and write the update layer by layer: AlphaEdit and MEMIT, by the solvers of `state`; NMKE with masks.
+
+    z [D, requests]: values that were found before. prompts: other prompts of the subject over which keys are averaged. masks: asked
+    once for the mask of each layer. directions: (solver, keys [F, k], mask [F] or None) -> [F, k].
+
+    A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's,
+    and are remembered.
+    """
+    report, z_layer = EditReport(len(requests)), hparams.layers[-1]
+    with phase(report, "values"):
+        if z is None:
+            values = target_values(view, tok, requests, state.flat_templates, z_layer, hparams)
+            report.value_loss = [value.loss for value in values]
+            z = torch.stack([value.z for value in values], 1)
+            if state.value_norm is not None:
+                z = z * (state.value_norm / z.norm(dim=0))
+        report.z = z = z.to(view.weight(z_layer).device)
+    with phase(report, "attribution"):
+        chosen = masks(report)
+    ascent, found = Ascent(view, tok, requests, Contexts(state.templates, prompts), z_layer), {}
+    for index, layer in enumerate(hparams.layers):
+        with phase(report, "keys"):
+            found[layer], current = ascent(layer)
+        residual = (z - current.to(z)) / (len(hparams.layers) - index)
+        if index == 0:
+            report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
+        with phase(report, "solve"):
+            device = view.weight(layer).device
+            mask = chosen[layer].mask.to(device) if layer in chosen else None
+            right = directions(state.solvers[layer], found[layer], mask).T.float().contiguous()
+        with phase(report, "apply"):
+            state.write(LowRank(view.weight_name(layer), residual.to(device).float(), right), report)
+        report.density[layer] = chosen[layer].density if layer in chosen else 1.0
+    if all(solver.remembers for solver in state.solvers.values()):
+        report.keys = found
+    return report
