@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear
+
+from ..extensions import with_extensions
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,31 @@ FAMILIES = {
     "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f", "layer", "ln_2", transposed=True),
     "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f", "layer", None),
 }
+
+# Model types that no row can be of, and what they are. Others are told by the number of experts in their configuration.
+_EXPERTS = "a mixture of experts (many FFNs a block), which is not edited"
+_HYBRID = "a hybrid (not every block is attention and one FFN), which is not edited"
+UNEDITED = {
+    **dict.fromkeys(
+        (
+            "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmoe", "flex_olmo", "phimoe", "dbrx",
+            "granitemoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe", "llama4", "llama4_text", "minimax_m2", "jetmoe",
+            "hunyuan_v1_moe", "longcat_flash", "nllb-moe", "switch_transformers", "doge",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(
+        (
+            "jamba", "mamba", "mamba2", "falcon_mamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "recurrent_gemma",
+            "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "granitemoehybrid", "minimax", "lfm2",
+            "lfm2_moe", "olmo_hybrid", "kimi_linear", "rwkv",
+        ),
+        _HYBRID,
+    ),
+}  # fmt: skip
+_COUNTS_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+PLAIN_ATTENTION = ("eager", "sdpa")
 
 
 def down_projection(model_type: str, layer: int) -> str:
@@ -104,6 +131,32 @@ def evaluating(model) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def editing(model) -> Iterator[None]:
+    """`evaluating`, and attention that takes plain masks and gives gradients everywhere: a model with another kind (flash, flex,
+    paged) has sdpa inside the block, or eager where its class knows no sdpa, and its own again afterwards.
+
+    ValueError, before anything has changed, when its class cannot change attention.
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    own = [(config, kind) for config in configs.values() if (kind := getattr(config, "_attn_implementation", None)) is not None]
+    others = sorted({kind for _, kind in own} - {*PLAIN_ATTENTION})
+    if others and not getattr(type(model), "_can_set_attn_implementation", bool)():
+        raise ValueError(
+            f"{type(model).__name__} has {' and '.join(others)} attention, which edits cannot use and it cannot change; "
+            'load it with attn_implementation="eager"'
+        )
+    plain = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    try:
+        for config, kind in own if others else ():
+            config._attn_implementation = kind if kind in PLAIN_ATTENTION else plain
+        with evaluating(model):
+            yield
+    finally:
+        for config, kind in own if others else ():
+            config._attn_implementation = kind
+
+
 def context_length(model) -> int | None:
     """Longest text in tokens that the model can read; None when its configuration does not say."""
     config = getattr(model, "config", None)
@@ -112,17 +165,38 @@ def context_length(model) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
+def check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
+    """ValueError when one of the modules is PEFT's: a wrapper, or a layer with an adapter."""
+    for module in modules:
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise ValueError(
+                f"the model has adapters of PEFT ({type(module).__name__}), and an edit would miss what they add; "
+                "give the plain model that `merge_and_unload()` returns"
+            )
+
+
+def _unedited(model) -> str:
+    """Why a model of no known type is not edited."""
+    config = getattr(model, "config", None)
+    inner = getattr(config, "text_config", None) or config
+    kind = UNEDITED.get(getattr(config, "model_type", None), "not known")
+    counts = (getattr(inner, name, None) for name in _COUNTS_EXPERTS)
+    return _EXPERTS if kind == "not known" and any(isinstance(count, int) and count > 1 for count in counts) else kind
+
+
 class ModelView:
     """A transformers causal language model seen through its family's row. Holds references, copies nothing."""
 
     def __init__(self, model):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        if kind not in FAMILIES:
-            raise ValueError(f"model type {kind!r} is not known; known types: {', '.join(FAMILIES)}")
+        check_unwrapped([model])
+        families = with_extensions("architectures", FAMILIES)
+        if kind not in families:
+            raise ValueError(f"model type {kind!r} is {_unedited(model)}; known types: {', '.join(families)}")
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head; load the model with AutoModelForCausalLM")
-        self.model, self.family = model, FAMILIES[kind]
+        self.model, self.family = model, families[kind]
         self.blocks = model.get_submodule(self.family.blocks)
         self.norm = model.get_submodule(self.family.norm)
         self.head = head
