@@ -7,7 +7,8 @@ import torch
 
 from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.models.loading import base_folder, check_no_adapter
+from easyedit_nmke.models.arch import check_no_adapter
+from easyedit_nmke.models.loading import base_folder
 
 SETTINGS = dict(layers=[0, 1], device="cpu", mom2_dataset="atlas", mom2_n_samples=20, nullspace_fraction=0.9)
 

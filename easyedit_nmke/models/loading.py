@@ -8,12 +8,8 @@ import torch
 
 from .. import atlas
 from ..hparams import HyperParams
+from .arch import MERGE, check_no_adapter
 from .device import device_of
-
-_MERGE = (
-    "edits would go into the base, and an export would leave the adapter out. Merge it first: "
-    "PeftModel.from_pretrained(base, adapter).merge_and_unload(), then save_pretrained (and the tokenizer's)"
-)
 
 
 def load_model(hparams: HyperParams):
@@ -30,7 +26,7 @@ def load_model(hparams: HyperParams):
 
         folder = atlas.DIRECTORY if name == "atlas" else name
         if (Path(folder) / "adapter_config.json").is_file():
-            raise ValueError(f"model {name!r} is the folder of a PEFT adapter: {_MERGE}")
+            raise ValueError(f"model {name!r} is the folder of a PEFT adapter: {MERGE}")
         spread = "auto" if hparams.model_parallel and name != "atlas" else None
         try:
             tok = AutoTokenizer.from_pretrained(folder)
@@ -43,15 +39,6 @@ def load_model(hparams: HyperParams):
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     return (model if device is None else model.to(device)), tok
-
-
-def check_no_adapter(model) -> None:
-    """ValueError for a PeftModel, and for a model with an adapter's modules in it: one that transformers has loaded from an
-    adapter's folder or hub name, or that PEFT has wrapped."""
-    peft = any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
-    # PEFT's tuners put their own module in the place of a linear one, which becomes its `base_layer`.
-    if peft or getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(part, "base_layer") for part in model.modules()):
-        raise ValueError(f"the model is a {type(model).__name__} with a PEFT adapter: {_MERGE}")
 
 
 def base_folder(name: str) -> Path | None:
