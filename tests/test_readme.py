@@ -161,6 +161,13 @@ def test_the_map_has_every_room():
     assert folders <= named and named <= set().union(*FLOORS)
 
 
+def test_every_architecture_is_told():
+    from easyedit_nmke.models.arch import FAMILIES
+
+    listed = re.search(r"Architectures: ([^.]*)\.", PAGES[0].read_text())[1]
+    assert " ".join(listed.split()).split(", ") == list(FAMILIES)
+
+
 def test_the_demonstration_is_its_file():
     results = json.loads((HOME / "docs/demo.json").read_text())["results"]
     text = PAGES[0].read_text()
