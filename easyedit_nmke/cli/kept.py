@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from ..editor import LifelongEditor
+from ..files import check_new
 from ..history import journal
 from ..history.checkpoint import ModelReport
 from ..history.durable import history, undo
-from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
+from ..history.export import Card, LoraReport, export_delta, export_lora, export_model
 from ..history.journal import Journal, Verification
 from ..history.log import Edit, standing
 from ..methods import method_named

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ..files import whole_folder
 from ..models.arch import ModelView
 from ..models.updates import LowRank, Update
 from .checkpoint import Base, ModelReport, write_checkpoint
@@ -65,7 +63,7 @@ def export_model(
     if base is None and dtype is not None:
         raise ValueError(f"dtype is {short(dtype)}, but the files of {card.base!r} are not here; cast the model instead")
     report, written, name = None, {}, Path(folder).name
-    with _new_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         if base is None:
             model.save_pretrained(temporary)
             tok.save_pretrained(temporary)
@@ -84,7 +82,7 @@ def export_delta(model, updates: Sequence[Update], originals: Mapping[str, torch
 
     model: as edited. originals: name -> matrix [out, in] before the first update.
     """
-    with _new_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         about = {"base": card.base, "weights": card.weights, "method": card.method, "edits": card.edits, "date": card.date}
         save_delta(temporary / FILE, model, updates, originals, about)
         checked = check_delta(temporary, model, originals, card.base)
@@ -120,7 +118,7 @@ def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card
     errors = {labels[name]: lost[name] / whole[name] if lost[name] else 0.0 for name in factors}
     total = math.hypot(*lost.values()) / math.hypot(*whole.values()) if any(lost.values()) else 0.0
     report = LoraReport(rank, errors, total)
-    with _new_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(_lora_config(view, labels, rank, card.base), indent=2)
         (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
@@ -204,48 +202,6 @@ def _lora_config(view: ModelView, labels: Mapping[str, int | str], rank: int, ba
 
 
 # ---- folders and cards
-
-
-def check_new(folder: str | Path) -> Path:
-    """Its full path. ValueError when it is a file, or a folder that holds anything."""
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not an empty folder; give another name, or remove it")
-    return folder
-
-
-@contextmanager
-def _new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not. What an earlier attempt
-    that was killed has left is removed."""
-    folder = check_new(folder)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _to_disk(path)
-        if folder.exists():
-            folder.rmdir()  # an empty one, in whose place Windows would not put another
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _to_disk(path: Path) -> None:
-    """fsync; of a folder only where a system lets it be opened (Windows does not, and wants files open for writing)."""
-    try:
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _dialect() -> str:
