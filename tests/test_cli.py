@@ -17,7 +17,7 @@ from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
 
 SETTINGS = dict(
-    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,
+    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=200,
     nullspace_fraction=0.9,
 )  # fmt: skip
 

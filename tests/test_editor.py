@@ -148,6 +148,35 @@ def test_a_failure_anywhere_leaves_weights_and_state_as_they_were(tiny, nmke_hpa
     assert state.edits == 2
 
 
+@pytest.mark.parametrize("changes", [{}, {"solve": "restricted"}, {"regularizer": "covariance"}], ids=["full", "own", "soft"])
+def test_a_cholesky_that_fails_leaves_weights_and_state_bit_for_bit(tiny, nmke_hparams, requests, monkeypatch, changes):
+    """In the second layer, when the first is written already, and a second time when the past keys are to grow."""
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok, neurons="both", L2=30.0, **changes)
+    apply_nmke_to_model(model, tok, requests(1), settings)
+    before, state = fingerprints(model), model.nmke_state
+    memory = {(i, name): t.clone() for i, solver in state.solvers.items() for name, t in solver.memory().items()}
+    real, calls = torch.linalg.cholesky_ex, []
+    for failing in (2, 3) if "solve" not in changes else (2,):
+
+        def failed(matrix, failing=failing):
+            calls.append(1)
+            return real(-matrix if len(calls) == failing else matrix)
+
+        calls.clear()
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", failed)
+        with pytest.raises(FloatingPointError, match="no digits are left; raise L2"):
+            apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+        assert len(calls) == failing
+        assert_same_bits(model, before)
+        assert state.edits == 1 and model.nmke_state is state
+        now = {(i, name): t for i, solver in state.solvers.items() for name, t in solver.memory().items()}
+        assert now.keys() == memory.keys() and all(torch.equal(now[key], memory[key]) for key in memory)
+    monkeypatch.undo()
+    apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+    assert state.edits == 2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_is_not_written(tiny, nmke_hparams, requests, monkeypatch, bad):
     model, tok = tiny("llama")

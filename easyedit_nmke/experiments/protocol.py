@@ -32,7 +32,6 @@ from ..scores.table import measured
 logger = logging.getLogger(__name__)
 
 FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
-ANSWER_TOKENS = 10
 # What a model worn out by its edits raises: numbers that are not finite, systems that cannot be solved.
 WORN_OUT = (FloatingPointError, torch.linalg.LinAlgError)
 
@@ -65,7 +64,7 @@ class Scorer:
         metrics.check(model, tok, self.requests)
         self.before = metrics.quality(model, tok, self.requests)
         unknown = [request.prompt for request in self.requests if request.ground_truth is None]
-        said = iter(generation.greedy_texts(model, tok, unknown, ANSWER_TOKENS))
+        said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS))
         self.old = [
             request.ground_truth if request.ground_truth is not None else generation.answer(next(said)) for request in self.requests
         ]
@@ -103,14 +102,13 @@ class Scorer:
         ]
         if not asked:
             return dict.fromkeys((f"{name}_exact", f"{name}_contains", f"{name}_preferred"))
-        texts = generation.greedy_texts(model, tok, [prompt for prompt, _, _ in asked], ANSWER_TOKENS)
-        judged = [generation.says(text, new) for text, (_, new, _) in zip(texts, asked, strict=True)]
+        judged = generation.judge(model, tok, [(prompt, new) for prompt, new, _ in asked])
         compared = [(prompt, new, old) for prompt, new, old in asked if old]
         new = generation.target_log_probs(model, tok, [(prompt, new) for prompt, new, _ in compared])
         old = generation.target_log_probs(model, tok, [(prompt, old) for prompt, _, old in compared])
         return {
-            f"{name}_exact": fmean(exact for exact, _ in judged),
-            f"{name}_contains": fmean(contains for _, contains in judged),
+            f"{name}_exact": fmean(verdict.exact for verdict in judged),
+            f"{name}_contains": fmean(verdict.contains for verdict in judged),
             f"{name}_preferred": fmean(n > o for n, o in zip(new, old, strict=True)) if compared else None,
         }
 

@@ -19,7 +19,7 @@ from ..history.journal import Journal
 from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
-from ..models.arch import ModelView, evaluating
+from ..models.arch import ModelView, editing
 from ..models.device import peak_memory, synchronise
 from ..models.prompts import SUBJECT, Request, encode, target_tokens
 from ..models.weights import Matrices, check_finite, check_model, down_projections
@@ -76,7 +76,7 @@ class Method:
         check_model(view, hparams)
         if hparams.state_dir is not None and Journal.exists(hparams.state_dir):
             return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams)
-        with evaluating(model):
+        with editing(model):
             ground = self.measure(view, tok, hparams, progress)
         state = self._state(view, ground, hparams)
         return state if hparams.state_dir is None else begun(state, ground, self.matrices(model, hparams), hparams)
@@ -119,7 +119,7 @@ def apply_method(
     if copy:
         model = deepcopy(model)
         view = ModelView(model)
-    with evaluating(model):
+    with editing(model):
         if state is None:
             state = carried_state(model, tok, hparams, method)
         elif state.settings != hparams.state_settings():
