@@ -16,7 +16,7 @@ from easyedit_nmke import load_delta, methods
 from easyedit_nmke.history import delta, export
 from easyedit_nmke.history.weights import EditedWeights
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.updates import LowRank
+from easyedit_nmke.models.updates import LowRank, accumulate, of_parameter
 from easyedit_nmke.models.weights import Matrices
 from easyedit_nmke.scores import generation
 
@@ -98,13 +98,15 @@ def test_a_delta_gives_the_bits_of_the_edited_model_and_can_be_taken_back(kind, 
 
 
 def test_masked_neurons_take_a_bit_each(edited, tmp_path):
-    _, model, updates, originals = edited("llama")
+    base, model, updates, originals = edited("llama")
     export.export_delta(model, updates, originals, tmp_path / "out", CARD)
     stored = load_file(tmp_path / "out" / delta.FILE)
     kept = sum((update.right != 0).sum().item() for update in updates if update.parameter.split(".")[2] == "0")
     assert stored["0.values"].shape == (kept,) and stored["0.mask"].shape == (5, 96 // 8) and stored["0.left"].shape == (32, 5)
     dense = [update._replace(right=update.right + 1) for update in updates]
-    export.export_delta(model, dense, originals, tmp_path / "dense", CARD)
+    for name, original in originals.items():
+        accumulate(ModelView(base).matrix(name), original, of_parameter(dense, name))
+    export.export_delta(base, dense, originals, tmp_path / "dense", CARD)
     assert {name.split(".")[1] for name in load_file(tmp_path / "dense" / delta.FILE)} == {"left", "right"}
 
 
@@ -171,10 +173,13 @@ def test_a_delta_of_another_format_says_so(edited, tmp_path, monkeypatch):
 
 def test_updates_that_are_not_all_of_the_edits_are_refused(edited, tmp_path):
     base, model, updates, originals = edited("llama")
-    export.export_delta(model, updates[:-1], originals, tmp_path / "out", CARD)
-    unedited = down(base)
+    unedited, wanted = down(base), down(model)
+    with pytest.raises(RuntimeError, match=r"give model\.layers\.2\.mlp\.down_proj\.weight the fingerprint"):
+        export.export_delta(model, updates[:-1], originals, tmp_path / "out", CARD)
+    assert not list(tmp_path.iterdir()) and same_bits(down(model), wanted)
+    delta.save_delta(tmp_path / delta.FILE, model, updates[:-1], originals, {"base": "some/model"})
     with pytest.raises(ValueError, match=r"give model\.layers\.2\.mlp\.down_proj\.weight the fingerprint"):
-        load_delta(base, tmp_path / "out")
+        load_delta(base, tmp_path)
     assert same_bits(down(base), unedited)
 
 
@@ -347,7 +352,7 @@ def test_a_fresh_process_answers_as_the_edited_model(atlas, requests, nmke_hpara
         methods.apply_nmke_to_model(model, tok, batch, hparams)
     updates = [update for made in model.nmke_state.events for update in made.updates]
     card = export.Card("atlas", "0", "NMKE", 4, "2026-01-31")
-    export.export_model(model, tok, tmp_path / "model", card)
+    export.export_model(model, tok, tmp_path / "model", card, dtype=torch.float32)
     export.export_delta(model, updates, originals, tmp_path / "delta", card)
     export.export_lora(model, updates, tmp_path / "lora", card)
     after = generation.greedy_texts(model, tok, prompts)

@@ -8,8 +8,11 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
+import torch
+
 from ..editor import LifelongEditor
 from ..history import journal
+from ..history.checkpoint import ModelReport
 from ..history.durable import history, undo
 from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
 from ..history.journal import Journal, Verification
@@ -102,17 +105,21 @@ def open_editor(folder: Path, model: str | None = None, device: str | None = Non
 
 
 def export(
-    folder: str | Path, to: str, out: Path, rank: int | None = None, model: str | None = None, device: str | None = None
-) -> LoraReport | None:
-    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora"."""
-    if rank is not None and to != "lora":
-        raise ValueError(f"--rank is for --to lora, not for --to {to}")
+    folder: str | Path, to: str, out: Path, rank: int | None = None, model: str | None = None, device: str | None = None,
+    dtype: str | None = None,
+) -> ModelReport | LoraReport | None:  # fmt: skip
+    """Write the edited model of a state to `out`; returns what an adapter's rank, or rounding a whole model to `dtype` (by default
+    the base's), leaves out. to: "model", "delta" or "lora"."""
+    for name, value, kind in (("--rank", rank, "lora"), ("--dtype", dtype, "model")):
+        if value is not None and to != kind:
+            raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
     check_new(out)
     with closing(open_editor(find(folder), model, device)) as editor:
         card = _card(editor)
         originals, updates = editor.state.changes()
         if to == "model":
-            return export_model(editor.model, editor.tok, out, card)
+            kind = None if dtype is None else getattr(torch, dtype)
+            return export_model(editor.model, editor.tok, out, card, kind, editor.state.weights.masters)
         if to == "delta":
             return export_delta(editor.model, updates, originals, out, card)
         return export_lora(editor.model, updates, out, card, rank)

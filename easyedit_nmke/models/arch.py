@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear
 
-from ..extensions import with_extensions
+from ..extensions import row, with_extensions
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ PLAIN_ATTENTION = ("eager", "sdpa")
 
 def down_projection(model_type: str, layer: int) -> str:
     """The name of a block's FFN output weight."""
-    family = FAMILIES[model_type]
+    family = row("architectures", FAMILIES, model_type)
     return f"{family.blocks}.{layer}.{family.down}.weight"
 
 
@@ -165,14 +165,20 @@ def context_length(model) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
-    """ValueError when one of the modules is PEFT's: a wrapper, or a layer with an adapter."""
-    for module in modules:
+MERGE = (
+    "edits would go into the base, and an export would leave the adapter out. Merge it first: "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload(), then save_pretrained (and the tokenizer's)"
+)
+
+
+def check_no_adapter(model, inside: bool = True) -> None:
+    """ValueError for a PeftModel, and with `inside` for a model that has an adapter's modules in it, or one loaded by transformers
+    (from an adapter's folder or hub name)."""
+    for module in model.modules() if inside else (model,):
         if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
-            raise ValueError(
-                f"the model has adapters of PEFT ({type(module).__name__}), and an edit would miss what they add; "
-                "give the plain model that `merge_and_unload()` returns"
-            )
+            raise ValueError(f"the model has a PEFT adapter ({type(module).__name__}): {MERGE}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"the model has a PEFT adapter loaded: {MERGE}; or take it out with delete_adapter")
 
 
 def _unedited(model) -> str:
@@ -189,14 +195,15 @@ class ModelView:
 
     def __init__(self, model):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        check_unwrapped([model])
-        families = with_extensions("architectures", FAMILIES)
-        if kind not in families:
-            raise ValueError(f"model type {kind!r} is {_unedited(model)}; known types: {', '.join(families)}")
+        check_no_adapter(model, inside=False)
+        family = row("architectures", FAMILIES, kind)
+        if family is None:
+            known = ", ".join(with_extensions("architectures", FAMILIES))
+            raise ValueError(f"model type {kind!r} is {_unedited(model)}; known types: {known}")
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head; load the model with AutoModelForCausalLM")
-        self.model, self.family = model, families[kind]
+        self.model, self.family = model, family
         self.blocks = model.get_submodule(self.family.blocks)
         self.norm = model.get_submodule(self.family.norm)
         self.head = head

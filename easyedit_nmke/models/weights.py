@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..hparams import HyperParams
-from .arch import ModelView, check_unwrapped
+from .arch import ModelView, check_no_adapter
 
 
 def down_projections(view: ModelView, hparams: HyperParams) -> list[str]:
@@ -62,12 +62,7 @@ def _check_kind(model) -> None:
     """What a whole model may not be."""
     if torch.is_inference_mode_enabled():
         raise ValueError("edits need gradients, which torch.inference_mode() forbids; call this outside of it")
-    check_unwrapped(model.modules())
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "the model has an adapter of PEFT loaded, and an edit would miss what it adds; "
-            "merge it (PEFT's `merge_and_unload()`), or take it out with `delete_adapter`"
-        )
+    check_no_adapter(model)
     method = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
     if method is not None:
         method = getattr(method, "quantization_config", method)
