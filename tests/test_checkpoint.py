@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from test_export import before, down, same_bits, some_updates
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import files
 from easyedit_nmke.history import checkpoint, export, readback
 from easyedit_nmke.models.arch import ModelView
 
@@ -467,7 +466,7 @@ def test_folders_that_cannot_be_opened_are_written_all_the_same(edited, tmp_path
         return own(path, flags, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "open", opening)
+        patch.setattr(os, "open", opening)
         export.export_delta(model, updates, originals, tmp_path / "out", card("no/folder"))
     assert (tmp_path / "out" / "README.md").is_file()
 

@@ -92,6 +92,26 @@ def test_copy_edits_a_copy_and_both_can_be_edited_on(tiny, nmke_hparams, request
     assert (first.nmke_state.edits, second.nmke_state.edits) == (1, 2)
 
 
+def test_a_copy_is_not_kept_on_disk(tiny, nmke_hparams, requests, tmp_path):
+    """Refused before anything: no folder is made, the journal of the model itself is not touched, and it can be edited on."""
+    model, tok = tiny("llama")
+    before, kept = fingerprints(model), nmke_hparams(model, tok, state_dir=str(tmp_path / "state"))
+    with pytest.raises(ValueError, match="copy=True cannot be had with edits that are kept on disk"):
+        apply_nmke_to_model(model, tok, requests(1), kept, copy=True)
+    assert_same_bits(model, before)
+    assert not (tmp_path / "state").exists() and not hasattr(model, "nmke_state")
+    apply_nmke_to_model(model, tok, requests(1), kept)
+    before, files = fingerprints(model), {path: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    for state in (None, model.nmke_state):
+        with pytest.raises(ValueError, match="copy=True cannot be had"):
+            apply_nmke_to_model(model, tok, requests(2)[1:], kept, copy=True, state=state)
+    assert_same_bits(model, before)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    apply_nmke_to_model(model, tok, requests(2)[1:], kept)
+    assert model.nmke_state.edits == 2
+    model.nmke_state.book.close()
+
+
 def test_weights_put_back_leave_no_trace(tiny, nmke_hparams, requests, weights):
     one, two = requests(2)
     model, tok = tiny("llama")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli, load_delta
 from easyedit_nmke.cli import kept
+from easyedit_nmke.scores import generation
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=200,
@@ -126,3 +127,31 @@ def test_what_cannot_be_done_is_said(results, tmp_path, capsys):
     shutil.copytree(state, results / "other")
     assert cli.main(["log", str(results)]) == 1
     assert "holds 2 states" in capsys.readouterr().err
+
+
+def test_a_checked_answer_is_judged_and_not_compared_letter_by_letter(results, requests, monkeypatch, capsys):
+    """An abbreviation in the target, a target of many tokens, marks around it: right; another answer: wrong."""
+    asked, long = [edit["prompt"] for edit in kept.edits(results)], "one two three four five six seven eight nine ten eleven twelve"
+    wanted = dict(zip(asked, ["St. Helier", long, "Rome"], strict=True))
+    said = dict(zip(asked, [" St. Helier. It is", f" {long}. So", " Romeo. He"], strict=True))
+    seen = []
+    monkeypatch.setattr(kept, "history", told(kept.history, wanted))
+    monkeypatch.setattr(
+        generation, "greedy_texts", lambda m, t, prompts, counts, _: seen.extend(counts) or [said[p] for p in prompts]
+    )
+    found = kept.edits(results, check=True)
+    assert [(edit["said"], edit["right"]) for edit in found] == [("St. Helier", True), (long, True), ("Romeo", False)]
+    assert seen[0] == 10 and seen[1] > 14
+
+
+def told(history, wanted):
+    """`history` with other targets."""
+
+    def other(journal, tensors=True):
+        events, notes = history(journal, tensors)
+        for event in () if tensors else events:
+            for request in event.requests:
+                request["target_new"] = wanted[request["prompt"]]
+        return events, notes
+
+    return other

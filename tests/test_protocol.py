@@ -229,3 +229,20 @@ def test_a_setting_that_a_stored_line_lacks_had_its_default():
     then = {name: value for name, value in now.items() if name not in ("use_chat_template", "target_separator")}
     assert hparams_differ(then, now) == [] and hparams_differ(now, then) == []
     assert hparams_differ(then, {**now, "use_chat_template": True}) == ["use_chat_template False -> True"]
+
+
+def test_a_target_of_more_than_ten_tokens_can_be_said(tiny, requests, monkeypatch):
+    """What is generated is cut where the scorer says, as a model's text is."""
+    model, tok = tiny("llama")
+    long = "the old town hall of Mara Vosk, beside the great river, under seven very tall trees"
+    asked = [dataclasses.replace(Request.from_dict(r), target_new=long) for r in requests(2)]
+
+    def said(model, tok, prompts, new_tokens=10, *_):
+        counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+        ids = tok(f"{long}. It is said")["input_ids"]
+        return [" " + tok.decode(ids[: count + 1], skip_special_tokens=True) for count in counts]
+
+    monkeypatch.setattr(generation, "greedy_texts", said)
+    scores = Scorer(model, tok, asked).unedited(model, tok)
+    names = ("rel_exact", "rel_contains", "gen_exact", "gen_contains")
+    assert [scores[name] for name in names] == [1.0] * 4

@@ -117,6 +117,7 @@ def apply_method(
     check_model(view, hparams)
     check_requests(view, tok, requests)
     if copy:
+        _check_copy(hparams, state)
         model = deepcopy(model)
         view = ModelView(model)
     with editing(model):
@@ -135,6 +136,15 @@ def apply_method(
                 with state.superseding(requests):
                     state.advance((edit or method.edit)(view, tok, requests, hparams, state), requests)
     return model, originals if return_orig_weights else {}
+
+
+def _check_copy(hparams: HyperParams, state: LifelongState | None) -> None:
+    """ValueError for a copy whose edits would be kept on disk: a folder keeps the edits of one model, which is not the copy."""
+    if hparams.state_dir is not None or (state is not None and state.book is not None):
+        raise ValueError(
+            "copy=True cannot be had with edits that are kept on disk, which are of the model itself; "
+            "copy the model, and give the copy hyperparameters with another state_dir, or with none"
+        )
 
 
 def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
