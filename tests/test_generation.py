@@ -147,8 +147,8 @@ class Fixed:
     def __init__(self, tok, ids):
         self.tok, self.ids = tok, ids
 
-    def __call__(self, text):
-        return {"input_ids": self.ids}
+    def __call__(self, texts):
+        return {"input_ids": [self.ids for _ in texts]}
 
     def __getattr__(self, name):
         return getattr(self.tok, name)

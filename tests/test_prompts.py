@@ -75,8 +75,8 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_does(tok):
     rows = [[5, 6, 7], [8]]
     for side in ("left", "right"):
         tok.padding_side = side
-        batch = pad(rows, tok, "cpu")
-        assert batch.ids.tolist() == [[5, 6, 7], [8, tok.pad_token_id, tok.pad_token_id]]
+        batch = pad(rows, "cpu")
+        assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
         assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]] and batch.last.tolist() == [2, 0]
 
 
@@ -97,8 +97,8 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out(tok):
     class Closing:
         is_fast, eos_token, eos_token_id = False, tok.eos_token, tok.eos_token_id
 
-        def __call__(self, text):
-            return {"input_ids": [*tok(text)["input_ids"], tok.eos_token_id]}
+        def __call__(self, texts):
+            return {"input_ids": [[*ids, tok.eos_token_id] for ids in tok(texts)["input_ids"]]}
 
     text = "The birthplace of Mara Vosk is"
     assert encode(Closing(), text) == encode(tok, text)

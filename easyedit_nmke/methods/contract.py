@@ -20,8 +20,9 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..models.arch import ModelView, editing
+from ..models.chat import in_chat
 from ..models.device import peak_memory, synchronise
-from ..models.prompts import SUBJECT, Request, encode, target_tokens
+from ..models.prompts import SUBJECT, Request, tokenised_all
 from ..models.weights import Matrices, check_finite, check_model, down_projections
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ def apply_method(
     view = ModelView(model)
     requests = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
     check_model(view, hparams)
-    check_requests(view, tok, requests)
+    if hparams.use_chat_template:
+        requests = [in_chat(tok, request) for request in requests]
+    check_requests(view, tok, requests, separator=hparams.target_separator)
     if copy:
         _check_copy(hparams, state)
         model = deepcopy(model)
@@ -128,7 +131,7 @@ def apply_method(
         elif state.book is not None:
             state.book.check(hparams)
         setattr(model, HANDLE, state)
-        check_requests(view, tok, requests, state.flat_templates)
+        check_requests(view, tok, requests, state.flat_templates, hparams.target_separator)
         weights = method.matrices(model, hparams)
         state.follow(weights)
         with _unchanged_on_error({name: model.get_parameter(name) for name in weights}) as originals:
@@ -147,8 +150,11 @@ def _check_copy(hparams: HyperParams, state: LifelongState | None) -> None:
         )
 
 
-def check_requests(view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",)) -> None:
-    """ValueError for a batch that cannot be edited: empty, contradictory, or longer in some template than the model's context."""
+def check_requests(
+    view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",), separator: str | None = None
+) -> None:
+    """ValueError for a batch that cannot be edited: empty, contradictory, longer in some template than the model's context, or with
+    a subject or a target that has no tokens of its own. separator: between prompt and target (`target_separator`)."""
     if not requests:
         raise ValueError("there is no request to edit")
     targets: dict[str, str] = {}
@@ -158,14 +164,13 @@ def check_requests(view: ModelView, tok, requests: Sequence[Request], templates:
             raise ValueError(
                 f"one batch asks for two answers to {request.prompt!r}: {other!r} and {request.target_new!r}; keep one of them"
             )
-        longest = max(len(encode(tok, f"{request.fill(template)[0]} {request.target_new}")) for template in templates)
+        texts = [(*request.fill(template, tok), request.target_new) for template in templates]
+        longest = max(len(found.ids) for found in tokenised_all(tok, texts, separator))
         if view.context_length and longest > view.context_length:
             raise ValueError(
                 f"the prompt {request.prompt[:60]!r}... with its target and context is {longest} tokens, "
                 f"the model's context {view.context_length}"
             )
-        if not target_tokens(tok, request.prompt, request.target_new):
-            raise ValueError(f"the target {request.target_new!r} of {request.prompt!r} has no tokens of its own")
 
 
 def carried_state(model, tok, hparams: HyperParams, method: Method, progress: bool = True) -> LifelongState:

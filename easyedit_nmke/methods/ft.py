@@ -14,7 +14,7 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
-from ..models.prompts import Request, encode, pad, target_tokens
+from ..models.prompts import Request, Tokenised, pad, tokenised_all
 from ..models.updates import Dense
 from .contract import Method, phase
 
@@ -61,6 +61,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
     0.01; with `norm_constraint` no weight ends further than that from where it was. The model is written once, at the end.
     """
     report = EditReport(len(requests))
+    texts = tokenised_all(tok, [(request.prompt, None, request.target_new) for request in requests], hparams.target_separator)
     with phase(report, "values"), _frozen(view.model):
         weights = {name: view.model.get_parameter(name) for name in writes(view, hparams)}
         trained = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
@@ -68,9 +69,9 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
         for _ in range(hparams.num_steps):
             total = 0.0
             for start in range(0, len(requests), hparams.batch_size):
-                batch = requests[start : start + hparams.batch_size]
+                batch = texts[start : start + hparams.batch_size]
                 with torch.enable_grad():
-                    loss = _loss(view, tok, batch, trained, hparams.objective_optimization)
+                    loss = _loss(view, batch, trained, hparams.objective_optimization)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the loss of FT is {loss.item()}; check lr ({hparams.lr}) and the model's weights")
                 total += loss.item() * len(batch)
@@ -96,22 +97,18 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
     return report
 
 
-def _loss(view: ModelView, tok, requests: Sequence[Request], trained: Mapping[str, torch.Tensor], objective: str):
-    """Mean over requests of the mean over target tokens of -log p. "prompt_last" (FT-L): all of them from the prompt's last
+def _loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[str, torch.Tensor], objective: str):
+    """Mean over texts of the mean over target tokens of -log p. "prompt_last" (FT-L): all of them from the prompt's last
     token; "target_new" (FT-M): each from the token before it."""
-    rows, where = [], []
-    for request in requests:
-        target = target_tokens(tok, request.prompt, request.target_new)
-        full = encode(tok, f"{request.prompt} {request.target_new}")
-        before = len(full) - len(target)
-        rows.append(full[:before] if objective == "prompt_last" else full[:-1])
-        where.append((before - 1, target))
-    tokens = pad(rows, tok, view.device)
+    rows = [text.ids[: text.target] if objective == "prompt_last" else text.ids[:-1] for text in texts]
+    tokens = pad(rows, view.device)
     logits = functional_call(view.model, dict(trained), (), {**tokens.inputs(), "use_cache": False}).logits
     losses = []
-    for row, (last, target) in enumerate(where):
-        labels = torch.tensor(target, device=logits.device)
-        at = torch.full_like(labels, last) if objective == "prompt_last" else last + torch.arange(len(target), device=logits.device)
+    for row, text in enumerate(texts):
+        labels = torch.tensor(text.labels, device=logits.device)
+        at = torch.full_like(labels, text.target - 1)
+        if objective != "prompt_last":
+            at += torch.arange(len(labels), device=logits.device)
         losses.append(-log_softmax(logits[row, at].float(), -1).gather(1, labels[:, None]).mean())
     return torch.stack(losses).mean()
 

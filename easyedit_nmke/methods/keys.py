@@ -10,7 +10,7 @@ import torch
 from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
 from ..models.products import frozen
-from ..models.prompts import SUBJECT, Request, Tokens, encode, pad, position_before
+from ..models.prompts import Request, Tokens, encode, pad, reworded, tokenised_all
 
 ROWS_AT_A_TIME = 128
 
@@ -27,7 +27,7 @@ def subject_states(
     distinct, index = _distinct(tok, texts)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
     for chunk in _chunks(distinct, ROWS_AT_A_TIME):
-        batch = pad(chunk, tok, view.device)
+        batch = pad(chunk, view.device)
         with record(wanted, stop=True) as seen:
             view.model.base_model(**batch.inputs(), use_cache=False)
         for name, states in seen.items():
@@ -39,7 +39,8 @@ def subject_states(
 def _distinct(tok, texts: Sequence[Sequence[tuple[str, int]]]) -> tuple[list[tuple[int, ...]], list[int]]:
     """The texts' tokens up to the subject's last, each row once, and which of them each text is. Attention looks back only, so
     nothing after the subject matters; without it many texts are the same."""
-    rows = [tuple(encode(tok, text)[: position_before(tok, text, end) + 1]) for of_request in texts for text, end in of_request]
+    read = tokenised_all(tok, [(text, end, None) for of_request in texts for text, end in of_request])
+    rows = [tuple(found.ids[: found.subject + 1]) for found in read]
     distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return list(distinct), [distinct[row] for row in rows]
 
@@ -56,11 +57,11 @@ class Contexts:
     groups: Sequence[Sequence[str]]
     prompts: Sequence[str] = ()
 
-    def texts(self, request: Request) -> list[tuple[str, int]]:
+    def texts(self, request: Request, tok=None) -> list[tuple[str, int]]:
         """Each text with the character at which the subject ends."""
-        filled = [request.fill(template) for group in self.groups for template in group]
-        others = [prompt[: prompt.index(SUBJECT)] + request.subject for prompt in self.prompts]
-        return filled + [(text, len(text)) for text in others]
+        filled = [request.fill(template, tok) for group in self.groups for template in group]
+        others = [reworded(request.prompt, request.subject, prompt, tok) for prompt in self.prompts]
+        return filled + [(text[:end], end) for text, end in others]
 
     def mean(self, states: torch.Tensor) -> torch.Tensor:
         """Average [requests, texts, width] over texts -> [requests, width].
@@ -75,7 +76,7 @@ class Contexts:
 def keys_of(view: ModelView, tok, requests, contexts: Contexts, layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Keys K [F, requests] of each layer: FFN coefficients at the subject's last token, averaged over contexts."""
     wanted = {str(layer): (view.down(layer), "input") for layer in layers}
-    states = subject_states(view, tok, [contexts.texts(request) for request in requests], wanted)
+    states = subject_states(view, tok, [contexts.texts(request, tok) for request in requests], wanted)
     return {layer: contexts.mean(states[str(layer)]).T.contiguous() for layer in layers}
 
 
@@ -88,9 +89,9 @@ class Ascent:
 
     def __init__(self, view: ModelView, tok, requests, contexts: Contexts, z_layer: int):
         self.view, self.z_layer, self.count = view, z_layer, len(requests)
-        distinct, self.index = _distinct(tok, [contexts.texts(request) for request in requests])
+        distinct, self.index = _distinct(tok, [contexts.texts(request, tok) for request in requests])
         self.contexts = contexts
-        self.parts = [_Part(view, pad(chunk, tok, view.device), z_layer) for chunk in _chunks(distinct, ROWS_AT_A_TIME)]
+        self.parts = [_Part(view, pad(chunk, view.device), z_layer) for chunk in _chunks(distinct, ROWS_AT_A_TIME)]
 
     @torch.no_grad()
     def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,8 +138,14 @@ def key_and_value(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(K [F, requests] of `layer`, current output of block `z_layer` for the bare prompts [D, requests]), from one forward pass."""
     wanted = {"key": (view.down(layer), "input"), "value": (view.blocks[z_layer], "output")}
-    states = subject_states(view, tok, [contexts.texts(request) for request in requests], wanted)
+    states = subject_states(view, tok, [contexts.texts(request, tok) for request in requests], wanted)
     return contexts.mean(states["key"]).T.contiguous(), states["value"][:, 0].T
+
+
+def _padding(view: ModelView, tok) -> int:
+    """The id that the published code pads with, where the embedding has it: the PAD token's, else the end token's."""
+    known = len(view.model.get_input_embeddings().weight)
+    return next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None and i < known), 0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,8 @@ def attribution_inputs(
         else:
             wanted[f"out{layer}"] = (view.blocks[layer], "output")
             wanted[f"ffn{layer}"] = (view.down(layer), "output")
-    batch = pad([encode(tok, text) for text in texts], tok, view.device)  # as one, since the padded end is that of all
+    filler = _padding(view, tok) if position == "padded_end" else 0
+    batch = pad([encode(tok, text) for text in texts], view.device, filler)  # as one, since the padded end is that of all
     at = batch.last if position == "last_token" else torch.full_like(batch.last, batch.ids.shape[1] - 1)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
     for start in range(0, len(texts), ROWS_AT_A_TIME):

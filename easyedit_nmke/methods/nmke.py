@@ -17,7 +17,7 @@ from ..history.state import LifelongState
 from ..hparams import is_number, report, setting
 from ..messages import did_you_mean
 from ..models.arch import ModelView
-from ..models.prompts import Request, target_tokens
+from ..models.prompts import Request, tokenised_all
 from ..models.updates import of_parameter
 from ..scores.drift import mask_overlap
 from ..statistics.nullspace import RowSpace
@@ -228,12 +228,13 @@ def neuron_masks(
     if hparams.neurons == "all":
         return {}
     cache, backend = _attribution_backend(view, hparams, state, report)
-    filled = [(request, request.fill(template)[0]) for request in requests for template in templates]
+    filled = [(request, request.fill(template, tok)[0]) for request in requests for template in templates]
     texts = [text for _, text in filled]
     seen = attribution_inputs(view, tok, texts, hparams.layers, hparams.attribution_position)
     targets = seen.predicted
     if hparams.attribution_target == "target_new":
-        targets = torch.tensor([target_tokens(tok, text, request.target_new)[0] for request, text in filled])
+        read = tokenised_all(tok, [(text, None, request.target_new) for request, text in filled], hparams.target_separator)
+        targets = torch.tensor([found.labels[0] for found in read])
     masks, readout = {}, view.readout
     for layer in hparams.layers:
         coefficients = seen.coefficients[layer]

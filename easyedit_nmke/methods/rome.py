@@ -71,7 +71,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: ROMEHyperPa
                 (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
             with phase(report, "keys"):
                 wanted = {"key": (view.down(layer), "input"), "out": (view.down(layer), "output")}
-                seen = subject_states(view, tok, [Contexts(state.templates).texts(request)], wanted)
+                seen = subject_states(view, tok, [Contexts(state.templates).texts(request, tok)], wanted)
                 keys, current = seen["key"][0].double(), seen["out"][0, 0].double()
             with phase(report, "solve"):
                 u = keys.mean(0)

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
 from ..models.products import frozen
-from ..models.prompts import SUBJECT, Request, encode, position_before, target_tokens
+from ..models.prompts import Request, reworded, tokenised
 
 KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05
@@ -161,33 +161,32 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
     rows: list[tuple[list[int], int]] = []  # tokens, index of the subject's last
     owner, bare, target, labels, subject, other = [], [], [], [], [], []
 
-    def add(i: int, ids: list[int], text: str, end: int) -> int:
-        rows.append((ids, position_before(tok, text, end)))
+    def add(i: int, ids: list[int], at: int) -> int:
+        rows.append((ids, at))
         owner.append(i)
         return len(rows) - 1
+
+    def add_about(i: int, request: Request, words: str) -> int:
+        text, end = reworded(request.prompt, request.subject, words, tok)
+        found = tokenised(tok, text, end)
+        return add(i, found.ids, found.subject)
 
     for i, request in enumerate(requests):
         bare.append(len(rows))
         for template in templates:
-            text, end = request.fill(template)
-            added = target_tokens(tok, text, request.target_new)
-            full = encode(tok, f"{text} {request.target_new}")
-            row, first = add(i, full[:-1], text, end), len(full) - len(added)
-            target += [(row, column) for column in range(first - 1, len(full) - 1)]
-            labels += added
-        text = KL_PROMPT.format(request.subject)
-        row = add(i, encode(tok, text), text, len(request.subject))
+            found = tokenised(tok, *request.fill(template, tok), request.target_new, hparams.target_separator)
+            row = add(i, found.ids[:-1], found.subject)
+            target += [(row, column) for column in range(found.target - 1, len(found.ids) - 1)]
+            labels += found.labels
+        row = add_about(i, request, KL_PROMPT)
         subject.append((row, rows[row][1]))
         for prompt in hparams.locality_prompts if hparams.locality_factor else ():
-            text = prompt.replace(SUBJECT, request.subject)
-            ids = encode(tok, text)
-            row = add(i, ids, text, prompt.index(SUBJECT) + len(request.subject))
-            other.append((row, len(ids) - 1))
+            row = add_about(i, request, prompt)
+            other.append((row, len(rows[row][0]) - 1))
     # One column more than needed: where no token is padding, attention is called without a mask, which later columns need.
     lookup = max(at for _, at in rows) + 1
     width = lookup + max(len(ids) - at for ids, at in rows)
-    filler = tok.pad_token_id if tok.pad_token_id is not None else 0
-    ids, mask = torch.full((len(rows), width), filler), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
     for row, (tokens, at) in enumerate(rows):
         place = slice(lookup - at, lookup - at + len(tokens))
         ids[row, place], mask[row, place] = torch.tensor(tokens), 1

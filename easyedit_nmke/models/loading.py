@@ -13,7 +13,8 @@ from .device import device_of
 
 
 def load_model(hparams: HyperParams):
-    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple.
+    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple, on which
+    nothing is set.
 
     ValueError for what cannot be loaded, and for a base with an adapter on it.
     """
@@ -35,9 +36,9 @@ def load_model(hparams: HyperParams):
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
+        if tok.pad_token_id is None:  # for the user's own calls; here nothing needs one
+            tok.pad_token = tok.eos_token
     check_no_adapter(model)
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
     return (model if device is None else model.to(device)), tok
 
 

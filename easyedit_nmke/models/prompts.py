@@ -1,12 +1,19 @@
-"""Text to tokens: edit requests, context templates, and where the subject ends. Padding is always done here, on the right."""
+"""Text to tokens: edit requests, context templates, how prompt and target are joined, and where the subject ends.
+
+Texts are taken as they are; what stands between prompt and target is decided in `joined`, and a text's ids, the subject's place
+and the target's come from one tokenisation. Padding is always done here, on the right.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from .chat import CLOSED, special_texts, turn
+from .subjects import find_subject, spaceless
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +76,10 @@ class Request:
             }
         return record
 
-    def fill(self, template: str) -> tuple[str, int]:
-        """The prompt inside a context template ('{}' stands for the prompt), and the character at which the subject ends."""
-        before, after = template.split(SUBJECT)
-        return before + self.prompt + after, len(before) + self.prompt.index(self.subject) + len(self.subject)
+    def fill(self, template: str, tok=None) -> tuple[str, int]:
+        """The prompt inside a context template ('{}' stands for the prompt), and the character at which the subject ends. In a chat
+        format the template goes inside the user's words (see `placed`)."""
+        return placed(self.prompt, self.subject, template, tok)
 
 
 def _probes(content: Mapping | None) -> dict[str, tuple[tuple[str, str], ...]]:
@@ -105,9 +112,8 @@ class Tokens:
         return {"input_ids": self.ids, "attention_mask": self.mask}
 
 
-def pad(rows: Sequence[Sequence[int]], tok, device) -> Tokens:
-    """Pad on the right with the tokenizer's pad token, whatever side the tokenizer would use (masked, so any id would do)."""
-    filler = tok.pad_token_id if tok.pad_token_id is not None else 0
+def pad(rows: Sequence[Sequence[int]], device, filler: int = 0) -> Tokens:
+    """Pad on the right, whatever side the tokenizer would use; with id 0, which every embedding has (masked, so any would do)."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), filler, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -117,9 +123,109 @@ def pad(rows: Sequence[Sequence[int]], tok, device) -> Tokens:
     return Tokens(ids.to(device), mask.to(device))
 
 
+# ---- texts
+
+
+def placed(prompt: str, subject: str, template: str, tok=None) -> tuple[str, int]:
+    """The prompt inside a context template, and the character at which the subject ends. In a text that carries a chat format the
+    template stands around the user's words; where these are not found the prompt stands alone."""
+    start, end = find_subject(prompt, subject)
+    before, after = template.split(SUBJECT)
+    words = turn(prompt, start, end, tok) if before or after else (0, len(prompt))
+    if words is None:
+        logger.info("the subject of %r is not in what the user says; the context %r is left out", prompt, template)
+        return prompt, end
+    first, last = words
+    return prompt[:first] + before + prompt[first:last] + after + prompt[last:], end + len(before)
+
+
+def reworded(prompt: str, subject: str, words: str, tok=None) -> tuple[str, int]:
+    """Other words about the subject ('{}' stands for it) in place of the prompt's, and the character at which the subject ends.
+    In a text that carries a chat format they take the place of the user's words."""
+    start, end = find_subject(prompt, subject)
+    first, last = turn(prompt, start, end, tok) or (0, len(prompt))
+    before, after = words.split(SUBJECT)
+    text = prompt[:first] + before + prompt[start:end]
+    return text + after + prompt[last:], len(text)
+
+
+def joined(prompt: str, target: str, separator: str | None = None, tok=None) -> str:
+    """The prompt and its target as one text: what every edit and every score reads.
+
+    separator: what stands between them; None: what the text asks for (see `open_end`). tok: whose special tokens need none.
+    """
+    prompt, between = open_end(prompt, separator, tok)
+    return prompt + between + (target.lstrip(" ") if between == " " else target)
+
+
+def open_end(prompt: str, separator: str | None = None, tok=None) -> tuple[str, str]:
+    """(the prompt as the model is asked, what stands between it and the answer).
+
+    Spaces at the prompt's end are a part of what stands between. Without a `separator` that is nothing after a line end, after a
+    special token, and where the last letter is of a script that writes no spaces; otherwise one space.
+    """
+    if separator == "":
+        return prompt, ""
+    bare = prompt.rstrip(" ")
+    if separator is not None:
+        return bare, separator
+    if not bare or bare[-1].isspace() or bare.endswith(special_texts(tok)) or CLOSED.search(bare):
+        return bare, ""
+    letter = next((char for char in reversed(bare) if char.isalpha()), "")
+    return bare, "" if letter and spaceless(letter) else " "
+
+
+# ---- tokens
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A text's token ids, the index of the subject's last token, and the index of the target's first; None where not asked."""
+
+    ids: list[int]
+    subject: int | None = None
+    target: int | None = None
+
+    @property
+    def labels(self) -> list[int]:
+        """The target's tokens."""
+        return self.ids[self.target :]
+
+
+def tokenised(
+    tok, prompt: str, subject_end: int | None = None, target: str | None = None, separator: str | None = None
+) -> Tokenised:
+    """The prompt, joined with the target if there is one (see `joined`), from one call of the tokenizer.
+
+    subject_end: the character of the prompt at which the subject ends. Special tokens come in front, none behind; a text that has
+    some itself is complete, and gets none. ValueError when there is no token for the subject's end, for the prompt or for the
+    target, or when one token spans the end of the prompt and the beginning of the target.
+    """
+    (found,) = tokenised_all(tok, [(prompt, subject_end, target)], separator)
+    return found
+
+
+def tokenised_all(tok, texts: Sequence[tuple[str, int | None, str | None]], separator: str | None = None) -> list[Tokenised]:
+    """`tokenised` of each (prompt, subject_end, target)."""
+    special = special_texts(tok)
+    complete = [any(mark in prompt for mark in special) for prompt, _, _ in texts]
+    whole = [prompt if target is None else joined(prompt, target, separator, tok) for prompt, _, target in texts]
+    found = []
+    where = any(end is not None or target is not None for _, end, target in texts)
+    rows = _read(tok, whole, complete, where)
+    for (prompt, end, target), text, closed, (ids, offsets) in zip(texts, whole, complete, rows, strict=True):
+        row, start = _Row(tok, text, closed, ids, offsets), None
+        if target is not None:
+            asked, between = open_end(prompt, separator, tok)
+            start = row.first_after(len(asked), len(asked) + len(between))
+        found.append(Tokenised(ids, None if end is None else row.last_before(end), start))
+    return found
+
+
 def encode(tok, text: str) -> list[int]:
-    """Token ids with the tokenizer's special tokens in front, none behind: an end token it appends is no part of a prompt."""
-    return without_end(tok, tok(text)["input_ids"], text)
+    """Token ids with the tokenizer's special tokens in front, none behind: an end token it appends is no part of a prompt. A text
+    that has special tokens in it is complete, and gets none."""
+    return tokenised(tok, text).ids
 
 
 def without_end(tok, ids: Sequence[int], text: str) -> list[int]:
@@ -131,23 +237,88 @@ def without_end(tok, ids: Sequence[int], text: str) -> list[int]:
 
 def position_before(tok, text: str, end: int) -> int:
     """Index of the token that holds the last of text[:end]'s characters: the subject's last token."""
-    if getattr(tok, "is_fast", False):
-        offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
-        return max(i for i, (start, stop) in enumerate(offsets) if start < end and stop > start)
-    return len(encode(tok, text[:end])) - 1
+    return tokenised(tok, text, end).subject
 
 
-def target_tokens(tok, text: str, target: str) -> list[int]:
+def target_tokens(tok, text: str, target: str, separator: str | None = None) -> list[int]:
     """Token ids that `target` adds after `text`, tokenised together (so that no space token is doubled)."""
-    both = encode(tok, f"{text} {target}")
-    return both[_common_prefix(encode(tok, text), both) :]
+    return tokenised(tok, text, None, target, separator).labels
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n
+def _read(tok, texts: Sequence[str], complete: Sequence[bool], where: bool = False) -> list[tuple[list[int], list | None]]:
+    """(ids, with `where` each token's characters if the tokenizer tells) of each text; a complete one gets no special tokens."""
+    rows: list = [None] * len(texts)
+    told = {"return_offsets_mapping": True} if where and getattr(tok, "is_fast", False) else {}
+    for closed, options in ((False, told), (True, {**told, "add_special_tokens": False})):
+        some = [i for i, one in enumerate(complete) if one == closed]
+        read = tok([texts[i] for i in some], **options) if some else {"input_ids": []}
+        offsets = read["offset_mapping"] if told and some else [None] * len(some)
+        for i, ids, characters in zip(some, read["input_ids"], offsets, strict=True):
+            ids = list(ids) if closed else without_end(tok, ids, texts[i])
+            rows[i] = ids, characters and characters[: len(ids)]
+    return rows
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A text's tokens, and which of them holds a character: by the tokenizer's offsets, else by the tokens of the text's
+    beginnings where these are the first tokens of the whole."""
+
+    tok: object
+    text: str
+    complete: bool
+    ids: list[int]
+    offsets: Sequence[tuple[int, int]] | None
+
+    def last_before(self, end: int) -> int:
+        """The token of the character before `end`."""
+        if self.offsets is not None:
+            at = max((i for i, (start, stop) in enumerate(self.offsets) if start < end and stop > start), default=None)
+            if at is not None and not any(map(str.isalnum, self.text[self.offsets[at][1] : end])):
+                return at
+        else:
+            count = self._held([end])
+            if count:
+                return count - 1
+            if count is None:  # a token goes on beyond `end`: it is the one between the two nearest places where tokens end
+                before, after = self._held(range(end - 1, -1, -1)), self._held(range(end + 1, len(self.text) + 1))
+                if before is not None and after == before + 1:
+                    return before
+        raise ValueError(
+            f"the tokenizer has no token that holds the end of the subject in {self.text[:end]!r}; choose another prompt"
+        )
+
+    def first_after(self, seam: int, begin: int) -> int:
+        """The first token behind the prompt, which ends at `seam`; the target begins at `begin`."""
+        prompt, target = self.text[:seam], self.text[begin:]
+        if self.offsets is not None:
+            behind = [i for i, (_, stop) in enumerate(self.offsets) if stop > seam]
+            there = bool(behind) and self.offsets[-1][1] > begin
+            if behind and self.offsets[behind[0]][0] < seam:
+                behind = behind[1:] if self.offsets[behind[0]][1] <= begin else []
+            first = behind[0] if behind else None
+        else:
+            first, used = self._held([seam, begin]), self._held([begin])
+            there = used is None or used < len(self.ids)
+        if not there:
+            raise ValueError(f"target {target!r} adds no token to the prompt {prompt!r}; give a target with text in it")
+        if first is None:
+            raise ValueError(
+                f"the tokenizer has one token for the end of the prompt {prompt[-60:]!r} and the beginning of the target "
+                f"{target!r}; set target_separator, or let the prompt end otherwise"
+            )
+        if first == 0:
+            raise ValueError(f"prompt {prompt!r} has no token, so there is no position to predict {target!r} from")
+        return first
+
+    def _held(self, places: Iterable[int]) -> int | None:
+        """How many tokens hold text[:place] and nothing else, at the first place where that is so; None when tokens go on beyond
+        each of them."""
+        for place in places:
+            ((ids, _),) = _read(self.tok, [self.text[:place]], [self.complete])
+            if self.ids[: len(ids)] == ids:
+                return len(ids)
+        return None
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GenerationMixin
 from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
-from ..models.prompts import Tokens, encode, pad, target_tokens
+from ..models.prompts import Tokens, open_end, pad, target_tokens, tokenised_all
 from .answers import answer, says
 from .metrics import TOKEN_BUDGET, Pair, read_targets
 
@@ -30,7 +30,12 @@ BEYOND = 2  # tokens after a long target, to see whether the answer ends there
 
 
 def greedy_texts(
-    model, tok, prompts: Sequence[str], new_tokens: int | Sequence[int] = ANSWER_TOKENS, token_budget: int = TOKEN_BUDGET
+    model,
+    tok,
+    prompts: Sequence[str],
+    new_tokens: int | Sequence[int] = ANSWER_TOKENS,
+    token_budget: int = TOKEN_BUDGET,
+    separator: str | None = None,
 ) -> list[str]:
     """What the model says after each prompt, greedily: at most `new_tokens` tokens (one number for all, or one for each prompt),
     ending before an end-of-text token.
@@ -38,10 +43,11 @@ def greedy_texts(
     Prompts of like length and as many new tokens share a batch; `token_budget`: their tokens, padding and new ones included (a
     longer prompt goes alone). The tokenizer's padding side and pad token, and the sampling settings that a model comes with, do not
     matter. A text ends at the tokenizer's eos or at one of the model's own end tokens. The model is put in evaluation mode and left
-    as it was found. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
+    as it was found. `separator`: what stands between prompt and answer, as in the scores of targets: spaces at a prompt's end are
+    left to the model. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
     """
     counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
-    rows = _prompt_rows(tok, prompts, counts, context_length(model))
+    rows = _prompt_rows(tok, prompts, counts, context_length(model), separator)
     budget = token_budget if hasattr(model, "generate") else 0
     texts = [""] * len(rows)
     with evaluating(model), torch.no_grad(), frozen(input_device(model)):
@@ -50,7 +56,7 @@ def greedy_texts(
             with _greedy(model, tok, count) as config:
                 for batch in batches(model, [len(rows[i]) + count for i in some], budget):
                     chosen = [some[i] for i in batch]
-                    said = _continuations(model, _pad_left([rows[i] for i in chosen], tok, input_device(model)), config)
+                    said = _continuations(model, _pad_left([rows[i] for i in chosen], input_device(model)), config)
                     for i, ids in zip(chosen, said, strict=True):
                         texts[i] = tok.decode(ids, skip_special_tokens=True)
     return texts
@@ -87,9 +93,11 @@ def _answer_tokens(tok, prompt: str, truths: Sequence[str], context: int | None)
 # ---- probability and fluency
 
 
-def target_log_probs(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[float]:
+def target_log_probs(
+    model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[float]:
     """Mean log-probability of each target's tokens after its prompt, teacher-forced, in nats; errors as `read_targets`."""
-    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, _log_probs, token_budget)]
+    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, _log_probs, token_budget, separator)]
 
 
 def fluency(texts: Sequence[str]) -> float | None:
@@ -123,8 +131,9 @@ def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ---- decoding
 
 
-def _prompt_rows(tok, prompts: Sequence[str], counts: Sequence[int], context: int | None) -> list[list[int]]:
-    rows = [encode(tok, prompt) for prompt in prompts]
+def _prompt_rows(tok, prompts: Sequence[str], counts: Sequence[int], context: int | None, separator: str | None) -> list[list[int]]:
+    asked = [(open_end(prompt, separator, tok)[0], None, None) for prompt in prompts]
+    rows = [found.ids for found in tokenised_all(tok, asked)]
     for prompt, ids, new_tokens in zip(prompts, rows, counts, strict=True):
         if not ids:
             raise ValueError(f"prompt {prompt!r} has no token, so there is nothing to go on from")
@@ -134,9 +143,9 @@ def _prompt_rows(tok, prompts: Sequence[str], counts: Sequence[int], context: in
     return rows
 
 
-def _pad_left(rows: Sequence[Sequence[int]], tok, where: torch.device) -> Tokens:
+def _pad_left(rows: Sequence[Sequence[int]], where: torch.device) -> Tokens:
     """Every row ends in the last column, so that a batch goes on from there."""
-    turned = pad([row[::-1] for row in rows], tok, where)
+    turned = pad([row[::-1] for row in rows], where)
     return Tokens(turned.ids.flip(1), turned.mask.flip(1))
 
 
@@ -152,7 +161,7 @@ def _greedy(model, tok, new_tokens: int) -> Iterator[GenerationConfig]:
         # A wrapper may choose its weights by the text it is given, so it is given the whole text at every step.
         use_cache=body_and_head(model) is not None,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+        pad_token_id=0,  # of rows that have ended; every embedding has it
     )
     if owner is None:
         yield config

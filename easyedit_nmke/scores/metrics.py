@@ -1,9 +1,9 @@
 """Reliability, generalization, locality and portability: teacher-forced token accuracy, as EasyEdit's `compute_edit_quality`.
 
-The text is `prompt + " " + target`. Its labels are the tokens after as many tokens as the prompt has alone; the prediction
-for a label is the argmax at the position before it. EasyEdit makes one forward pass per prompt with logits everywhere; here
-pairs of like length share a pass, and the vocabulary is looked at only where there is a label. Wrappers around a model
-(EasyEdit's WISE, GRACE) are given one text at a time: they may choose their weights by all that is in a batch.
+The text is that which an edit writes, mostly `prompt + " " + target` (`prompts.joined`). Its labels are the tokens behind the
+prompt; the prediction for a label is the argmax at the position before it. EasyEdit makes one forward pass per prompt with
+logits everywhere; here pairs of like length share a pass, and the vocabulary is looked at only where there is a label. Wrappers
+around a model (EasyEdit's WISE, GRACE) are given one text at a time: they may choose their weights by all that is in a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
-from ..models.prompts import Request, Tokens, pad, without_end
+from ..models.prompts import Request, Tokenised, Tokens, pad, tokenised_all
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
 SAME_SUBJECT = "same_subject"
@@ -28,47 +28,54 @@ Pair = tuple[str, str]
 Reader = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def read_targets(model, tok, pairs: Sequence[Pair], read: Reader, token_budget: int = TOKEN_BUDGET) -> list[tuple[list, list[int]]]:
+def read_targets(
+    model, tok, pairs: Sequence[Pair], read: Reader, token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[tuple[list, list[int]]]:
     """(what `read` gives for each label, label ids) for each (prompt, target), in the order given, both of the target's length.
 
     `read` takes the logits [S, V] from which S labels are predicted, and the labels [S], and gives [S]; S <= HEAD_ROWS.
-    `token_budget`: tokens, padding included, in one forward pass (a longer text goes alone). The tokenizer's padding side and
-    pad token do not matter; the model is put in evaluation mode and left as it was found. ValueError when a target adds no
-    token, a prompt has none, or a text is longer than the model's context.
+    `token_budget`: tokens, padding included, in one forward pass (a longer text goes alone). `separator`: what stands between
+    prompt and target; None: what the text asks for. The tokenizer's padding side and pad token do not matter; the model is put in
+    evaluation mode and left as it was found. ValueError when a target adds no token, a prompt has none, a token spans both, or a
+    text is longer than the model's context.
     """
-    rows = _rows(tok, pairs, context_length(model))
+    rows = _rows(tok, pairs, context_length(model), separator)
     values: list[list] = [[] for _ in rows]
     with evaluating(model), torch.no_grad(), frozen(input_device(model)):
-        for batch in batches(model, [len(ids) for ids, _ in rows], token_budget):
-            tokens = pad([rows[i][0] for i in batch], tok, input_device(model))
-            for i, found in zip(batch, _read_labels(model, tokens, [rows[i][1] for i in batch], read), strict=True):
+        for batch in batches(model, [len(row.ids) for row in rows], token_budget):
+            tokens = pad([rows[i].ids for i in batch], input_device(model))
+            for i, found in zip(batch, _read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):
                 values[i] = found
-    return [(found, ids[start:]) for found, (ids, start) in zip(values, rows, strict=True)]
+    return [(found, row.labels) for found, row in zip(values, rows, strict=True)]
 
 
-def predicted_tokens(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[tuple[list[int], list[int]]]:
+def predicted_tokens(
+    model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[tuple[list[int], list[int]]]:
     """(predicted ids, label ids) for each (prompt, target): the top-1 word before each label (see `read_targets`)."""
-    return read_targets(model, tok, pairs, lambda logits, _: logits.argmax(-1), token_budget)
+    return read_targets(model, tok, pairs, lambda logits, _: logits.argmax(-1), token_budget, separator)
 
 
-def token_accuracy(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[float]:
+def token_accuracy(
+    model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[float]:
     """Share of the target's tokens predicted right, for each pair (0 to 1)."""
-    return [_share(guess, label) for guess, label in predicted_tokens(model, tok, pairs, token_budget)]
+    return [_share(guess, label) for guess, label in predicted_tokens(model, tok, pairs, token_budget, separator)]
 
 
-def exact_match(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[bool]:
+def exact_match(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET, separator: str | None = None) -> list[bool]:
     """Whether every token of the target is predicted right, for each pair: greedy decoding then starts with the target."""
-    return [guess == label for guess, label in predicted_tokens(model, tok, pairs, token_budget)]
+    return [guess == label for guess, label in predicted_tokens(model, tok, pairs, token_budget, separator)]
 
 
-def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_BUDGET) -> list[dict]:
+def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_BUDGET, separator: str | None = None) -> list[dict]:
     """EasyEdit's dictionary for each request; the prompts of all requests share forward passes.
 
     {"rewrite_acc": [share], "rephrase_acc": [share] if there is a rephrase, "locality": {"<type>_output": [predicted ids of
     each prompt]}, "portability": {"<type>_acc": [share of each prompt]}}.
     """
     slots = [(i, *slot) for i, request in enumerate(requests) for slot in _slots(request)]
-    outcomes = predicted_tokens(model, tok, [pair for *_, pair in slots], token_budget)
+    outcomes = predicted_tokens(model, tok, [pair for *_, pair in slots], token_budget, separator)
     results: list[dict] = [{"locality": {}, "portability": {}} for _ in requests]
     for (i, section, key, _), (guess, label) in zip(slots, outcomes, strict=True):
         place = results[i][section] if section else results[i]
@@ -76,9 +83,9 @@ def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_B
     return results
 
 
-def check(model, tok, requests: Sequence[Request]) -> None:
+def check(model, tok, requests: Sequence[Request], separator: str | None = None) -> None:
     """ValueError when a prompt or an answer of the requests cannot be scored: too long for the model, or without a token."""
-    _rows(tok, [pair for request in requests for *_, pair in _slots(request)], context_length(model))
+    _rows(tok, [pair for request in requests for *_, pair in _slots(request)], context_length(model), separator)
 
 
 def add_locality_accuracy(before: dict, after: dict) -> None:
@@ -176,26 +183,13 @@ def _slots(request: Request) -> Iterator[tuple[str | None, str, Pair]]:
 # ---- text
 
 
-def _rows(tok, pairs: Sequence[Pair], context: int | None) -> list[tuple[list[int], int]]:
-    """(token ids of prompt and target, index of the first label) of each pair."""
-    prompts = _encode(tok, [prompt for prompt, _ in pairs])
-    texts = _encode(tok, [f"{prompt} {target}" for prompt, target in pairs])
-    for (prompt, target), start, ids in zip(pairs, map(len, prompts), texts, strict=True):
-        if start == 0:
-            raise ValueError(f"prompt {prompt!r} has no token, so there is no position to predict {target!r} from")
-        if len(ids) <= start:
-            raise ValueError(f"target {target!r} adds no token to the prompt {prompt!r}; give a target with text in it")
-        if context is not None and len(ids) > context:
-            raise ValueError(f"prompt {prompt[:60]!r} and target have {len(ids)} tokens, the model's context {context}")
-    return [(ids, len(prompt)) for prompt, ids in zip(prompts, texts, strict=True)]
-
-
-def _encode(tok, texts: list[str]) -> list[list[int]]:
-    """Token ids with the tokenizer's special tokens in front, none behind: an eos it appends is not part of an answer."""
-    if not texts:
-        return []
-    rows = tok(texts, padding=False, truncation=False)["input_ids"]
-    return [without_end(tok, ids, text) for ids, text in zip(rows, texts, strict=True)]
+def _rows(tok, pairs: Sequence[Pair], context: int | None, separator: str | None) -> list[Tokenised]:
+    """Prompt and target of each pair as one text."""
+    rows = tokenised_all(tok, [(prompt, None, target) for prompt, target in pairs], separator)
+    for (prompt, _), row in zip(pairs, rows, strict=True):
+        if context is not None and len(row.ids) > context:
+            raise ValueError(f"prompt {prompt[:60]!r} and target have {len(row.ids)} tokens, the model's context {context}")
+    return rows
 
 
 # ---- model

@@ -102,7 +102,7 @@ def key_sums(
     bar = tqdm(total=total, desc=f"covariance of keys {list(layers)}", unit=" texts", leave=False, disable=not progress)
     with bar, evaluating(view.model):
         for batch in _batches(view, tok, texts, _tokens_at_a_time(view, layers)):
-            tokens = pad(batch, tok, view.device)
+            tokens = pad(batch, view.device)
             with record(wanted, stop=True) as seen:
                 view.model.base_model(**tokens.inputs(), use_cache=False)
             for layer in layers:

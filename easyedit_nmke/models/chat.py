@@ -1,0 +1,82 @@
+"""Texts in a model's chat format: what the user says in them, and how a request is put into it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+# What formats mark their parts with, as text: most are special tokens of their models, "[INST]" and "<<SYS>>" are not.
+_MARK = r"<\|[^<>|\s]+\|>|<｜[^<>\s]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>"
+# A text that ends with one of these that mark turns of a talk: what follows needs no space.
+CLOSED = re.compile(r"(?:<\|[^<>|\s]+\|>|<｜[^<>\s]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>)\Z")
+_ROLE = re.compile(
+    r"(?P<user>user|human|\[INST\])|system|assistant|model|bot|gpt|developer|tool|function|/INST|<SYS>", re.IGNORECASE
+)
+_NAME = r"(?i:user|human|system|assistant|model|bot|gpt|developer|tool|function)"
+_PROBE = "What is asked?"
+
+
+def special_texts(tok) -> tuple[str, ...]:
+    """The texts of the tokenizer's special tokens."""
+    added = getattr(tok, "added_tokens_decoder", {}).values()
+    return tuple(dict.fromkeys([*getattr(tok, "all_special_tokens", ()), *(token.content for token in added if token.special)]))
+
+
+def as_chat(tok, prompt: str) -> str:
+    """The prompt as what a user says in the tokenizer's chat format, up to where the answer begins. ValueError without one."""
+    if not getattr(tok, "chat_template", None):
+        raise ValueError("use_chat_template is set, but the tokenizer has no chat template; set one, or use_chat_template: false")
+    return tok.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+
+
+def in_chat(tok, request):
+    """The `Request` with its prompt, rephrase and probes in the tokenizer's chat format; those that are in it stay as they are."""
+    frame, special = _frame(tok), special_texts(tok)
+
+    def put(prompt: str | None) -> str | None:
+        there = prompt is None or (frame and _framed(prompt, frame)) or any(text in prompt for text in special)
+        return prompt if there else as_chat(tok, prompt)
+
+    def probes(kinds):
+        return {kind: tuple((put(prompt), answer) for prompt, answer in pairs) for kind, pairs in kinds.items()}
+
+    return replace(
+        request,
+        prompt=put(request.prompt),
+        rephrase_prompt=put(request.rephrase_prompt),
+        locality=probes(request.locality),
+        portability=probes(request.portability),
+    )
+
+
+def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
+    """The user's words around prompt[start:end]: what stands between the marks of a chat format; a text without marks is all
+    words. None when somebody else says them (the system, the assistant). tok: whose special tokens are marks as well."""
+    mark = "|".join([_MARK, *map(re.escape, sorted(special_texts(tok), key=len, reverse=True))])
+    # Marks that follow each other with no more than a role between them, and the role's name where it ends the line.
+    headers = rf"(?:{mark})(?:\s*{_NAME}?\s*(?:{mark}))*(?:[ \t]*{_NAME}[ \t]*\n)?\s*"
+    found = list(re.finditer(headers, prompt))
+    if not found and (frame := _frame(tok)) and _framed(prompt, frame):
+        return len(frame[0]), len(prompt) - len(frame[1])
+    before = [header for header in found if header.start() < end]
+    after = [header for header in found if header.start() >= end]
+    stop = len(prompt[: after[0].start()].rstrip()) if after else len(prompt)
+    if not before:
+        return 0, stop
+    roles = list(_ROLE.finditer(before[-1].group()))
+    if before[-1].end() > start or (roles and not roles[-1]["user"]):
+        return None
+    return before[-1].end(), stop
+
+
+def _frame(tok) -> tuple[str, str] | None:
+    """What the tokenizer's chat format puts before and after a user's words."""
+    if not getattr(tok, "chat_template", None):
+        return None
+    parts = as_chat(tok, _PROBE).split(_PROBE)
+    return tuple(parts) if len(parts) == 2 else None
+
+
+def _framed(prompt: str, frame: tuple[str, str]) -> bool:
+    long_enough = len(prompt) > len(frame[0]) + len(frame[1]) > 0
+    return long_enough and prompt.startswith(frame[0]) and prompt.endswith(frame[1])
