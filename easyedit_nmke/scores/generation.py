@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GenerationMixin
 from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
-from ..models.prompts import Tokens, open_end, pad, target_tokens, tokenised_all
+from ..models.prompts import Tokens, encode, open_end, pad, target_tokens, tokenised_all
 from .answers import answer, says
 from .metrics import TOKEN_BUDGET, Pair, read_targets
 
