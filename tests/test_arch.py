@@ -105,7 +105,9 @@ def test_another_package_adds_an_architecture_from_one_file(tmp_path, monkeypatc
     info = tmp_path / "their_rows-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-rows\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[easyedit_nmke.architectures]\nourllama = their_rows:row\n")
+    (info / "entry_points.txt").write_text(
+        "[easyedit_nmke.architectures]\nourllama = their_rows:row\nwrongllama = their_rows:Family\n"
+    )
     model, tok = tiny("llama")
     model.config.model_type = "ourllama"
     with pytest.raises(ValueError, match="'ourllama' is not known"):
@@ -115,8 +117,11 @@ def test_another_package_adds_an_architecture_from_one_file(tmp_path, monkeypatc
     before = ModelView(model).weight(0).clone()
     apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
     assert not torch.equal(ModelView(model).weight(0), before)
-    with pytest.raises(ValueError, match=r"gptj, ourllama$"):
+    with pytest.raises(ValueError, match=r"gptj, ourllama, wrongllama$"):
         ModelView(torch.nn.Linear(2, 2))
+    model.config.model_type = "wrongllama"
+    with pytest.raises(ValueError, match=r"'wrongllama' of an installed package is .*expected a Family"):
+        ModelView(model)
 
 
 def test_layers_out_of_range(tiny):

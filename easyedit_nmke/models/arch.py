@@ -200,6 +200,8 @@ class ModelView:
         if family is None:
             known = ", ".join(with_extensions("architectures", FAMILIES))
             raise ValueError(f"model type {kind!r} is {_unedited(model)}; known types: {known}")
+        if not isinstance(family, Family):
+            raise ValueError(f"the architecture {kind!r} of an installed package is {family!r}, expected a Family of models.arch")
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head; load the model with AutoModelForCausalLM")
