@@ -18,7 +18,7 @@ from tqdm import tqdm
 from easyedit_nmke import LifelongEditor, atlas, hparams
 from easyedit_nmke.experiments import methods, protocol
 from easyedit_nmke.files import write_json
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 
 RUNS = {"float32": ("float32", True), "bfloat16, masters": ("bfloat16", True), "bfloat16, no masters": ("bfloat16", False)}
 SCORES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "same_subject": "Same subject", "general": "General"}

@@ -11,7 +11,7 @@ from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.methods.keys import Ascent, Contexts, attribution_inputs, key_and_value, keys_of, subject_states
 from easyedit_nmke.models import hooks
 from easyedit_nmke.models.arch import FAMILIES, UNEDITED, ModelView
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -16,7 +16,7 @@ from easyedit_nmke.cli.demo import _answer_table
 from easyedit_nmke.experiments.protocol import Segment
 from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores.generation import Verdict, answer, says
 
 SETTINGS = dict(

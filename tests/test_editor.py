@@ -14,7 +14,7 @@ from easyedit_nmke.methods.keys import Ascent, Contexts, key_and_value, keys_of
 from easyedit_nmke.methods.solver import NullSpaceSolver
 from easyedit_nmke.methods.values import CALIBRATION, Value, target_values
 from easyedit_nmke.models.arch import FAMILIES, ModelView
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance
 
 

@@ -15,7 +15,7 @@ from easyedit_nmke.experiments import protocol
 from easyedit_nmke.experiments.protocol import Progress, Result, Scorer, Segment, hparams_differ
 from easyedit_nmke.methods import read
 from easyedit_nmke.methods.solver import NullSpaceSolver
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import generation, metrics, table
 from easyedit_nmke.scores.drift import weight_drift
 

@@ -27,7 +27,7 @@ def _demo(args, console: Console) -> int:
     from ..experiments.protocol import Scorer, Segment, stamp
     from ..files import write_json
     from ..methods.nmke import NMKEHyperParams
-    from ..models.prompts import Request
+    from ..models.requests import Request
     from ..scores.table import in_shell
 
     quiet_libraries(args)

@@ -18,7 +18,7 @@ from ..history.log import Undo, check_undo, standing
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..messages import did_you_mean
-from ..models.prompts import Request
+from ..models.requests import Request
 from . import alphaedit, ft, memit, nmke, rome
 from .contract import Method, apply_method
 

@@ -22,7 +22,8 @@ from ..hparams import HyperParams
 from ..models.arch import ModelView, editing
 from ..models.chat import in_chat
 from ..models.device import peak_memory, synchronise
-from ..models.prompts import SUBJECT, Request, tokenised_all
+from ..models.prompts import SUBJECT, tokenised_all
+from ..models.requests import Request
 from ..models.weights import Matrices, check_finite, check_model, down_projections
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def apply_method(
     hparams = shallow_copy(hparams)
     hparams.validate()
     view = ModelView(model)
-    requests = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
+    requests = [r if isinstance(r, Request) else Request.from_dict(r, method.needs_subject) for r in requests]
     check_model(view, hparams)
     if hparams.use_chat_template:
         requests = [in_chat(tok, request) for request in requests]
