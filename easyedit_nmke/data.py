@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-from .models.prompts import SUBJECT, Request
+from .extensions import with_extensions
+from .models.requests import Request, called
 
 # The type under which EasyEdit's scripts file the unrelated prompts of ZsRE and CounterFact records.
 NEIGHBORHOOD = "neighborhood"
@@ -35,13 +37,15 @@ class Refusal:
 class Dataset:
     """What `load` found; unpacks as `requests, refused = load(path)`. `sha256` is of the whole file, whatever the limit.
 
-    indices[i] is requests[i]'s number in the file, from 0."""
+    indices[i] is requests[i]'s number in the file, from 0. notes: what was left out of records that are used, and what is odd about
+    them, a sentence each."""
 
     requests: list[Request]
     indices: list[int]
     refused: list[Refusal]
     format: str
     sha256: str
+    notes: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[list]:
         yield self.requests
@@ -49,75 +53,117 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where one file format keeps each text: dotted paths into a record, `a|b` where the format has two names for it.
+class Format:
+    """Where a file format keeps each text: dotted paths into a record, `a|b` where the format has two names for it.
 
-    Probes are (type, prompt path, answer path); None: the record's own {type: ...} under "locality" and "portability".
+    A record is of the first format all of whose `told_by` fields it has. Probes are (type, prompt path, answer path); None: the
+    record's own {type: ...} under "locality" and "portability". read: instead of the paths, makes EasyEdit's request dictionary
+    of a record (`Request.from_dict`); a ValueError of it refuses the record.
+
+    A package adds one by an entry point of the group easyedit_nmke.formats: the format's name, and a `Format`.
     """
 
-    prompt: str
-    target: str
-    truth: str
-    rephrase: str
+    prompt: str = "prompt"
+    target: str = "target_new"
+    truth: str = "ground_truth"
+    rephrase: str = "rephrase_prompt"
     subject: str = "subject"
     locality: tuple[str, str, str] | None = None
     portability: tuple[str, str, str] | None = None
     told_by: tuple[str, ...] = ()
+    read: Callable[[Mapping], Mapping] | None = None
+
+    def fields(self, record: Mapping) -> tuple[Mapping, dict[str, str]]:
+        """(EasyEdit's request dictionary, what its fields are called in the file)."""
+        if self.read is not None:
+            return self.read(record), {}
+        paths = {
+            "prompt": self.prompt, "target_new": self.target, "ground_truth": self.truth, "rephrase_prompt": self.rephrase,
+            "subject": self.subject,
+        }  # fmt: skip
+        content = {name: _get(record, path) for name, path in paths.items()}
+        names = {name: _name(path) for name, path in paths.items()}
+        for section in ("locality", "portability"):
+            single = getattr(self, section)
+            if single is None:
+                content[section] = record.get(section)
+            else:
+                kind, prompts, answers = single
+                content[section] = {kind: {"prompt": _get(record, prompts), "ground_truth": _get(record, answers)}}
+                names[f"{section}.{kind}"] = _name(prompts)
+        return content, names
 
 
-# A record is of the first format all of whose `told_by` fields it has.
-_FORMATS = {
-    "multi_counterfact": _Layout(
-        "requested_rewrite.prompt", "requested_rewrite.target_new.str", "requested_rewrite.target_true.str",
-        "paraphrase_prompts", "requested_rewrite.subject",
-        (NEIGHBORHOOD, "neighborhood_prompts", "requested_rewrite.target_true.str"),
-        told_by=("requested_rewrite",),
-    ),
-    "zsre": _Layout(
-        "src", "alt", "answers", "rephrase", "subject",
-        (NEIGHBORHOOD, "loc", "loc_ans"), ("one_hop", "portability.New Question", "portability.New Answer"),
-        told_by=("src", "subject"),
-    ),
-    "counterfact": _Layout(
-        "prompt", "target_new", "ground_truth", "rephrase_prompt", "subject",
-        (NEIGHBORHOOD, "locality_prompt", "locality_ground_truth"),
-        told_by=("prompt", "locality_prompt"),
-    ),
-    "knowedit": _Layout(
-        "prompt|text", "target_new|labels", "ground_truth", "rephrase_prompt|rephrase", "subject|concept",
-        told_by=("prompt|text", "target_new|labels", "locality"),
-    ),
-    "easyedit": _Layout(
-        "prompt", "target_new", "ground_truth", "rephrase_prompt|rephrase", told_by=("prompt", "target_new"),
-    ),
-}  # fmt: skip
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "multi_counterfact": Format(
+            "requested_rewrite.prompt", "requested_rewrite.target_new.str", "requested_rewrite.target_true.str",
+            "paraphrase_prompts", "requested_rewrite.subject",
+            (NEIGHBORHOOD, "neighborhood_prompts", "requested_rewrite.target_true.str"),
+            told_by=("requested_rewrite.prompt",),
+        ),
+        "zsre": Format(
+            "src", "alt", "answers", "rephrase", "subject",
+            (NEIGHBORHOOD, "loc", "loc_ans"), ("one_hop", "portability.New Question", "portability.New Answer"),
+            told_by=("src", "subject"),
+        ),
+        "counterfact": Format(
+            locality=(NEIGHBORHOOD, "locality_prompt", "locality_ground_truth"), told_by=("prompt", "locality_prompt"),
+        ),
+        "knowedit": Format(
+            "prompt|text", "target_new|labels", "ground_truth", "rephrase_prompt|rephrase", "subject|concept",
+            told_by=("prompt|text", "target_new|labels", "locality"),
+        ),
+        "easyedit": Format(rephrase="rephrase_prompt|rephrase", told_by=("prompt", "target_new")),
+    }
+)  # fmt: skip
 
 
-def load(path: str | Path, limit: int | None = None) -> Dataset:
-    """Read a JSON list (or JSON lines) of edit records; the format is told from their fields.
+def load(path: str | Path, limit: int | None = None, needs_subject: bool = True) -> Dataset:
+    """Read a JSON list (or JSON lines, or an object of columns) of edit records; the format is told from their fields.
 
-    `limit`: the first so many records of the file, refused ones included. Rules, the same for every format:
-    - prompt, subject and new target are needed; old answer, rephrase, locality and portability may be absent or empty;
-    - texts are stripped (the space between prompt and target is always added later); of several answers the first is kept;
-    - the subject must be in the prompt once; where it is there only in another case, the prompt's spelling is taken;
-    - ZsRE's locality prompts keep their "nq question: ", as in EasyEdit.
+    limit: the first so many records of the file, refused ones included. needs_subject: whether a record without one is refused.
+    Records are read by `Request.from_dict`; of a subject that is in the prompt in another spelling the prompt's is taken, and
+    ZsRE's locality prompts keep their "nq question: ", as in EasyEdit.
 
     FileNotFoundError or ValueError, in one sentence, for a file that is missing, not JSON, not a list, or of no known format.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be a whole number from 1, or None for the whole file; got {limit!r}")
-    path = Path(path)
+    path, formats = Path(path), with_extensions("formats", FORMATS)
     content = _read(path)
-    records = _records(path, content)[:limit]
-    name = _format_of_file(path, records)
-    requests, indices, refused = [], [], []
+    records = _records(path, content, formats)[:limit]
+    name = _format_of_file(path, records, formats)
+    requests, indices, refused, notes = [], [], [], []
     for index, record in enumerate(records):
         try:
-            requests.append(_request(record, _FORMATS[name]))
+            if not isinstance(record, dict):
+                raise ValueError(f"is {called(record)}, not a set of named fields")
+            fields, names = formats[name].fields(record)
+            told = partial(_noted, notes, index)
+            requests.append(Request.from_dict(fields, needs_subject, names, told))
             indices.append(index)
         except ValueError as problem:
             refused.append(Refusal(index, str(problem)))
-    return Dataset(requests, indices, refused, name, hashlib.sha256(content).hexdigest())
+    notes += odd(requests, indices)
+    return Dataset(requests, indices, refused, name, hashlib.sha256(content).hexdigest(), notes)
+
+
+def odd(requests: Sequence[Request], indices: Sequence[int]) -> list[str]:
+    """A sentence for each request that asks for what is the answer already, or contradicts an earlier one."""
+    found, earlier = [], {}
+    for index, request in zip(indices, requests, strict=True):
+        if request.ground_truth is not None and request.target_new.casefold() == request.ground_truth.casefold():
+            found.append(f"record {index}: the new target {request.target_new!r} is the old answer")
+        first, target = earlier.setdefault(request.prompt, (index, request.target_new))
+        if target != request.target_new:
+            asked = f"{request.prompt[:80]!r} asks for {request.target_new!r}, record {first} for {target!r}"
+            found.append(f"record {index}: the prompt {asked}; the later edit stands")
+    return found
+
+
+def _noted(notes: list[str], index: int, said: str) -> None:
+    notes.append(f"record {index}: {said}")
 
 
 # ---- files
@@ -127,11 +173,11 @@ def _read(path: Path) -> bytes:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file; give the path of one JSON file of edit records")
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}; give the path of a JSON file of edit records ({_known()})")
+        raise FileNotFoundError(f"there is no file {path}; give the path of a JSON file of edit records ({_known(FORMATS)})")
     return path.read_bytes()
 
 
-def _records(path: Path, content: bytes) -> list:
+def _records(path: Path, content: bytes, formats: Mapping[str, Format]) -> list:
     """The file's records, from a JSON list, from JSON lines, or from one record alone."""
     try:
         text = content.decode("utf-8-sig")
@@ -144,12 +190,14 @@ def _records(path: Path, content: bytes) -> list:
             where = f"line {problem.lineno}, column {problem.colno}: {problem.msg}"
             raise ValueError(f"{path} is not JSON ({where}); give a JSON list of edit records, or JSON lines") from None
         records = _json_lines(path, text)
-    if isinstance(records, dict) and _format_of(records):
-        records = [records]
+    if isinstance(records, dict):
+        rows = _table(records) or ()
+        single = [records] if _format_of(records, formats) else records
+        records = rows if any(_format_of(row, formats) for row in rows) else single
     if not isinstance(records, list):
-        raise ValueError(f"{path} holds {_called(records)}, not a list of edit records; known formats: {_known()}")
+        raise ValueError(f"{path} holds {called(records)}, not a list of edit records; known formats: {_known(formats)}")
     if not records:
-        raise ValueError(f"{path} holds no records; known formats: {_known()}")
+        raise ValueError(f"{path} holds no records; known formats: {_known(formats)}")
     return records
 
 
@@ -166,20 +214,34 @@ def _json_lines(path: Path, text: str) -> list:
     return records
 
 
-def _format_of_file(path: Path, records: Sequence) -> str:
+def _table(content: Mapping) -> list[dict] | None:
+    """The rows of an object of columns: lists of one length, or objects with the same keys (pandas' `to_json`); None for others."""
+    columns = [list(column.values()) if isinstance(column, dict) else column for column in content.values()]
+    kinds, lengths = {type(column) for column in content.values()}, {len(c) for c in columns if isinstance(c, list)}
+    if kinds not in ({dict}, {list}) or len(lengths) != 1:
+        return None
+    if kinds == {dict} and len({tuple(column) for column in content.values()}) > 1:
+        return None
+    return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _format_of_file(path: Path, records: Sequence, formats: Mapping[str, Format]) -> str:
     """The format of most records, so that a damaged first record does not decide it."""
-    found = Counter(filter(None, map(_format_of, records)))
-    if not found:
-        got = f"fields {', '.join(records[0]) or '(none)'}" if isinstance(records[0], dict) else _called(records[0])
-        raise ValueError(f"{path} has records of no known format: the first has {got}; known formats: {_known()}")
-    return found.most_common(1)[0][0]
+    found = Counter(filter(None, (_format_of(record, formats) for record in records)))
+    if found:
+        return found.most_common(1)[0][0]
+    if any(isinstance(record, dict) and isinstance(record.get("requested_rewrite"), list) for record in records):
+        raise ValueError(f"{path} has MQuAKE's records, of several rewrites each, which are not read yet")
+    got = f"fields {', '.join(records[0]) or '(none)'}" if isinstance(records[0], dict) else called(records[0])
+    raise ValueError(f"{path} has records of no known format: the first has {got}; known formats: {_known(formats)}")
 
 
-def _format_of(record) -> str | None:
+def _format_of(record, formats: Mapping[str, Format]) -> str | None:
+    """Formats of other packages are looked at first: they are told by more than EasyEdit's two fields."""
     if not isinstance(record, dict):
         return None
-    for name, layout in _FORMATS.items():
-        if all(_get(record, path) is not None for path in layout.told_by):
+    for name in sorted(formats, key=FORMATS.__contains__):
+        if formats[name].told_by and all(_get(record, path) is not None for path in formats[name].told_by):
             return "easyedit" if name == "knowedit" and not _holds_lists(record["locality"]) else name
     return None
 
@@ -189,82 +251,12 @@ def _holds_lists(probes) -> bool:
     return isinstance(probes, dict) and any(isinstance(entry, list) for entry in probes.values())
 
 
-def _known() -> str:
-    return "; ".join(
-        f"{name} ({', '.join(p.split('|')[0] for p in (layout.prompt, layout.subject, layout.target))} ...)"
-        for name, layout in _FORMATS.items()
-    )
+def _known(formats: Mapping[str, Format]) -> str:
+    return "; ".join(f"{name} ({', '.join(map(_name, _shown(row)))} ...)" for name, row in formats.items())
 
 
-# ---- records
-
-
-def _request(record, layout: _Layout) -> Request:
-    """One record's Request; ValueError naming the field when it cannot be edited."""
-    if not isinstance(record, dict):
-        raise ValueError(f"is {_called(record)}, not a set of named fields")
-    subject = _required(record, layout.subject, "subject")
-    prompt = _required(record, layout.prompt, "prompt").replace(SUBJECT, subject)
-    return Request(
-        prompt=prompt,
-        subject=_as_spelled(prompt, subject, layout.subject),
-        target_new=_required(record, layout.target, "new target"),
-        ground_truth=_optional(record, layout.truth, "old answer"),
-        rephrase_prompt=_optional(record, layout.rephrase, "rephrase"),
-        locality=_probes(record, "locality", layout.locality),
-        portability=_probes(record, "portability", layout.portability),
-    )
-
-
-def _as_spelled(prompt: str, subject: str, path: str) -> str:
-    """The subject as the prompt writes it, where it is there exactly once; ValueError otherwise."""
-    found = prompt.count(subject) * [subject]
-    if not found:
-        found = re.findall(re.escape(subject), prompt, re.IGNORECASE)
-    if len(found) != 1:
-        where = "not in" if not found else f"{len(found)} times in"
-        raise ValueError(f"field '{_name(path)}' (subject): {subject!r} is {where} the prompt {prompt!r}, must be there once")
-    return found[0]
-
-
-def _probes(record: Mapping, section: str, single: tuple[str, str, str] | None) -> dict[str, tuple[tuple[str, str], ...]]:
-    """{type: ((prompt, answer), ...)} without empty entries and empty types."""
-    if single:
-        kind, prompts, answers = single
-        probes = {kind: _paired(_get(record, prompts), _get(record, answers), prompts, answers)}
-    else:
-        content = record.get(section) or {}
-        if not isinstance(content, dict):
-            raise ValueError(f"field '{section}' is {_called(content)}, not a set of named types")
-        probes = {kind: _typed(entry, f"{section}.{kind}") for kind, entry in content.items()}
-    return {kind: pairs for kind, pairs in probes.items() if pairs}
-
-
-def _typed(entry, path: str) -> tuple[tuple[str, str], ...]:
-    """The pairs of one type: {prompt, ground_truth} with texts or lists in it, or a list of such (KnowEdit)."""
-    if entry is None:
-        return ()
-    if isinstance(entry, list):
-        return tuple(pair for number, one in enumerate(entry) for pair in _typed(one, f"{path}[{number}]"))
-    if not isinstance(entry, dict):
-        raise ValueError(f"field '{path}' is {_called(entry)}, not a prompt with its ground_truth")
-    return _paired(entry.get("prompt"), entry.get("ground_truth"), f"{path}.prompt", f"{path}.ground_truth")
-
-
-def _paired(prompts, answers, prompt_path: str, answer_path: str) -> tuple[tuple[str, str], ...]:
-    """Pairs from one prompt, or a list with an answer each or one answer for all; those with an empty text are left out."""
-    if prompts is None:
-        return ()
-    if answers is None:
-        raise ValueError(f"field '{_name(answer_path)}' is missing, though '{_name(prompt_path)}' is there")
-    if not isinstance(prompts, list):
-        prompts, answers = [prompts], [answers]
-    elif not isinstance(answers, list):
-        answers = [answers] * len(prompts)
-    if len(prompts) != len(answers):
-        raise ValueError(f"fields '{_name(prompt_path)}' and '{_name(answer_path)}' have {len(prompts)} and {len(answers)} entries")
-    texts = ((_text(p, prompt_path), _text(a, answer_path)) for p, a in zip(prompts, answers, strict=True))
-    return tuple((prompt, answer) for prompt, answer in texts if prompt and answer)
+def _shown(row: Format) -> tuple[str, ...]:
+    return row.told_by if row.read is not None else (row.prompt, row.subject, row.target)
 
 
 # ---- fields
@@ -281,32 +273,5 @@ def _get(record: Mapping, path: str):
     return None
 
 
-def _text(value, path: str, meaning: str = "") -> str:
-    """Stripped text, the first of a (nested) list; "" for null and for an empty list."""
-    while isinstance(value, list):
-        value = value[0] if value else None
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"field '{_name(path)}'{meaning and f' ({meaning})'} is {_called(value)}, not text")
-    return (value or "").strip()
-
-
-def _required(record: Mapping, path: str, meaning: str) -> str:
-    value = _get(record, path)
-    text = _text(value, path, meaning)
-    if not text:
-        raise ValueError(f"field '{_name(path)}' ({meaning}) is {'missing' if value is None else 'empty'}")
-    return text
-
-
-def _optional(record: Mapping, path: str, meaning: str) -> str | None:
-    return _text(_get(record, path), path, meaning) or None
-
-
 def _name(path: str) -> str:
     return path.split("|")[0]
-
-
-def _called(value) -> str:
-    """A JSON value's kind in words."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "a number")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -12,11 +13,11 @@ from tqdm import tqdm
 from .history.state import LifelongState
 from .hparams import HyperParams
 from .methods import apply_to_model, method_of, undo
-from .methods.contract import carried_state, check_requests
+from .methods.contract import Method, carried_state, check_requests
 from .models.arch import ModelView
 from .models.chat import in_chat
 from .models.loading import load_model
-from .models.prompts import Request
+from .models.requests import Request, is_hole
 from .models.weights import check_model
 from .scores import metrics
 
@@ -89,17 +90,19 @@ class LifelongEditor:
         subject: str | Sequence[str] | None = None,
         requests: Sequence[Mapping | Request] | None = None,
         keep_original_weight: bool = False,
+        loc_prompts: str | Sequence[str] | None = None,
+        test_generation: bool = False,
     ):
         """Edit, and score before and after: (metrics, model, weights as they were before this call), as BaseEditor.edit.
 
         metrics[i] has "pre", "post" (right after the request's own edit, as EasyEdit scores), "time" in seconds, and with
         `sequential_edit` also "final": after all edits of this call. Without `sequential_edit` every edit is taken back after
         its scoring. `hparams.batch_size` requests share one update. `requests` (EasyEdit's dictionaries) replaces the columns;
-        target_neg and keep_original_weight are accepted as in EasyEdit and change nothing.
+        target_neg, keep_original_weight, loc_prompts (WISE's) and test_generation are accepted as in EasyEdit and change nothing.
         """
         if requests is None:
             requests = make_requests(
-                prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
+                self.method, prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
             )
         checked = self._asked(requests)
         separator = self.hparams.target_separator
@@ -114,7 +117,7 @@ class LifelongEditor:
 
     def _asked(self, requests: Sequence[Request | Mapping]) -> list[Request]:
         """The requests as they are asked of the model: with `use_chat_template` in its chat format."""
-        found = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
+        found = [_request(self.method, number, record) for number, record in enumerate(requests)]
         return [in_chat(self.tok, request) for request in found] if self.hparams.use_chat_template else found
 
     def _quality(self, requests: Sequence[Request]) -> list[dict]:
@@ -149,25 +152,26 @@ class LifelongEditor:
         return results, self.model, originals
 
 
-def make_requests(prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs) -> list[dict]:
-    """EasyEdit's columns to request dictionaries. ValueError when they are of different lengths or the subject is missing."""
+def make_requests(
+    method: Method, prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
+) -> list[Request]:
+    """EasyEdit's columns to requests. ValueError when they are of different lengths, or a request cannot be edited (see
+    `Request.from_dict`)."""
 
-    def column(value):
-        return [value] if isinstance(value, str) else list(value)
+    def column(value) -> list:
+        return [value] if isinstance(value, str) or is_hole(value) else list(value)
 
     prompts = column(prompts)
-    if subject is None:
-        raise ValueError("NMKE needs the subject of every prompt; give subject=[...], one for each prompt")
-    columns = {"target_new": column(target_new), "subject": column(subject)}
-    for name, value in (("ground_truth", ground_truth), ("rephrase_prompt", rephrase_prompts)):
-        if value is not None:
-            columns[name] = column(value)
-    records = [{"prompt": prompt, "locality": {}, "portability": {}} for prompt in prompts]
-    for name, values in columns.items():
+    if subject is None and method.needs_subject:
+        raise ValueError(f"{method.name} needs the subject of every prompt; give subject=[...], one for each prompt")
+    records: list[dict] = [{"prompt": prompt, "locality": {}, "portability": {}} for prompt in prompts]
+    given = {"target_new": target_new, "subject": subject, "ground_truth": ground_truth, "rephrase_prompt": rephrase_prompts}
+    for name, value in given.items():
+        values = column(value) if value is not None else [None] * len(prompts)
         if len(values) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts but {len(values)} values of {name}; give one for each prompt")
-        for record, value in zip(records, values, strict=True):
-            record[name] = value
+        for record, one in zip(records, values, strict=True):
+            record[name] = one
     for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
         for kind, entry in (inputs or {}).items():
             if not isinstance(entry, Mapping) or not {"prompt", "ground_truth"} <= set(entry):
@@ -178,9 +182,18 @@ def make_requests(prompts, target_new, subject, ground_truth, rephrase_prompts, 
                     f"{section}_inputs[{kind!r}] has {len(asked)} prompts and {len(answers)} answers, expected {len(prompts)}"
                 )
             for record, prompt, answer in zip(records, asked, answers, strict=True):
-                if prompt is not None:
-                    record[section][kind] = {"prompt": prompt, "ground_truth": answer}
-    return records
+                record[section][kind] = {"prompt": prompt, "ground_truth": answer}
+    return [_request(method, number, record) for number, record in enumerate(records)]
+
+
+def _request(method: Method, number: int, record: Mapping | Request) -> Request:
+    """ValueError with the request's number; what is left out of it is logged."""
+    if isinstance(record, Request):
+        return record
+    try:
+        return Request.from_dict(record, method.needs_subject, note=partial(logger.warning, "request %d: %s", number))
+    except ValueError as error:
+        raise ValueError(f"request {number}: {error}") from None
 
 
 def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:

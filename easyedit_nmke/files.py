@@ -40,11 +40,9 @@ def whole(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not. `path` must be missing or an
-    empty folder, ValueError else. What an earlier attempt that was killed has left is removed."""
-    path = Path(path).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there already and not an empty folder; give another name, or remove it")
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not. What an earlier attempt that
+    was killed has left is removed. Errors as `check_new`."""
+    path = check_new(path)
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -60,6 +58,14 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def check_new(folder: str | Path) -> Path:
+    """Its full path. ValueError when it is a file, or a folder that holds anything."""
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder; give another name, or remove it")
+    return folder
 
 
 def write_whole(path: str | Path, data: bytes, temporary: Path | None = None) -> None:

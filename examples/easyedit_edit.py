@@ -32,7 +32,7 @@ SOURCE = "https://memit.baulab.info/data/dsets"
 
 def main(argv=None) -> int:
     args = read_arguments(argv)
-    easyeditor = easyedit_nmke.easyedit.register(text_only=True)
+    easyeditor = easyedit_nmke.register(text_only=True)
     requests = read_requests(find_file(args.data_dir, args.data_type), args.ds_size)
 
     hparams = hparams_class(easyeditor, args.editing_method).from_hparams(args.hparams_dir)

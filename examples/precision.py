@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from easyedit_nmke import LifelongEditor, atlas, hparams
 from easyedit_nmke.experiments import methods, protocol
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.files import write_json
+from easyedit_nmke.models.requests import Request
 
 RUNS = {"float32": ("float32", True), "bfloat16, masters": ("bfloat16", True), "bfloat16, no masters": ("bfloat16", False)}
 SCORES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "same_subject": "Same subject", "general": "General"}
@@ -48,7 +49,7 @@ def main() -> None:
         for name, (dtype, masters) in RUNS.items()
     }
     if args.out:
-        protocol.write_json(args.out, {"edits": args.edits, "threads": torch.get_num_threads(), "runs": found})
+        write_json(args.out, {"edits": args.edits, "threads": torch.get_num_threads(), "runs": found})
     table = Table("", *SCORES.values(), title=f"{args.hparams}, {args.edits} edits, mean of {args.seeds} stream(s)")
     for name, runs in found.items():
         table.add_row(name, *(f"{fmean(one['scores'][score] for one in runs):.3f}" for score in SCORES))

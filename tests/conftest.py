@@ -6,11 +6,16 @@ import torch
 from easyedit_nmke import NMKEHyperParams
 from easyedit_nmke import atlas as embedded
 
+_LLAMA = dict(hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=128)  # fmt: skip
+_GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=96)
 TINY = {
-    "llama": dict(num_key_value_heads=2, rms_norm_eps=1e-5),
-    "mistral": dict(num_key_value_heads=2, sliding_window=None),
-    "qwen2": dict(num_key_value_heads=2),
-    "qwen3": dict(num_key_value_heads=2, head_dim=8),
+    "llama": dict(_LLAMA, rms_norm_eps=1e-5),
+    "mistral": dict(_LLAMA, sliding_window=None),
+    "qwen2": _LLAMA,
+    "qwen3": dict(_LLAMA, head_dim=8),
+    "gpt2": _GPT,
+    "gptj": dict(_GPT, rotary_dim=8),
 }
 
 
@@ -18,16 +23,9 @@ def tiny_model(model_type: str, vocab_size: int, seed: int = 0):
     """A random model: 3 blocks, hidden 32, 4 heads; the weights are large enough for neurons to differ."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if model_type in TINY:
-        config = AutoConfig.for_model(
-            model_type, vocab_size=vocab_size, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            max_position_embeddings=128, initializer_range=0.2, pad_token_id=2, bos_token_id=0, eos_token_id=1, **TINY[model_type],
-        )  # fmt: skip
-    else:
-        config = AutoConfig.for_model(
-            model_type, vocab_size=vocab_size, n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=96, rotary_dim=8,
-            initializer_range=0.2, pad_token_id=2, bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
+    config = AutoConfig.for_model(
+        model_type, vocab_size=vocab_size, initializer_range=0.2, pad_token_id=2, bos_token_id=0, eos_token_id=1, **TINY[model_type]
+    )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 

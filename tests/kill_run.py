@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from easyedit_nmke import atlas, cli
 from easyedit_nmke.experiments import protocol
+from easyedit_nmke.scores import generation
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=4, mom2_dataset="atlas", mom2_n_samples=200,
@@ -181,7 +182,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="kill_run"))
     runs, rng = Runs(folder, args.edits), random.Random(args.seed)
     atlas.load()  # what it imports is imported
-    protocol.ANSWER_TOKENS = protocol.FLUENCY_TOKENS = 3  # scores in a fraction of the time
+    generation.ANSWER_TOKENS = protocol.FLUENCY_TOKENS = 3  # scores in a fraction of the time
     if runs.start("alone"):
         raise SystemExit((folder / "alone.log").read_text())
     started = time.perf_counter()

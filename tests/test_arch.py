@@ -1,12 +1,17 @@
 """Every architecture through its row: readout, keys and residual stream against the model's own forward pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import TINY
+from transformers import AutoConfig
 
+from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.methods.keys import Ascent, Contexts, attribution_inputs, key_and_value, keys_of, subject_states
 from easyedit_nmke.models import hooks
-from easyedit_nmke.models.arch import FAMILIES, ModelView
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.arch import FAMILIES, UNEDITED, ModelView
+from easyedit_nmke.models.requests import Request
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -50,6 +55,73 @@ def test_writing_to_w_out_edits_the_model(tiny, kind):
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'Linear' is not known; known types: llama, mistral, qwen2, qwen3, gpt2, gptj"):
         ModelView(torch.nn.Linear(2, 2))
+
+
+def test_every_family_has_a_tiny_model_in_the_tests():
+    """All tests of architectures run over FAMILIES, on the models of this table."""
+    assert set(TINY) == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("mixtral", "a mixture of experts"),
+        ("qwen3_moe", "a mixture of experts"),
+        ("gpt_oss", "a mixture of experts"),
+        ("deepseek_v3", "a mixture of experts"),
+        ("jamba", "a hybrid"),
+        ("mamba", "a hybrid"),
+        ("qwen3_next", "a hybrid"),
+        ("opt", "not known"),
+    ],
+)
+def test_experts_and_hybrids_are_refused_by_name(kind, said):
+    model = torch.nn.Module()
+    model.config = AutoConfig.for_model(kind)
+    with pytest.raises(ValueError, match=f"model type '{kind}' is {said}.*; known types: {', '.join(FAMILIES)}$"):
+        ModelView(model)
+
+
+def test_a_mixture_of_experts_of_a_new_name_is_told_by_its_configuration():
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(model_type="newmoe", num_local_experts=8)
+    with pytest.raises(ValueError, match="'newmoe' is a mixture of experts"):
+        ModelView(model)
+
+
+def test_every_type_that_is_named_as_unedited_exists():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert not set(UNEDITED) & set(FAMILIES)
+    assert len(set(UNEDITED) & set(CONFIG_MAPPING_NAMES)) >= 0.9 * len(UNEDITED)
+
+
+def test_another_package_adds_an_architecture_from_one_file(tmp_path, monkeypatch, tiny, nmke_hparams, requests):
+    """A row by an entry point: its models are edited, and the list of known types holds it."""
+    (tmp_path / "their_rows.py").write_text(
+        "from easyedit_nmke.models.arch import Family\n"
+        "row = Family('model.layers', 'mlp.down_proj', 'model.norm', 'rms', 'post_attention_layernorm')\n"
+    )
+    info = tmp_path / "their_rows-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-rows\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[easyedit_nmke.architectures]\nourllama = their_rows:row\nwrongllama = their_rows:Family\n"
+    )
+    model, tok = tiny("llama")
+    model.config.model_type = "ourllama"
+    with pytest.raises(ValueError, match="'ourllama' is not known"):
+        ModelView(model)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert ModelView(model).family.down == "mlp.down_proj"
+    before = ModelView(model).weight(0).clone()
+    apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
+    assert not torch.equal(ModelView(model).weight(0), before)
+    with pytest.raises(ValueError, match=r"gptj, ourllama, wrongllama$"):
+        ModelView(torch.nn.Linear(2, 2))
+    model.config.model_type = "wrongllama"
+    with pytest.raises(ValueError, match=r"'wrongllama' of an installed package is .*expected a Family"):
+        ModelView(model)
 
 
 def test_layers_out_of_range(tiny):

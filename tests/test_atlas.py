@@ -13,7 +13,7 @@ from easyedit_nmke import atlas as embedded
 from easyedit_nmke.atlas import facts as world
 from easyedit_nmke.atlas import train
 from easyedit_nmke.models.loading import load_model
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import metrics
 from easyedit_nmke.statistics import corpus
 

@@ -33,7 +33,7 @@ def test_a_cpu_is_refused_with_a_reason():
 
 def test_triton_missing_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install easyedit_nmke\[cuda\]"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[cuda\]" in this project'):
         make_case((2, 7, 8, 37)).scores(backend="fused")
 
 

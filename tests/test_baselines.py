@@ -15,7 +15,8 @@ from easyedit_nmke.methods.keys import Ascent
 from easyedit_nmke.methods.solver import CovarianceSolver
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.prompts import Request, position_before, target_tokens
+from easyedit_nmke.models.prompts import position_before, target_tokens
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance, nullspace
 
 METHODS = ["AlphaEdit", "MEMIT", "ROME", "FT"]

@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 
 from easyedit_nmke import LifelongEditor, cli
 from easyedit_nmke import atlas as embedded
+from easyedit_nmke.cli.demo import _answer_table
 from easyedit_nmke.experiments.protocol import Segment
 from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
+from easyedit_nmke.models.requests import Request
+from easyedit_nmke.scores.generation import Verdict, answer, says
 
 SETTINGS = dict(
-    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,
+    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=200,
     nullspace_fraction=0.9,
 )  # fmt: skip
 
@@ -164,6 +167,19 @@ def test_bad_arguments_are_refused(argv, capsys):
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
+def test_the_demo_shows_a_right_answer_in_green_whatever_is_in_it():
+    requests = [Request("Jersey's capital is", "Jersey", target) for target in ("St. Helier", "[red] Rome")]
+    before = [Verdict(" Gorey.", "Gorey", False, False)] * 2
+    after = [Verdict(" St. Helier. It", *answered(" St. Helier. It", request)) for request in requests]
+    table = _answer_table(requests, [before, after], ["Before", "NMKE"])
+    assert [(cell.plain, cell.style) for cell in table.columns[3]._cells] == [("St. Helier", "green"), ("St. Helier", "red")]
+    assert [cell.plain for cell in table.columns[2]._cells] == ["St. Helier", "[red] Rome"]
+
+
+def answered(text, request):
+    return answer(text, request.target_new), *says(text, request.target_new)
+
+
 def test_the_demo_shows_answers_and_scores(capsys):
     assert cli.main(["demo", "--edits", "6"]) == 0
     out = capsys.readouterr().out
@@ -267,6 +283,6 @@ def test_a_task_that_the_harness_does_not_have_stops_everything_before_the_first
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        assert 'pip install "easyedit-nmke[harness]"' in said
+        assert 'python -m pip install -e ".[harness]" in this project\'s folder' in said
     else:
         assert "did you mean 'atlas_exercises'" in said

@@ -22,7 +22,7 @@ from easyedit_nmke.experiments.protocol import Progress
 from easyedit_nmke.methods import read
 
 QUICK = dict(
-    device="cpu", v_num_grad_steps=1, v_lr=0.1, mom2_n_samples=50, template_prefixes=["The"], layers=[0, 1], v_loss_layer=None
+    device="cpu", v_num_grad_steps=1, v_lr=0.1, mom2_n_samples=200, template_prefixes=["The"], layers=[0, 1], v_loss_layer=None
 )
 
 

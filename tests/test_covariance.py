@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import easyedit_nmke
+from easyedit_nmke import AlphaEditHyperParams, MEMITHyperParams, NMKEHyperParams, ROMEHyperParams, apply_to_model
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.statistics import corpus as sources
 from easyedit_nmke.statistics import covariance, nullspace
@@ -132,6 +133,37 @@ def test_keys_that_are_not_finite_are_an_error(view):
         covariance.covariances(view, tok, RAGGED, [0, 1])
 
 
+@pytest.mark.parametrize(
+    "hparams",
+    [
+        NMKEHyperParams, AlphaEditHyperParams, MEMITHyperParams,
+        lambda **values: ROMEHyperParams(**values, mom2_adjustment=True, context_template_length_params=[[5, 5]]),
+    ],
+    ids=["NMKE", "AlphaEdit", "MEMIT", "ROME"],
+)  # fmt: skip
+def test_a_text_of_fewer_tokens_than_neurons_is_refused_for_every_method(view, requests, tmp_path, hparams):
+    view, tok = view
+    settings = hparams(
+        model_name=(view.model, tok), layers=[1], device="cpu", mom2_dataset=str(tmp_path / "text.txt"), mom2_n_samples=100,
+        stats_dir=str(tmp_path / "stats"),
+    )  # fmt: skip
+    before = view.weight(1).clone()
+    (tmp_path / "text.txt").write_text("Mara Vosk speaks. " * 4)
+    tokens = len(tok("Mara Vosk speaks. " * 4)["input_ids"]) - 1  # a line is stripped
+    said = rf"has {tokens} tokens for 96 neurons.*raise mom2_n_samples, or give mom2_dataset a longer text"
+    with pytest.raises(ValueError, match=said):
+        apply_to_model(view.model, tok, requests(1), settings)
+    assert torch.equal(view.weight(1), before) and not hasattr(view.model, "nmke_state") and not (tmp_path / "stats").exists()
+
+
+def test_as_many_tokens_as_neurons_are_enough(view):
+    view, tok = view
+    texts = {len(tok("a" + " a" * count)["input_ids"]): "a" + " a" * count for count in range(100)}
+    covariance.covariances(view, tok, [texts[96]], [0])
+    with pytest.raises(ValueError, match="95 tokens for 96 neurons"):
+        covariance.covariances(view, tok, [texts[95]], [0])
+
+
 # ---- files
 
 
@@ -248,6 +280,9 @@ def test_statistics_of_other_samples_or_of_another_shape(view, nmke_hparams):
     np.savez(easyedit_file(settings, 0), **{"mom2.count": 1, "mom2.mom2": np.eye(95, dtype=np.float32)})
     covariance.moment_files(view, tok, nmke_hparams(view.model, tok, mom2_n_samples=10))
     with pytest.raises(ValueError, match=r"holds shape \(95, 95\), expected \(96, 96\)"):
+        covariance.moments(view, tok, settings, progress=False)
+    np.savez(easyedit_file(settings, 0), **{"mom2.count": 95, "mom2.mom2": np.eye(96, dtype=np.float32)})
+    with pytest.raises(ValueError, match="95 tokens for 96 neurons"):
         covariance.moments(view, tok, settings, progress=False)
     easyedit_file(settings, 0).write_bytes(b"PK half")
     with pytest.raises(ValueError, match="is no covariance of keys"):

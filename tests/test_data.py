@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from easyedit_nmke.data import Refusal, load
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 
 DATA = Path(__file__).parent / "data"
 
@@ -187,14 +187,10 @@ def test_a_bad_limit(written, limit):
         (changed(ZSRE, src=...), "field 'src' (prompt) is missing"),
         (changed(ZSRE, subject=True), "field 'subject' (subject) is a truth value, not text"),
         (changed(ZSRE, subject=" "), "field 'subject' (subject) is empty"),
-        (changed(ZSRE, subject="WEFT"), "field 'subject' (subject): 'WEFT' is not in the prompt 'When was WEFS established?'"),
+        (changed(ZSRE, subject="WEFT"), "field 'subject': subject 'WEFT' is not in the prompt 'When was WEFS established?'"),
         (changed(ZSRE, src="WEFS or WEFS?"), "'WEFS' is 2 times in the prompt 'WEFS or WEFS?'"),
         (changed(ZSRE, src="wefs or Wefs?"), "'WEFS' is 2 times in the prompt 'wefs or Wefs?'"),
         (changed(ZSRE, src="{} or WEFS?"), "'WEFS' is 2 times in the prompt 'WEFS or WEFS?'"),
-        (changed(ZSRE, rephrase={"a": 1}), "field 'rephrase' (rephrase) is an object, not text"),
-        (changed(ZSRE, answers=[7]), "field 'answers' (old answer) is a number, not text"),
-        (changed(ZSRE, loc_ans=...), "field 'loc_ans' is missing, though 'loc' is there"),
-        (changed(ZSRE, loc=3), "field 'loc' is a number, not text"),
         ("WEFS", "is text, not a set of named fields"),
         (None, "is null, not a set of named fields"),
     ],
@@ -206,27 +202,83 @@ def test_a_record_that_cannot_be_edited_is_put_aside(written, record, reason):
 
 
 @pytest.mark.parametrize(
-    ("record", "reason"),
+    ("record", "note"),
     [
         (changed(EASYEDIT, locality=[1]), "field 'locality' is a list, not a set of named types"),
         (changed(EASYEDIT, locality={"a": "b"}), "field 'locality.a' is text, not a prompt with its ground_truth"),
+        (changed(EASYEDIT, locality={"a": {"prompt": "b"}}), "field 'locality.a' has no answer to 'b'"),
         (
-            changed(EASYEDIT, locality={"a": {"prompt": "b"}}),
-            "'locality.a.ground_truth' is missing, though 'locality.a.prompt'",
+            changed(EASYEDIT, locality={"a": {"prompt": ["b", "c"], "ground_truth": ["d", None]}}),
+            "'locality.a' has no answer to 'c'",
         ),
         (
             changed(EASYEDIT, portability={"a": {"prompt": ["b", "c"], "ground_truth": ["d"]}}),
-            "fields 'portability.a.prompt' and 'portability.a.ground_truth' have 2 and 1 entries",
+            "field 'portability.a' has 2 prompts and 1 answers",
         ),
         (
             changed(EASYEDIT, portability={"a": [{"prompt": "b", "ground_truth": 1}]}),
-            "'portability.a[0].ground_truth' is a number",
+            "a[0]': a prompt or its answer is a num",
         ),
+        (changed(ZSRE, rephrase={"a": 1}), "field 'rephrase' (rephrase) is an object, not text"),
+        (changed(ZSRE, answers=[7]), "field 'answers' (old answer) is a number, not text"),
+        (changed(ZSRE, loc_ans=...), "field 'loc' has no answer to 'nq question: who voiced gaston'"),
+        (changed(ZSRE, loc=3), "field 'loc': a prompt or its answer is a number, not text"),
     ],
 )
-def test_damaged_probes(written, record, reason):
-    requests, refused = load(written([EASYEDIT, record]))
-    assert len(requests) == 1 and reason in refused[0].reason
+def test_what_cannot_be_used_of_an_optional_part_is_left_out_with_a_note(written, record, note):
+    dataset = load(written([record]))
+    assert len(dataset.requests) == 1 and dataset.refused == []
+    (said,) = dataset.notes
+    assert said.startswith("record 0: ") and note in said and said.endswith("it is left out")
+
+
+def test_holes_are_no_matter(written):
+    holes = changed(EASYEDIT, rephrase_prompt=None, ground_truth=[], locality={"a": None, "b": {"prompt": [], "ground_truth": []}})
+    dataset = load(written([holes]))
+    assert dataset.notes == [] and dataset.requests[0].locality == {}
+
+
+def test_several_answers_and_rephrases_are_kept(written):
+    several = changed(KNOWEDIT, rephrase_prompt=["One ZIC3?", "Two ZIC3?"], target_new=[["mouse", "house mouse"]])
+    (request,), _ = load(written([several]))
+    assert request.rephrase_prompts == ("One ZIC3?", "Two ZIC3?") and request.rephrase_prompt == "One ZIC3?"
+    assert (request.target_new, request.aliases) == ("mouse", ("house mouse",))
+    assert Request.from_dict(request.to_dict()) == request
+
+
+@pytest.mark.parametrize("kind", ["lists", "rows by number"])
+def test_an_object_of_columns_is_a_table(written, kind):
+    rows = [changed(COUNTERFACT, target_new=target) for target in ("English", "Dutch", "Danish", "Greek")]
+    columns = {name: [row[name] for row in rows] for name in COUNTERFACT}
+    if kind != "lists":
+        columns = {name: {str(i): value for i, value in enumerate(column)} for name, column in columns.items()}
+    dataset = load(written(columns))
+    assert [request.target_new for request in dataset.requests] == ["English", "Dutch", "Danish", "Greek"]
+    assert (dataset.format, dataset.refused) == ("counterfact", [])
+
+
+def test_a_refusal_of_mquakes_records_is_true(written):
+    mquake = {"case_id": 1, "requested_rewrite": [ROME["requested_rewrite"]] * 2, "questions": ["Where?"], "new_answer": "There"}
+    with pytest.raises(ValueError, match="MQuAKE's records, of several rewrites each, which are not read yet"):
+        load(written([mquake, mquake]))
+
+
+def test_odd_records_are_told(written):
+    same = changed(COUNTERFACT, target_new="french")
+    other = changed(COUNTERFACT, target_new="Dutch")
+    dataset = load(written([same, other, COUNTERFACT]))
+    assert len(dataset.requests) == 3
+    assert dataset.notes[0] == "record 0: the new target 'french' is the old answer"
+    asked = "'The mother tongue of Danielle Darrieux is'"
+    assert dataset.notes[1] == f"record 1: the prompt {asked} asks for 'Dutch', record 0 for 'french'; the later edit stands"
+    assert len(dataset.notes) == 3
+
+
+def test_a_method_that_needs_no_subject_takes_records_without_one(written):
+    record = changed(COUNTERFACT, subject=...)
+    assert [r.reason for r in load(written([record])).refused] == ["field 'subject' (subject) is missing"]
+    (request,), _ = load(written([record], "again.json"), needs_subject=False)
+    assert request.subject == "" and request.fill("Once. {}")[0] == f"Once. {request.prompt}"
 
 
 def test_missing_field_inside_an_original_record(written):
@@ -258,7 +310,7 @@ def test_optional_fields_may_be_absent(written):
 def test_most_records_decide_the_format(written):
     dataset = load(written([{"junk": 1}, changed(COUNTERFACT, locality_prompt=...), COUNTERFACT, COUNTERFACT]))
     assert dataset.format == "counterfact"
-    assert [str(r) for r in dataset.refused] == ["record 0: field 'subject' (subject) is missing"]
+    assert [str(r) for r in dataset.refused] == ["record 0: field 'prompt' (prompt) is missing"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from easyedit_nmke.history import durable
 from easyedit_nmke.history.journal import Journal
 from easyedit_nmke.history.log import Edit, EditReport, standing
 from easyedit_nmke.methods import read
-from easyedit_nmke.models.updates import LowRank, fingerprint
+from easyedit_nmke.models.updates import Dense, LowRank, fingerprint
 
 
 @pytest.fixture
@@ -263,6 +263,50 @@ def test_other_methods_are_kept_too(tiny, requests, tmp_path, method):
     state = open_state(model, tok, dataclasses.replace(settings, model_name=(model, tok)))
     assert state.last == 3 and fingerprint(dict(model.named_parameters())) == ends[1] != ends[0]
     state.book.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fine_tuning_is_kept_when_asked_for(tiny, requests, tmp_path, dtype):
+    """Its dense differences: taken up, undone and gone back on to the bit; they are what is added."""
+
+    def begin():
+        model, tok = tiny("gpt2")  # with a bias, and weights the other way round
+        settings = dataclasses.replace(
+            read("FT/atlas"), model_name=(model.to(dtype), tok), device="cpu", layers=[0, 1], num_steps=2, lr=0.01,
+            keep_updates=True, state_dir=str(tmp_path / "state"),
+        )  # fmt: skip
+        editor = LifelongEditor.from_hparams(settings)
+        editor.open()
+        return editor
+
+    first = begin()
+    start = fingerprint(dict(first.model.named_parameters()))
+    for record in requests(3):
+        first.apply([record])
+    after = fingerprint(dict(first.model.named_parameters()))
+    (update, *_), _ = first.state.events[0].updates, first.close()
+    assert isinstance(update, Dense) and update.difference.dtype == torch.float32
+    again = begin()
+    assert fingerprint(dict(again.model.named_parameters())) == after != start
+    again.state.undo(2)
+    undone = fingerprint(dict(again.model.named_parameters()))
+    again.close()
+    other = begin()
+    assert fingerprint(dict(other.model.named_parameters())) == undone != after
+    other.state.rollback(0)
+    assert fingerprint(dict(other.model.named_parameters())) == start
+    other.close()
+
+
+def test_requests_that_share_a_dense_update_cannot_be_told_apart(tiny, requests):
+    model, tok = tiny("llama")
+    settings = dataclasses.replace(
+        read("FT/atlas"), model_name=(model, tok), device="cpu", layers=[0], num_steps=1, keep_updates=True, batch_size=2
+    )
+    editor = LifelongEditor.from_hparams(settings)
+    editor.apply(requests(2))
+    with pytest.raises(ValueError, match="edits 1 to 2 share one update that cannot be told apart; go back to 0 with rollback"):
+        editor.undo(1)
 
 
 def test_an_edit_is_undone_without_a_model(begin, requests, tmp_path):

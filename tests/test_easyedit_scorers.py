@@ -14,7 +14,7 @@ from test_metrics import byte_bpe, tiny_llama
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import data
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import generation, metrics
 
 registering = inside.registering

@@ -14,7 +14,7 @@ from easyedit_nmke.methods.keys import Ascent, Contexts, key_and_value, keys_of
 from easyedit_nmke.methods.solver import NullSpaceSolver
 from easyedit_nmke.methods.values import CALIBRATION, Value, target_values
 from easyedit_nmke.models.arch import FAMILIES, ModelView
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance
 
 
@@ -92,6 +92,26 @@ def test_copy_edits_a_copy_and_both_can_be_edited_on(tiny, nmke_hparams, request
     assert (first.nmke_state.edits, second.nmke_state.edits) == (1, 2)
 
 
+def test_a_copy_is_not_kept_on_disk(tiny, nmke_hparams, requests, tmp_path):
+    """Refused before anything: no folder is made, the journal of the model itself is not touched, and it can be edited on."""
+    model, tok = tiny("llama")
+    before, kept = fingerprints(model), nmke_hparams(model, tok, state_dir=str(tmp_path / "state"))
+    with pytest.raises(ValueError, match="copy=True cannot be had with edits that are kept on disk"):
+        apply_nmke_to_model(model, tok, requests(1), kept, copy=True)
+    assert_same_bits(model, before)
+    assert not (tmp_path / "state").exists() and not hasattr(model, "nmke_state")
+    apply_nmke_to_model(model, tok, requests(1), kept)
+    before, files = fingerprints(model), {path: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    for state in (None, model.nmke_state):
+        with pytest.raises(ValueError, match="copy=True cannot be had"):
+            apply_nmke_to_model(model, tok, requests(2)[1:], kept, copy=True, state=state)
+    assert_same_bits(model, before)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    apply_nmke_to_model(model, tok, requests(2)[1:], kept)
+    assert model.nmke_state.edits == 2
+    model.nmke_state.book.close()
+
+
 def test_weights_put_back_leave_no_trace(tiny, nmke_hparams, requests, weights):
     one, two = requests(2)
     model, tok = tiny("llama")
@@ -143,6 +163,35 @@ def test_a_failure_anywhere_leaves_weights_and_state_as_they_were(tiny, nmke_hpa
         apply_nmke_to_model(model, tok, requests(2)[1:], settings)
     assert_same_bits(model, before)
     assert (state.edits, state.solvers[0].count) == (1, 1)
+    monkeypatch.undo()
+    apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+    assert state.edits == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"solve": "restricted"}, {"regularizer": "covariance"}], ids=["full", "own", "soft"])
+def test_a_cholesky_that_fails_leaves_weights_and_state_bit_for_bit(tiny, nmke_hparams, requests, monkeypatch, changes):
+    """In the second layer, when the first is written already, and a second time when the past keys are to grow."""
+    model, tok = tiny("llama")
+    settings = nmke_hparams(model, tok, neurons="both", L2=30.0, **changes)
+    apply_nmke_to_model(model, tok, requests(1), settings)
+    before, state = fingerprints(model), model.nmke_state
+    memory = {(i, name): t.clone() for i, solver in state.solvers.items() for name, t in solver.memory().items()}
+    real, calls = torch.linalg.cholesky_ex, []
+    for failing in (2, 3) if "solve" not in changes else (2,):
+
+        def failed(matrix, failing=failing):
+            calls.append(1)
+            return real(-matrix if len(calls) == failing else matrix)
+
+        calls.clear()
+        monkeypatch.setattr(torch.linalg, "cholesky_ex", failed)
+        with pytest.raises(FloatingPointError, match="no digits are left; raise L2"):
+            apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+        assert len(calls) == failing
+        assert_same_bits(model, before)
+        assert state.edits == 1 and model.nmke_state is state
+        now = {(i, name): t for i, solver in state.solvers.items() for name, t in solver.memory().items()}
+        assert now.keys() == memory.keys() and all(torch.equal(now[key], memory[key]) for key in memory)
     monkeypatch.undo()
     apply_nmke_to_model(model, tok, requests(2)[1:], settings)
     assert state.edits == 2

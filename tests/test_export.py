@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import load_delta, methods
+from easyedit_nmke import files, load_delta, methods
 from easyedit_nmke.history import delta, export
 from easyedit_nmke.history.weights import EditedWeights
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.updates import LowRank
+from easyedit_nmke.models.updates import Dense, LowRank, Sparse, accumulate, of_parameter
 from easyedit_nmke.models.weights import Matrices
 from easyedit_nmke.scores import generation
 
@@ -98,13 +98,15 @@ def test_a_delta_gives_the_bits_of_the_edited_model_and_can_be_taken_back(kind, 
 
 
 def test_masked_neurons_take_a_bit_each(edited, tmp_path):
-    _, model, updates, originals = edited("llama")
+    base, model, updates, originals = edited("llama")
     export.export_delta(model, updates, originals, tmp_path / "out", CARD)
     stored = load_file(tmp_path / "out" / delta.FILE)
     kept = sum((update.right != 0).sum().item() for update in updates if update.parameter.split(".")[2] == "0")
     assert stored["0.values"].shape == (kept,) and stored["0.mask"].shape == (5, 96 // 8) and stored["0.left"].shape == (32, 5)
     dense = [update._replace(right=update.right + 1) for update in updates]
-    export.export_delta(model, dense, originals, tmp_path / "dense", CARD)
+    for name, original in originals.items():
+        accumulate(ModelView(base).matrix(name), original, of_parameter(dense, name))
+    export.export_delta(base, dense, originals, tmp_path / "dense", CARD)
     assert {name.split(".")[1] for name in load_file(tmp_path / "dense" / delta.FILE)} == {"left", "right"}
 
 
@@ -171,10 +173,13 @@ def test_a_delta_of_another_format_says_so(edited, tmp_path, monkeypatch):
 
 def test_updates_that_are_not_all_of_the_edits_are_refused(edited, tmp_path):
     base, model, updates, originals = edited("llama")
-    export.export_delta(model, updates[:-1], originals, tmp_path / "out", CARD)
-    unedited = down(base)
+    unedited, wanted = down(base), down(model)
+    with pytest.raises(RuntimeError, match=r"give model\.layers\.2\.mlp\.down_proj\.weight the fingerprint"):
+        export.export_delta(model, updates[:-1], originals, tmp_path / "out", CARD)
+    assert not list(tmp_path.iterdir()) and same_bits(down(model), wanted)
+    delta.save_delta(tmp_path / delta.FILE, model, updates[:-1], originals, {"base": "some/model"})
     with pytest.raises(ValueError, match=r"give model\.layers\.2\.mlp\.down_proj\.weight the fingerprint"):
-        load_delta(base, tmp_path / "out")
+        load_delta(base, tmp_path)
     assert same_bits(down(base), unedited)
 
 
@@ -272,7 +277,7 @@ def test_a_failure_leaves_no_folder(edited, tiny, tmp_path, monkeypatch):
                 go()
             assert not list((tmp_path / "deep").iterdir())
         with monkeypatch.context() as patch:
-            patch.setattr(export.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(files.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(OSError, match="No space"):
                 go()
             assert not list((tmp_path / "deep").iterdir())
@@ -347,7 +352,7 @@ def test_a_fresh_process_answers_as_the_edited_model(atlas, requests, nmke_hpara
         methods.apply_nmke_to_model(model, tok, batch, hparams)
     updates = [update for made in model.nmke_state.events for update in made.updates]
     card = export.Card("atlas", "0", "NMKE", 4, "2026-01-31")
-    export.export_model(model, tok, tmp_path / "model", card)
+    export.export_model(model, tok, tmp_path / "model", card, dtype=torch.float32)
     export.export_delta(model, updates, originals, tmp_path / "delta", card)
     export.export_lora(model, updates, tmp_path / "lora", card)
     after = generation.greedy_texts(model, tok, prompts)
@@ -366,3 +371,35 @@ def test_a_fresh_process_answers_as_the_edited_model(atlas, requests, nmke_hpara
     for kind in ("model", "delta"):
         assert same_bits(down(model, (0, 1)), {name: found[kind]["weights"][name] for name in down(model, (0, 1))}), kind
     assert Path(tmp_path / "delta" / delta.FILE).stat().st_size < 0.2 * sum(t.numel() * 4 for t in originals.values())
+
+
+def test_a_delta_holds_every_kind_of_update_and_an_adapter_low_rank_ones_alone(tiny, tmp_path):
+    model, base = tiny("llama")[0], tiny("llama")[0]
+    view, generator = ModelView(model), torch.Generator().manual_seed(0)
+    down0, up1 = view.weight_name(0), "model.layers.1.mlp.up_proj.weight"
+    originals = {name: view.matrix(name).clone() for name in (down0, up1)}
+    made = [
+        LowRank(down0, torch.randn(32, 2, generator=generator), torch.randn(2, 96, generator=generator)),
+        Sparse(down0, torch.tensor([0, 5, 3071]), torch.tensor([1.0, -2.0, 3.0])),
+        LowRank(down0, torch.randn(32, 1, generator=generator), torch.randn(1, 96, generator=generator)),
+        Dense(up1, torch.randn(96, 32, generator=generator)),
+    ]
+    for name in originals:
+        accumulate(view.matrix(name), originals[name], of_parameter(made, name))
+    export.export_delta(model, made, originals, tmp_path / "delta", CARD)
+    load_delta(base, tmp_path / "delta")
+    assert same_bits(base.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"the update of model.layers.0.mlp.down_proj.weight is sparse, and an adapter holds"):
+        export.export_lora(model, made, tmp_path / "lora", CARD)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_an_adapter_of_another_linear_layer(tiny, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, base = tiny("llama")[0], tiny("llama")[0]
+    name, view = "model.layers.1.mlp.up_proj.weight", ModelView(model)
+    made = LowRank(name, torch.randn(96, 2, generator=torch.Generator().manual_seed(0)) / 9, torch.ones(2, 32))
+    accumulate(view.matrix(name), view.matrix(name), [made])
+    export.export_lora(model, [made], tmp_path / "lora", CARD)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert torch.allclose(logits(adapted), logits(model), atol=1e-4)

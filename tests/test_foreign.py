@@ -19,7 +19,7 @@ from easyedit_nmke.easyedit import foreign
 from easyedit_nmke.easyedit.foreign import EasyEditMethod, TextByText
 from easyedit_nmke.hparams import ModelPair, shipped
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import generation, metrics
 from easyedit_nmke.statistics import covariance
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from easyedit_nmke.scores import metrics
-from easyedit_nmke.scores.generation import answer, fluency, greedy_texts, says, target_log_probs
+from easyedit_nmke.models.prompts import target_tokens
+from easyedit_nmke.scores import generation, metrics
+from easyedit_nmke.scores.generation import answer, fluency, greedy_texts, judge, says, target_log_probs
 
 PROMPTS = [
     "The people of Cape Wuzes are citizens of",
@@ -312,6 +313,139 @@ def test_exact_is_the_answer_and_exact_contains(text, target):
 def test_an_empty_target_is_an_error():
     with pytest.raises(ValueError, match="target ' ' has no text"):
         says("Kenya", " ")
+    for truths in (["Kenya", ""], []):
+        with pytest.raises(ValueError, match="has no text"):
+            says("Kenya", truths)
+
+
+@pytest.mark.parametrize(
+    "text, target, exact, contains",
+    [
+        ("巴黎。法国的首都", "巴黎", True, True),
+        ("是巴黎的一部分", "巴黎", False, True),
+        ("「巴黎」！是的", "巴黎", True, True),
+        ("巴黎，法国", "巴黎", False, True),
+        ("首都是Paris的", "Paris", False, True),
+        ("1998年", "1998", False, True),
+        ("1998年", "199", False, False),
+        ("東京です。", "東京", False, True),
+        ("ＴＯＫＹＯ。", "Tokyo", True, True),
+        ("กรุงเทพมหานคร", "กรุงเทพ", False, True),
+        ("서울입니다.", "서울", False, True),
+        ("दिल्ली। भारत", "दिल्ली", True, True),
+        ("दिल्लीवाला", "दिल्ली", False, False),
+        ("दिल्ली।", "दिल", False, False),
+        ("القاهرة؟ نعم", "القاهرة", True, True),
+        ("لاہور۔ پاکستان", "لاہور", True, True),
+        ("Москва. Да", "Москва", True, True),
+        ("Московский", "Москов", False, False),
+        ("አዲስ አበባ። ነው", "አዲስ አበባ", True, True),
+        ("¿París? Sí", "París", True, True),
+        ("Pari\u0301s.", "París", True, True),
+        ("„Wien“. Ja", "Wien", True, True),
+        ("Kenya! The", "Kenya", True, True),
+        ("St. Helier. It is", "St. Helier", True, True),
+        ("St. Helier, Jersey", "St. Helier", False, True),
+        ("the U.S. It", "U.S.", False, True),
+        ("U.S. It is", "U.S.", True, True),
+        ("U.S.A. It is", "U.S.", False, True),
+        ("3.5 percent", "3", False, True),
+        ("3.5. It", "3.5", True, True),
+        ("3. It", "3", True, True),
+    ],
+)
+def test_says_in_every_script_and_with_abbreviations(text, target, exact, contains):
+    assert says(text, target) == (exact, contains)
+
+
+def test_any_of_several_truths_counts():
+    assert says("The U.K.", ["Britain", "U.K."]) == (False, True)
+    assert says("Britain. It", ("U.K.", "Britain")) == (True, True)
+    assert says("Britain. It", ["France"]) == (False, False)
+    assert says("Britain, of course. France", ["Britain.", "France"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "text, truths, expected",
+    [
+        ("St. Helier. It is", "St. Helier", "St. Helier"),
+        ("St. Peter Port. It is", "St. Helier", "St. Peter Port"),
+        ("J. R. Smith. He", (), "J. R. Smith"),
+        ("Rome! And", (), "Rome"),
+        ("巴黎。法国", (), "巴黎"),
+        ("Washington D.C. It", ["Washington D.C."], "Washington D.C"),
+        ("Bay. St. Louis.", ["St. Louis"], "Bay"),
+        ("about 3.5 percent. It", (), "about 3.5 percent"),
+    ],
+)
+def test_the_answer_shown_is_the_one_that_is_judged(text, truths, expected):
+    assert answer(text, truths) == expected
+
+
+class Speaker(torch.nn.Module):
+    """Says after each prompt what it is told to, token by token, and an end token after that."""
+
+    def __init__(self, tok, said):
+        super().__init__()
+        self.weight, self.config = torch.nn.Parameter(torch.zeros(1)), SimpleNamespace()
+        self.rows = [tok(prompt)["input_ids"] for prompt in said]
+        self.texts = [tok(f"{prompt} {text}")["input_ids"] for prompt, text in said.items()]
+        self.size, self.end, self.asked = len(tok), tok.eos_token_id, []
+
+    def forward(self, input_ids, attention_mask):
+        ids = input_ids[0].tolist()
+        self.asked.append(len(ids))
+        number = next(i for i, row in enumerate(self.rows) if ids[: len(row)] == row)
+        rest = self.texts[number][len(ids) :]
+        return torch.nn.functional.one_hot(torch.tensor([[rest[0] if rest else self.end]]), self.size).float()
+
+
+LONG = "the old town hall of Mara Vosk, beside the great river, under seven very tall trees"
+SAID = {"Lyon": f"{LONG}. It is", "The month of": "Kenya. It", "The people of Cape": f"{LONG}, and St. Helier"}
+
+
+def test_a_target_of_any_length_can_be_right(tiny):
+    _, tok = tiny("llama")
+    length = len(tok(LONG)["input_ids"])
+    assert length > 20 and not says(greedy_texts(Speaker(tok, SAID), tok, ["Lyon"])[0], LONG)[1], "ten tokens are too few"
+    model = Speaker(tok, SAID)
+    found = judge(model, tok, [("Lyon", LONG), ("The month of", ["Rome", "Kenya"]), ("The people of Cape", LONG)])
+    assert [(v.exact, v.contains) for v in found] == [(True, True), (True, True), (False, True)]
+    assert [v.answer for v in found][:2] == [LONG, "Kenya"] and found[2].text.startswith(f" {LONG}, and")
+    longest = {prompt: len(tok(prompt)["input_ids"]) for prompt in SAID}
+    assert max(model.asked) <= max(longest.values()) + length + 2
+
+
+def test_different_lengths_share_batches_and_say_what_each_says_alone(tiny):
+    model, tok = tiny("gpt2")
+    counts = [3, 12, 3, 12, 7, 3, 12]
+    alone = [greedy_texts(model, tok, [prompt], count)[0] for prompt, count in zip(PROMPTS, counts, strict=True)]
+    hook, shapes = watched(model)
+    assert greedy_texts(model, tok, PROMPTS, counts) == alone
+    hook.remove()
+    assert [rows for rows, width in shapes if width > 1] == [3, 1, 3]
+
+
+def test_the_judge_allows_ten_tokens_and_more_for_a_long_target(tiny, monkeypatch):
+    model, tok = tiny("gpt2")
+    asked, said = [], greedy_texts
+
+    def spy(model, tok, prompts, counts, *rest):
+        asked.extend(counts)
+        return said(model, tok, prompts, counts, *rest)
+
+    monkeypatch.setattr(generation, "greedy_texts", spy)
+    length = len(target_tokens(tok, "Lyon", LONG))
+    near = "a" + " a" * (128 - length - len(tok("a")["input_ids"]))
+    while len(tok(f"{near} {LONG}")["input_ids"]) > 128:
+        near = near.removesuffix(" a")
+    pairs = [("Lyon", "Kenya"), ("Lyon", ["Kenya", LONG]), (near, LONG), (near, "Kenya")]
+    verdicts = judge(model, tok, pairs)
+    room = 128 - len(tok(near)["input_ids"])
+    assert asked == [10, length + 2, room, 10] and length <= room < length + 2
+    assert [v.text for v in verdicts[:1]] == said(model, tok, ["Lyon"])
+    with pytest.raises(ValueError, match="ask for fewer"):
+        judge(model, tok, [(f"{near} a a a", LONG)])
 
 
 # ---- probabilities

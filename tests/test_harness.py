@@ -29,7 +29,7 @@ DATA = "custom_dataset: !function easyedit_nmke.scores.harness.fact_documents"
 
 @pytest.fixture
 def lm_eval():
-    return pytest.importorskip("lm_eval", reason='lm-eval is not installed (`pip install "easyedit-nmke[harness]"`)')
+    return pytest.importorskip("lm_eval", reason='lm-eval is not installed (`python -m pip install -e ".[harness]"`)')
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def own_tasks(tmp_path):
 def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(ImportError, match=r"easyedit-nmke\[harness\]") as caught:
+    with pytest.raises(ImportError, match=r"pip install -e .\.\[harness\]") as caught:
         harness.check_tasks(["atlas_exercises"])
     assert "\n" not in str(caught.value)
 

@@ -549,6 +549,22 @@ def test_a_journal_that_nobody_holds_can_be_opened_again(sound, tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and not (folder / "lock.json").exists()
 
 
+def test_a_forked_process_does_not_give_the_lock_back(sound, tmp_path):
+    folder = copy(sound, tmp_path)
+    with Journal.open(folder) as found:
+        assert forked(found.close) == 0
+        with pytest.raises(BlockingIOError, match="in this process"):
+            Journal.open(folder)
+
+        def contend():
+            with pytest.raises(BlockingIOError, match=f"written by process {os.getppid()} on"):
+                Journal.open(folder)
+
+        assert forked(contend) == 0
+        found.append(content(COUNT), tensors(COUNT))
+    Journal.open(folder).close()
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
 def test_without_locks_in_the_file_system_the_process_decides(sound, tmp_path, monkeypatch, code):
     def flock(*_):

@@ -6,13 +6,15 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli, load_delta
 from easyedit_nmke.cli import kept
+from easyedit_nmke.scores import generation
 
 SETTINGS = dict(
-    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=50,
+    alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=200,
     nullspace_fraction=0.9,
 )  # fmt: skip
 
@@ -68,7 +70,7 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     assert [line.split()[-1] for line in listed.splitlines() if line.split()[:1] in (["1"], ["2"], ["3"])] == [
         "effective", "undone", "effective",
     ]  # fmt: skip
-    run(capsys, "export", results, "--to", "model")
+    assert "Rounding to bfloat16 leaves out" in run(capsys, "export", results, "--to", "model")
     card = (results / "model" / "README.md").read_text()
     assert "# atlas with 2 edits" in card and "None were taken." in card
 
@@ -96,12 +98,27 @@ def test_files_are_verified(results, capsys, monkeypatch):
     run(capsys, "log", results, "--verify")
 
 
+def test_a_whole_model_is_the_bases_folder_with_the_edits_in_it(results, capsys):
+    editor = kept.open_editor(kept.find(results))
+    editor.close()
+    shown = run(capsys, "export", results, "--to", "model", "--dtype", "float32", "--out", results / "wide")
+    assert "Rounding to float32 leaves out 0.00% of the edits (Frobenius norm): layer 0 0.00%, layer 1 0.00%" in shown
+    report = kept.export(results, "model", results / "same")
+    assert report.dtype == "bfloat16" and report.errors.keys() == {0, 1} and report.total > 0
+    for folder, dtype in (("wide", torch.float32), ("same", torch.bfloat16)):
+        stored, base = load_file(results / folder / "model.safetensors"), load_file(embedded.DIRECTORY / "model.safetensors")
+        changed = {name for name in base if base[name].dtype != stored[name].dtype or not torch.equal(base[name], stored[name])}
+        assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
+        assert all(torch.equal(stored[name], editor.model.get_parameter(name).to(dtype)) for name in changed)
+
+
 def test_what_cannot_be_done_is_said(results, tmp_path, capsys):
     for argv, said in (
         (["log", tmp_path / "nowhere"], "holds no state of edits"),
         (["undo", results, "9"], "there is no edit 9"),
         (["rollback", results, "7"], "there is no edit 7"),
         (["export", results, "--to", "delta", "--rank", "3"], "--rank is for --to lora"),
+        (["export", results, "--to", "lora", "--dtype", "float32"], "--dtype is for --to model"),
         (["export", results, "--to", "model", "--out", results], "not an empty folder"),
     ):
         assert cli.main(list(map(str, argv))) == 1
@@ -110,3 +127,31 @@ def test_what_cannot_be_done_is_said(results, tmp_path, capsys):
     shutil.copytree(state, results / "other")
     assert cli.main(["log", str(results)]) == 1
     assert "holds 2 states" in capsys.readouterr().err
+
+
+def test_a_checked_answer_is_judged_and_not_compared_letter_by_letter(results, requests, monkeypatch, capsys):
+    """An abbreviation in the target, a target of many tokens, marks around it: right; another answer: wrong."""
+    asked, long = [edit["prompt"] for edit in kept.edits(results)], "one two three four five six seven eight nine ten eleven twelve"
+    wanted = dict(zip(asked, ["St. Helier", long, "Rome"], strict=True))
+    said = dict(zip(asked, [" St. Helier. It is", f" {long}. So", " Romeo. He"], strict=True))
+    seen = []
+    monkeypatch.setattr(kept, "history", told(kept.history, wanted))
+    monkeypatch.setattr(
+        generation, "greedy_texts", lambda m, t, prompts, counts, _: seen.extend(counts) or [said[p] for p in prompts]
+    )
+    found = kept.edits(results, check=True)
+    assert [(edit["said"], edit["right"]) for edit in found] == [("St. Helier", True), (long, True), ("Romeo", False)]
+    assert seen[0] == 10 and seen[1] > 14
+
+
+def told(history, wanted):
+    """`history` with other targets."""
+
+    def other(journal, tensors=True):
+        events, notes = history(journal, tensors)
+        for event in () if tensors else events:
+            for request in event.requests:
+                request["target_new"] = wanted[request["prompt"]]
+        return events, notes
+
+    return other

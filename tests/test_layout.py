@@ -11,7 +11,8 @@ import easyedit_nmke
 
 ROOT = Path(easyedit_nmke.__file__).parent
 FLOORS = (
-    {"hparams", "files", "messages", "extensions"},
+    {"files", "messages", "extensions"},
+    {"hparams"},
     {"atlas"},
     {"models"},
     {"data", "statistics", "attribution", "history", "scores"},

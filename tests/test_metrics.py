@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import metrics
 from easyedit_nmke.scores.metrics import (
     add_locality_accuracy,
@@ -300,7 +300,7 @@ def requests_for(answers):
     (long, said), (short, told) = answers.items()
     return [
         Request(
-            long, "w6", f"{said[0]} {wrong(said[1])}", rephrase_prompt=short,
+            long, "w6", f"{said[0]} {wrong(said[1])}", rephrase_prompts=short,
             locality={"neighborhood": ((short, "w3"), (long, "w3 w4 w8")), "same_subject": ((short, " ".join(told)),)},
             portability={"one_hop": ((short, " ".join(told)), (short, wrong(told[0])))},
         ),

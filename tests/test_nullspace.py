@@ -2,6 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.statistics import covariance, nullspace
 
@@ -147,3 +148,48 @@ def test_each_layers_file_is_written_before_the_next_is_begun(view, nmke_hparams
     assert calls == [[], ["0"]]
     (file,) = (tmp_path / "stats").glob("eigenvectors_0_*")
     assert {name: tensor.shape for name, tensor in load_file(file).items()} == {"eigenvalues": (96,), "eigenvectors": (96, 96)}
+
+
+def test_the_log_tells_what_is_protected(view, nmke_hparams, caplog):
+    view, tok = view
+    caplog.set_level("INFO", "easyedit_nmke.statistics.nullspace")
+    nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok, layers=[0, 2], nullspace_fraction=0.75), progress=False)
+    assert [record.getMessage() for record in caplog.records if "protected" in record.message] == [
+        "layer 0: 24 of 96 directions protected", "layer 2: 24 of 96 directions protected",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (dict(nullspace_threshold=1e9), r"0 of 96 directions .*nullspace_threshold 1000000000.*change all.*lower "),
+        (dict(nullspace_fraction=0.999), r"0 of 96 directions .*nullspace_fraction 0.999.*change all.*set nullspace_fraction"),
+        (dict(nullspace_threshold=1e-9), r"96 of 96 directions .*nullspace_threshold 1e-09.*write nothing; raise "),
+        (dict(nullspace_fraction=0.001), r"96 of 96 directions .*nullspace_fraction 0.001.*write nothing; raise "),
+        (dict(nullspace_threshold=1e9, regularizer="covariance"), "0 of 96 directions"),
+    ],
+)
+def test_a_null_space_of_all_or_of_nothing_is_refused(view, nmke_hparams, requests, limits, said):
+    view, tok = view
+    settings = nmke_hparams(view.model, tok, **limits)
+    before = view.weight(0).clone()
+    with pytest.raises(ValueError, match=f"^layer 0: {said}"):
+        apply_nmke_to_model(view.model, tok, requests(1), settings)
+    assert torch.equal(view.weight(0), before) and not hasattr(view.model, "nmke_state")
+
+
+def test_a_soft_null_space_may_weigh_every_direction(view, nmke_hparams, requests):
+    view, tok = view
+    settings = nmke_hparams(view.model, tok, nullspace_threshold=1e-9, regularizer="covariance", mom2_update_weight=1.0)
+    before = view.weight(0).clone()
+    apply_nmke_to_model(view.model, tok, requests(1), settings)
+    assert not torch.equal(view.weight(0), before)
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "0 of 96 .*P_loc.*the model knows"), (96, "96 of 96 .*P_loc.*write nothing")])
+def test_a_projector_of_all_or_of_nothing_is_refused(view, nmke_hparams, requests, tmp_path, rank, said):
+    view, tok = view
+    projector = torch.eye(96) * (rank == 0)
+    torch.save(torch.stack([projector, projector]), tmp_path / "P.pt")
+    with pytest.raises(ValueError, match=f"{said}; remove P_loc"):
+        apply_nmke_to_model(view.model, tok, requests(1), nmke_hparams(view.model, tok, P_loc=str(tmp_path / "P.pt")))

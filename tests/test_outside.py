@@ -121,12 +121,12 @@ def test_a_verb_from_outside_has_help_arguments_and_errors_like_the_others(outsi
     [
         ("verbs", "gone = toys_of_test:GONE", "'gone' (toys_of_test:GONE) of toys could not be loaded (AttributeError"),
         ("verbs", "gone = no_such_module:VERB", "could not be loaded (ModuleNotFoundError"),
-        ("verbs", "export = toys_of_test:EXPORT", "adds verb 'export', which is there already"),
+        ("verbs", "export = toys_of_test:EXPORT", "takes a name of verbs that is there already"),
         ("verbs", "words = toys_of_test:WORDS", "the verb 'words' of an installed package is 'neither"),
         ("verbs", "other = toys_of_test:SHOUT", "expected a Verb('other', ...)"),
         ("verbs", "loud = toys_of_test:LOUD", "the arguments of the verb 'loud' cannot be added (ArgumentError"),
         ("metrics", "gone = toys_of_test:GONE", "'gone' (toys_of_test:GONE) of toys could not be loaded (AttributeError"),
-        ("metrics", "rel = toys_of_test:LONGEST", "adds metric 'rel', which is there already"),
+        ("metrics", "rel = toys_of_test:LONGEST", "takes a name of metrics that is there already"),
         ("metrics", "words = toys_of_test:WORDS", "the metric 'words' of an installed package is 'neither"),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from easyedit_nmke import atlas
-from easyedit_nmke.models.prompts import Request, context_templates, encode, joined, open_end, pad, position_before, target_tokens
+from easyedit_nmke.models.prompts import context_templates, encode, joined, open_end, pad, position_before, target_tokens
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.models.subjects import find_subject
 
 RECORD = {"prompt": "The birthplace of Mara Vosk is", "subject": "Mara Vosk", "target_new": " Rome"}
@@ -32,12 +33,12 @@ def test_requests_read_easyedits_dictionaries_and_write_them_back():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_new": "  "}, "new target .* is empty"),
-        ({"subject": ""}, "subject .* is empty"),
+        ({"target_new": "  "}, "target_new. .new target. is empty"),
+        ({"subject": ""}, "subject. .subject. is empty"),
         ({"subject": "Tobin"}, "'Tobin' is not in the prompt"),
         ({"prompt": "Mara Vosk and Mara Vosk are"}, "2 times in the prompt"),
-        ({"prompt": None}, "missing or not text: prompt"),
-        ({"target_new": 3}, "missing or not text: target_new"),
+        ({"prompt": None}, "field .prompt. .prompt. is missing"),
+        ({"target_new": 3}, "field .target_new. .new target. is a number, not text"),
     ],
 )
 def test_a_request_that_cannot_be_edited_is_refused_in_one_sentence(changes, message):

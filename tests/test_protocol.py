@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyedit_nmke import LifelongEditor, NMKEHyperParams
+from easyedit_nmke import LifelongEditor, NMKEHyperParams, files
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.experiments import protocol
-from easyedit_nmke.experiments.protocol import Progress, Result, Scorer, Segment
+from easyedit_nmke.experiments.protocol import Progress, Result, Scorer, Segment, hparams_differ
+from easyedit_nmke.methods import read
 from easyedit_nmke.methods.solver import NullSpaceSolver
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import generation, metrics, table
 from easyedit_nmke.scores.drift import weight_drift
 
@@ -204,9 +205,9 @@ def test_saved_weights_and_files_that_are_whole_or_not_there(begin, tmp_path):
     for name, tensor in stored.items():
         assert torch.equal(tensor, segment.editor.model.get_parameter(name))
     path = tmp_path / "sub" / "result.json"
-    protocol.write_json(path, "old")
+    files.write_json(path, "old")
     with pytest.raises(TypeError):
-        protocol.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == "old" and list(path.parent.iterdir()) == [path]
 
 
@@ -221,3 +222,27 @@ def test_atlas_takes_new_answers_and_keeps_the_rest(atlas, tmp_path):
     scores = line["scores"]
     assert scores["rel"] >= 0.75 and scores["gen"] >= 0.6 and scores["loc"] >= 0.9
     assert scores["rel_exact"] >= 0.75 and scores["rel_contains"] >= scores["rel_exact"] and scores["rel_preferred"] >= 0.75
+
+
+def test_a_setting_that_a_stored_line_lacks_had_its_default():
+    now = read("NMKE/atlas").to_dict()
+    then = {name: value for name, value in now.items() if name not in ("use_chat_template", "target_separator")}
+    assert hparams_differ(then, now) == [] and hparams_differ(now, then) == []
+    assert hparams_differ(then, {**now, "use_chat_template": True}) == ["use_chat_template False -> True"]
+
+
+def test_a_target_of_more_than_ten_tokens_can_be_said(tiny, requests, monkeypatch):
+    """What is generated is cut where the scorer says, as a model's text is."""
+    model, tok = tiny("llama")
+    long = "the old town hall of Mara Vosk, beside the great river, under seven very tall trees"
+    asked = [dataclasses.replace(Request.from_dict(r), target_new=long) for r in requests(2)]
+
+    def said(model, tok, prompts, new_tokens=10, *_, **__):
+        counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+        ids = tok(f"{long}. It is said")["input_ids"]
+        return [" " + tok.decode(ids[: count + 1], skip_special_tokens=True) for count in counts]
+
+    monkeypatch.setattr(generation, "greedy_texts", said)
+    scores = Scorer(model, tok, asked).unedited(model, tok)
+    names = ("rel_exact", "rel_contains", "gen_exact", "gen_contains")
+    assert [scores[name] for name in names] == [1.0] * 4

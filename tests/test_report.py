@@ -495,4 +495,5 @@ def test_without_the_extra_only_the_report_is_missing_and_says_how_to_get_it(mis
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-2:] == ["0", "1"]
-    assert done.stderr.strip() == f'nmke report: the report needs {missing}: pip install "easyedit-nmke[figures]"'
+    command = """python -m pip install -e ".[figures]" in this project's folder"""
+    assert done.stderr.strip() == f"nmke report: the report needs {missing}: {command} brings it"

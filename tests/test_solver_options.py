@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from easyedit_nmke.methods.solver import NullSpaceSolver, RestrictedSolver
+from easyedit_nmke.methods.solver import CovarianceSolver, NullSpaceSolver, RestrictedSolver
 
 SIZES = [(7, 0), (7, 3), (63, 20), (200, 150)]
 
@@ -86,13 +86,32 @@ def test_the_hard_null_space_is_the_limit_of_large_weights():
 def test_restricted_solve(size, rank, soft):
     basis, strength = space(size, rank)
     past, keys, residual, rows = case(size)
-    found = filled(RestrictedSolver(basis.float(), 0.3, strength if soft else None), past).update(keys, residual, rows.double())
+    solver = filled(RestrictedSolver(basis.float(), 0.3, strength if soft else None), past)
+    if not soft and rows.sum() <= rank:
+        with pytest.raises(ValueError, match=f"{rows.sum()} neurons are chosen and {rank} directions protected"):
+            solver.update(keys, residual, rows.double())
+        return
+    found = solver.update(keys, residual, rows.double())
     past = past.float().double()  # kept in the precision of the weights
     basis = basis.float().double()
     args = (past, keys, residual, rows)
     expected = dense_soft(basis, strength, 0.3, *args) if soft else dense_hard(basis, 0.3, *args)
     assert distance(found, expected) < 1e-6
     assert not found[:, ~rows].any()
+
+
+def test_a_restricted_solve_that_could_write_nothing_is_refused_with_both_numbers():
+    basis, strength = space(63, 20)
+    past, keys, residual, _ = case(63)
+    solver, soft = filled(RestrictedSolver(basis, 0.3), past), filled(RestrictedSolver(basis, 0.3, strength), past)
+    for chosen in (0, 1, 20):
+        mask = (torch.arange(63) < chosen).double()
+        said = f"{chosen} neurons are chosen and 20 directions protected, which must be fewer.*regularizer: covariance"
+        with pytest.raises(ValueError, match=said) as refusal:
+            solver.update(keys, residual, mask)
+        assert not isinstance(refusal.value, FloatingPointError), "the settings are at fault, not the model"
+        assert bool(soft.update(keys, residual, mask).any()) == (chosen > 0)
+    assert solver.update(keys, residual, (torch.arange(63) < 21).double()).any()
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
@@ -136,3 +155,26 @@ def test_a_strength_that_does_not_fit_is_refused():
         for kind in (NullSpaceSolver, RestrictedSolver):
             with pytest.raises(ValueError, match=r"strength must be \[3\] and not negative"):
                 kind(basis, 0.3, bad)
+
+
+@pytest.mark.parametrize("kind", [NullSpaceSolver, RestrictedSolver, CovarianceSolver])
+@pytest.mark.parametrize("what", ["keys", "residual", "equations"])
+def test_what_a_worn_out_model_gives_is_a_failed_edit(kind, what, monkeypatch):
+    """Keys or a residual that are not finite, equations without a solution: a run counts such an edit as failed, and goes on."""
+    _, keys, residual, _ = case(63)
+    solver = kind(torch.eye(63, dtype=torch.float64)) if kind is CovarianceSolver else kind(space(63, 20)[0], 0.3)
+    expected = solver.update(keys, residual)
+    if what == "equations":
+        solver.l2 = -1e9
+        if kind is NullSpaceSolver:
+            solver._past.l2 = -1e9
+        if kind is CovarianceSolver:  # I + KᵀC⁻¹K is zero
+            keys = torch.eye(63, dtype=torch.float64)[:, :2]
+            monkeypatch.setattr(solver, "solve", torch.neg)
+        with pytest.raises(FloatingPointError, match="no digits are left; raise"):
+            solver.update(keys, residual)
+        return
+    broken = {"keys": keys, "residual": residual, what: torch.full_like({"keys": keys, "residual": residual}[what], torch.nan)}
+    with pytest.raises(FloatingPointError, match=f"{what} holds NaN or infinite"):
+        solver.update(**broken)
+    assert torch.equal(solver.update(keys, residual), expected)

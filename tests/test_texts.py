@@ -20,7 +20,8 @@ from easyedit_nmke.models import prompts
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.chat import as_chat, in_chat, turn
 from easyedit_nmke.models.loading import load_model
-from easyedit_nmke.models.prompts import Request, encode, joined, open_end, position_before, target_tokens, tokenised
+from easyedit_nmke.models.prompts import encode, joined, open_end, position_before, target_tokens, tokenised
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import generation, metrics
 
 CORPUS = [
@@ -154,7 +155,7 @@ def test_scores_and_edits_read_the_same_text_of_a_chat_prompt(chatty, nmke_hpara
     assert prepared(model, tok, request, ["{}"], nmke_hparams(model, tok))[0] == expected[:-1]
     (row,) = metrics._rows(tok, [(prompt, "Rome")], None, None)
     assert row.ids == expected and row.labels == expected[len(tok(prompt, add_special_tokens=False)["input_ids"]) :]
-    assert generation._prompt_rows(tok, [prompt], 1, None, None) == [expected[: row.target]]
+    assert generation._prompt_rows(tok, [prompt], [1], None, None) == [expected[: row.target]]
 
 
 def test_an_edit_of_a_chat_prompt_is_read_back_in_full(chatty):
@@ -182,7 +183,7 @@ def test_a_prompt_goes_through_the_chat_template_once(chatty):
     )  # fmt: skip
     found = in_chat(tok, request)
     assert found.prompt == "<s>user\nThe birthplace of Mara Vosk is</s>\n<s>assistant\n"
-    assert found.rephrase_prompt == as_chat(tok, "Mara Vosk was born in")
+    assert found.rephrase_prompts == (as_chat(tok, "Mara Vosk was born in"),)
     assert found.locality == {"near": ((as_chat(tok, "Who is it?"), "me"),)}
     assert [prompt for prompt, _ in found.portability["far"]] == [as_chat(tok, "Where is it?"), as_chat(tok, "When?")]
     assert in_chat(tok, found) == found
@@ -300,7 +301,7 @@ def test_the_settings_separator_is_used_by_edits_checks_and_scores(tiny, nmke_hp
     pair = (request.prompt, "Rome")
     (_, labels), = metrics.predicted_tokens(model, tok, [pair], separator="\n")  # fmt: skip
     assert labels == target_tokens(tok, request.prompt, "Rome", "\n") == expected[len(tok(request.prompt + "\n")["input_ids"]) :]
-    assert generation._prompt_rows(tok, [request.prompt], 1, None, "\n") == [expected[: -len(labels)]]
+    assert generation._prompt_rows(tok, [request.prompt], [1], None, "\n") == [expected[: -len(labels)]]
     by_hand = [model(torch.tensor([expected])).logits[0].log_softmax(-1)[i - 1, expected[i]].item() for i in range(-len(labels), 0)]
     (found,) = generation.target_log_probs(model, tok, [pair], separator="\n")
     assert found == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)

@@ -10,7 +10,7 @@ from easyedit_nmke import atlas as embedded
 from easyedit_nmke.history.log import standing
 from easyedit_nmke.history.state import LifelongState
 from easyedit_nmke.methods import read
-from easyedit_nmke.models.prompts import Request
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.models.updates import accumulate, of_parameter
 from easyedit_nmke.scores import metrics
 

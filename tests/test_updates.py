@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from easyedit_nmke.models import updates
-from easyedit_nmke.models.updates import LowRank, accumulate, fingerprint
+from easyedit_nmke.models.updates import Dense, LowRank, Sparse, accumulate, fingerprint
 
 
 def some(k=1, rows=5, columns=7, seed=0, layer=0):
@@ -78,3 +78,47 @@ def test_columns_of_single_requests_are_taken_out():
     left = update.without({5})
     assert torch.equal(left.left, update.left[:, [0, 2]]) and torch.equal(left.right, update.right[[0, 2]])
     assert update.without({4, 5, 6}) is None
+
+
+def mixed(rows=9, columns=7):
+    """Updates of the three kinds, of one matrix, and the differences that they make."""
+    g = torch.Generator().manual_seed(3)
+    places = torch.randperm(rows * columns, generator=g)[:11].sort().values
+    values = torch.randn(11, generator=g)
+    dense = torch.randn(rows, columns, generator=g)
+    low = some(2, rows, columns)
+    whole = torch.zeros(rows * columns).index_copy(0, places, values).view(rows, columns)
+    return [Sparse("w", places, values), low._replace(parameter="w"), Dense("w", dense)], [whole, low.left @ low.right, dense]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sparse_and_dense_updates_are_added_in_order_in_any_blocks(dtype, transposed, monkeypatch):
+    made, differences = mixed()
+    made = [update.rounded(dtype) for update in made]
+    start = torch.randn(9, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    start = start.T.contiguous().T if transposed else start
+    found = torch.empty_like(start)
+    accumulate(found, start, made)
+    for size in (1, 14, 1000):
+        monkeypatch.setattr(updates, "_BLOCK", size)
+        again = torch.empty_like(start)
+        accumulate(again, start, made)
+        assert torch.equal(found, again)
+    assert torch.allclose(found.float(), start.float() + sum(differences), atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_a_vector_is_changed_too():
+    bias = torch.arange(5.0)
+    accumulate(bias, bias, [Dense("b", torch.ones(5)), Sparse("b", torch.tensor([1, 4]), torch.tensor([10.0, 20.0]))])
+    assert bias.tolist() == [1, 12, 3, 4, 25]
+
+
+def test_a_sparse_or_dense_update_is_taken_out_as_a_whole():
+    for update in (Sparse("w", torch.tensor([1]), torch.ones(1), first=2, requests=2), Dense("w", torch.ones(2, 2), 2, 2)):
+        assert update.without({0, 2}) is update and update.without({2, 3, 9}) is None
+
+
+def test_indices_must_increase():
+    with pytest.raises(ValueError, match="a sparse update of w needs a value for each of its indices, which must increase"):
+        Sparse("w", torch.tensor([3, 3]), torch.ones(2)).rounded(torch.float32)

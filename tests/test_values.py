@@ -7,7 +7,8 @@ import torch
 
 from easyedit_nmke.methods.values import target_values
 from easyedit_nmke.models.arch import FAMILIES, ModelView
-from easyedit_nmke.models.prompts import Request, position_before, target_tokens
+from easyedit_nmke.models.prompts import position_before, target_tokens
+from easyedit_nmke.models.requests import Request
 
 TEMPLATES = ["{}", "I say this. {}", "Because of what you know by now. {}"]
 REQUEST = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome and")

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..files import write_json
 from . import DIRECTORY
 from . import facts as world
 
@@ -294,10 +295,6 @@ def output_folder(size: str, out: Path | None) -> Path:
     if size != "small" and (out is None or out.resolve() == DIRECTORY.resolve()):
         raise ValueError(f"{DIRECTORY} holds the embedded model; give --size {size} a folder of its own: --out FOLDER")
     return out or DIRECTORY
-
-
-def write_json(path: Path, content) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

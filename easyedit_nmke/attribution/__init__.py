@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..messages import how_to_install
 from ..models.products import exact_products
 from . import fast, reference
 from .cached import AttributionCache, Projection
@@ -127,7 +128,7 @@ def _primitive(backend: str, w_out: torch.Tensor, projection: Projection | None,
 def _fused_problem(w_out: torch.Tensor) -> str | None:
     """Why the Triton kernel cannot run here."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install easyedit_nmke[cuda])"
+        return f"Triton is not installed ({how_to_install('cuda')} brings it)"
     if w_out.is_cuda and torch.cuda.get_device_capability(w_out.device) < (8, 0):
         return f"compute capability 8.0 is needed, {torch.cuda.get_device_name(w_out.device)} has less"
     if not w_out.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -14,7 +14,7 @@ import torch
 from ..attribution import BACKENDS
 from ..methods.solver import NullSpaceSolver
 from ..models.device import peak_memory
-from ..models.prompts import Request
+from ..models.requests import Request
 from . import parts
 from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, covariance_solvers
 from .machine import Clock, Measured, busy, check_device, spread, surroundings

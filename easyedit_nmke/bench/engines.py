@@ -23,7 +23,7 @@ from ..methods.solver import CovarianceSolver
 from ..methods.values import target_values
 from ..models.arch import evaluating
 from ..models.device import free_memory, synchronise
-from ..models.prompts import Request
+from ..models.requests import Request
 from ..scores import metrics
 from .machine import Clock, Measured, held_memory
 from .shapes import Bed

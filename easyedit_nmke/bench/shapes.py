@@ -21,7 +21,8 @@ from ..methods.contract import phase
 from ..methods.keys import Contexts, keys_of
 from ..models.arch import ModelView, evaluating
 from ..models.device import free_memory
-from ..models.prompts import Request, context_templates
+from ..models.prompts import context_templates
+from ..models.requests import Request
 
 RANK = 0.25  # share of directions that updates may not touch
 COSINE = 0.5  # between synthesised past keys
@@ -249,6 +250,6 @@ def synthetic_requests(size: int, seed: int) -> Iterator[Request]:
         subject = " ".join([_word((seed + i) % FIRST_WORDS).capitalize(), *words[:2]])
         yield Request(
             f"{subject} {' '.join(words[2:6])} is", subject, " ".join(words[6:8]), ground_truth=words[5],
-            rephrase_prompt=f"The {words[4]} {words[2]} a {words[6]} is",
+            rephrase_prompts=f"The {words[4]} {words[2]} a {words[6]} is",
             locality={"unrelated": ((f"The {words[3]} {words[5]} is", words[1]),)},
         )  # fmt: skip

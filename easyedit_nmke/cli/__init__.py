@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from ..extensions import with_extensions
-from . import bench, check, demo, edits, report, run
+from . import bench, check, demo, doctor, edits, report, run
 from .verb import Verb
 
 VERBS = (
     demo.VERB, check.VERB, run.RUN, run.COMPARE, report.VERB, edits.LOG, edits.UNDO, edits.ROLLBACK, edits.EXPORT, bench.VERB,
+    doctor.VERB,
 )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def _parser(verbs: Mapping[str, Verb]) -> tuple[argparse.ArgumentParser, Mapping
         epilog="for example:\n" + "\n".join(f"  {verb.example}" for verb in verbs.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=doctor.version_line())
     parsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in verbs.items():
         sub = parsers.add_parser(

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from .verb import Verb, cells, positive, quiet_libraries, score_table
@@ -26,7 +27,7 @@ def _demo(args, console: Console) -> int:
     from ..experiments.protocol import Scorer, Segment, stamp
     from ..files import write_json
     from ..methods.nmke import NMKEHyperParams
-    from ..models.prompts import Request
+    from ..models.requests import Request
     from ..scores.table import in_shell
 
     quiet_libraries(args)
@@ -64,10 +65,11 @@ def _demo(args, console: Console) -> int:
     return 0
 
 
-def _answers(model, tok, requests) -> list[str]:
+def _answers(model, tok, requests) -> list:
+    """The judge's verdicts."""
     from ..scores import generation
 
-    return [generation.answer(text) for text in generation.greedy_texts(model, tok, [request.prompt for request in requests])]
+    return generation.judge(model, tok, [(request.prompt, request.target_new) for request in requests])
 
 
 def _with_bar(events, total: int, name: str) -> list[dict]:
@@ -87,8 +89,8 @@ def _answer_table(requests, columns, names) -> Table:
     for name in (names[0], "Wanted", *names[1:]):
         table.add_column(name)
     for request, before, *after in zip(requests, *columns, strict=True):
-        cells = [f"[green]{said}" if said == request.target_new else f"[red]{said}" for said in after]
-        table.add_row(request.prompt, before, request.target_new, *cells)
+        said = [Text(verdict.answer, "green" if verdict.exact else "red") for verdict in after]
+        table.add_row(Text(request.prompt), Text(before.answer), Text(request.target_new), *said)
     return table
 
 

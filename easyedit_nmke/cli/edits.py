@@ -40,6 +40,9 @@ def _export_arguments(export: argparse.ArgumentParser) -> None:
     _folder(export)
     export.add_argument("--to", required=True, choices=("model", "delta", "lora"), help="a whole checkpoint, factors, an adapter")
     export.add_argument("--rank", type=positive, metavar="R", help="of the adapter (default: that of all edits together)")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of a model's edited tensors (default: the base's, rounded)"
+    )
     export.add_argument("--out", type=Path, metavar="PATH", help="where it goes, a new folder (default DIR/model, delta or lora)")
 
 
@@ -60,7 +63,7 @@ def _log(args, console: Console) -> int:
         table.add_column(name, overflow="fold")
     for edit in kept.edits(args.folder, args.model, args.device, args.check):
         style = "" if edit["now"] == "effective" else "dim"
-        said = [Text(edit["said"], "green" if edit["said"] == edit["target_new"] else "red")] if args.check else []
+        said = [Text(edit["said"], "green" if edit["right"] else "red")] if args.check else []
         asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
         table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
     console.print(table)
@@ -93,8 +96,10 @@ def _export(args, console: Console) -> int:
 
     quiet_libraries(args)
     out = args.out or args.folder / args.to
-    report = kept.export(args.folder, args.to, out, args.rank, args.model, args.device)
-    if report:
+    report = kept.export(args.folder, args.to, out, args.rank, args.model, args.device, args.dtype)
+    if report and args.to == "model":
+        console.print(str(report), highlight=False, soft_wrap=True)
+    elif report:
         each = ", ".join(f"layer {layer} {error:.2%}" for layer, error in report.errors.items())
         told = f"Rank {report.rank} leaves out {report.total:.2%} of the updates (Frobenius norm): {each}"
         console.print(told, highlight=False, soft_wrap=True)

@@ -8,10 +8,14 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 
+import torch
+
 from ..editor import LifelongEditor
+from ..files import check_new
 from ..history import journal
+from ..history.checkpoint import ModelReport
 from ..history.durable import history, undo
-from ..history.export import Card, LoraReport, check_new, export_delta, export_lora, export_model
+from ..history.export import Card, LoraReport, export_delta, export_lora, export_model
 from ..history.journal import Journal, Verification
 from ..history.log import Edit, standing
 from ..methods import method_named
@@ -31,7 +35,8 @@ def find(folder: str | Path) -> Path:
 
 def edits(folder: str | Path, model: str | None = None, device: str | None = None, check: bool = False) -> list[dict]:
     """Every edit of a state: id, subject, prompt, old and new answer, when it was made, and what has become of it. Loads no model,
-    unless `check`: then "said" is what the edited model answers now.
+    unless `check`: then "said" is what the edited model answers now, and "right" whether that
+    is the new answer.
     """
     where = find(folder)
     with Journal.open(where, write=False) as journal:
@@ -45,9 +50,10 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     if check and found:
         editor = open_editor(where, model, device)
         editor.close()  # it is only asked
-        said = generation.greedy_texts(editor.model, editor.tok, [edit["prompt"] for edit in found])
-        for edit, text in zip(found, said, strict=True):
-            edit["said"] = generation.answer(text)
+        asked = [(edit["prompt"], edit["target_new"]) for edit in found]
+        verdicts = generation.judge(editor.model, editor.tok, asked, separator=editor.hparams.target_separator)
+        for edit, verdict in zip(found, verdicts, strict=True):
+            edit.update(said=verdict.answer, right=verdict.exact)
     return found
 
 
@@ -101,17 +107,21 @@ def open_editor(folder: Path, model: str | None = None, device: str | None = Non
 
 
 def export(
-    folder: str | Path, to: str, out: Path, rank: int | None = None, model: str | None = None, device: str | None = None
-) -> LoraReport | None:
-    """Write the edited model of a state to `out`; returns a LoRA adapter's report. to: "model", "delta" or "lora"."""
-    if rank is not None and to != "lora":
-        raise ValueError(f"--rank is for --to lora, not for --to {to}")
+    folder: str | Path, to: str, out: Path, rank: int | None = None, model: str | None = None, device: str | None = None,
+    dtype: str | None = None,
+) -> ModelReport | LoraReport | None:  # fmt: skip
+    """Write the edited model of a state to `out`; returns what an adapter's rank, or rounding a whole model to `dtype` (by default
+    the base's), leaves out. to: "model", "delta" or "lora"."""
+    for name, value, kind in (("--rank", rank, "lora"), ("--dtype", dtype, "model")):
+        if value is not None and to != kind:
+            raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
     check_new(out)
     with closing(open_editor(find(folder), model, device)) as editor:
         card = _card(editor)
         originals, updates = editor.state.changes()
         if to == "model":
-            return export_model(editor.model, editor.tok, out, card)
+            kind = None if dtype is None else getattr(torch, dtype)
+            return export_model(editor.model, editor.tok, out, card, kind, editor.state.weights.masters)
         if to == "delta":
             return export_delta(editor.model, updates, originals, out, card)
         return export_lora(editor.model, updates, out, card, rank)

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from .report import comparison
 from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table
 
+NOTES = 5  # on odd records that are shown
+
 
 def _run_arguments(run: argparse.ArgumentParser) -> None:
     run.add_argument("--hparams", required=True, metavar="FILE", help="a YAML file, or the name of one that comes with the package")
@@ -68,7 +70,7 @@ def _run(args, console: Console) -> int:
         settings.state_dir = str(state_directory(args.out, settings.alg_name, args.seed))
     editor = LifelongEditor.from_hparams(settings)
     try:
-        stream = chosen(editor, args.data, args.edits, args.seed)
+        stream = chosen(editor, args.data, args.edits, args.seed, args.checkpoints or ())
         method = Method(settings.alg_name, settings, loaded=editor)
         lines = _compared(args, tasks, [method], len(stream.requests), (args.seed,), keep_weights=True)
     finally:
@@ -76,6 +78,10 @@ def _run(args, console: Console) -> int:
     console.print(_table(lines))
     for refusal in stream.refused:
         console.print(f"refused {refusal}", highlight=False, markup=False, soft_wrap=True)
+    for note in stream.notes[:NOTES]:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    if len(stream.notes) > NOTES:
+        console.print(f"note: and {len(stream.notes) - NOTES} more like these", highlight=False)
     done = f"{len(stream.requests)} edits, {len(stream.refused)} records refused; results in {args.out}"
     console.print(done, highlight=False, soft_wrap=True)
     return 0

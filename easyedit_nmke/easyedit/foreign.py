@@ -28,7 +28,7 @@ from .. import atlas
 from ..hparams import shipped
 from ..models.arch import ModelView
 from ..models.hooks import record
-from ..models.prompts import Request
+from ..models.requests import Request
 from ..statistics import corpus, covariance
 from .register import easyedit_method
 

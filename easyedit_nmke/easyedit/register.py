@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from ..messages import did_you_mean
+from ..messages import did_you_mean, how_to_install
 
 ALG_NAME = "NMKE"
 ACCELERATED = ("AlphaEdit", "MEMIT")
@@ -235,7 +235,7 @@ def _import_easyedit(home: Path, behind_placeholders: bool) -> ModuleType:
         elif package in ("easyeditor", "transformers"):
             raise _too_old(home, error) from error
         else:
-            advice = 'install it (`pip install "easyedit-nmke[easyedit]"` brings what the text methods need)'
+            advice = f"install it ({how_to_install('easyedit')} brings what the text methods need)"
         raise ImportError(
             f"EasyEdit at {home} needs the package {package}, which is not installed; {advice}.", name=package
         ) from error

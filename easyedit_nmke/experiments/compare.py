@@ -132,7 +132,7 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) 
     ours = isinstance(editor, LifelongEditor)
     try:
         with editor.state.as_of(0) if ours else nullcontext():
-            asked = stream(editor, plan.source, plan.edits, seed)
+            asked = stream(editor, plan.source, plan.edits, seed, plan.checkpoints)
             mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
             _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
             exercises = atlas.exercises() if plan.source in atlas.SOURCES else ()

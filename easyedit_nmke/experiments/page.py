@@ -8,13 +8,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..messages import how_to_install
 from ..scores.table import in_report
 from . import figures, report
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 except ModuleNotFoundError as missing:
-    raise ImportError(f'the report needs {missing.name}: pip install "easyedit-nmke[figures]"') from None
+    raise ImportError(f"the report needs {missing.name}: {how_to_install('figures')} brings it") from None
 
 SECTIONS = {
     "curves": (

@@ -23,7 +23,7 @@ from ..hparams import defaults, differences
 from ..methods import methods
 from ..models.arch import ModelView
 from ..models.device import peak_memory
-from ..models.prompts import Request
+from ..models.requests import Request
 from ..models.updates import fingerprint
 from ..scores import generation, metrics
 from ..scores.drift import weight_drift
@@ -32,7 +32,6 @@ from ..scores.table import measured
 logger = logging.getLogger(__name__)
 
 FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
-ANSWER_TOKENS = 10
 # What a model worn out by its edits raises: numbers that are not finite, systems that cannot be solved.
 WORN_OUT = (FloatingPointError, torch.linalg.LinAlgError)
 
@@ -68,7 +67,7 @@ class Scorer:
         metrics.check(model, tok, self.requests, separator)
         self.before = metrics.quality(model, tok, self.requests, separator=separator)
         unknown = [request.prompt for request in self.requests if request.ground_truth is None]
-        said = iter(generation.greedy_texts(model, tok, unknown, ANSWER_TOKENS, separator=separator))
+        said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS, separator=separator))
         self.old = [
             request.ground_truth if request.ground_truth is not None else generation.answer(next(said)) for request in self.requests
         ]
@@ -88,7 +87,7 @@ class Scorer:
 
     def _scores(self, model, tok, requests: Sequence[Request], before: list[dict], after: list[dict]) -> dict:
         scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
-        for name, prompts in (("rel", [r.prompt for r in requests]), ("gen", [r.rephrase_prompt for r in requests])):
+        for name, prompts in (("rel", [(r.prompt,) for r in requests]), ("gen", [r.rephrase_prompts for r in requests])):
             scores.update(self._said(model, tok, name, requests, prompts))
         prompts = [r.prompt for r in requests[:FLUENCY_TEXTS]]
         texts = generation.greedy_texts(model, tok, prompts, FLUENCY_TOKENS, separator=self.separator)
@@ -98,25 +97,42 @@ class Scorer:
         scores |= measured(model, tok, requests, before)
         return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
 
-    def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[str | None]) -> dict:
-        """Free generation against the target, and the target's probability against the old answer's."""
+    def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[Sequence[str]]) -> dict:
+        """Free generation against the target or any of its aliases, and the target's probability against the old answer's: means
+        over each request's prompts, then over requests."""
         asked = [
-            (prompt, request.target_new, old)
-            for prompt, request, old in zip(prompts, requests, self.old, strict=False)
-            if prompt is not None
+            (i, prompt, request, old)
+            for i, (several, request, old) in enumerate(zip(prompts, requests, self.old, strict=False))
+            for prompt in several
         ]
         if not asked:
             return dict.fromkeys((f"{name}_exact", f"{name}_contains", f"{name}_preferred"))
-        texts = generation.greedy_texts(model, tok, [prompt for prompt, _, _ in asked], ANSWER_TOKENS, separator=self.separator)
-        judged = [generation.says(text, new) for text, (_, new, _) in zip(texts, asked, strict=True)]
-        compared = [(prompt, new, old) for prompt, new, old in asked if old]
-        pairs = [(prompt, new) for prompt, new, _ in compared], [(prompt, old) for prompt, _, old in compared]
+        truths = [(prompt, (request.target_new, *request.aliases)) for _, prompt, request, _ in asked]
+        judged = generation.judge(model, tok, truths, separator=self.separator)
+        compared = [(i, prompt, request.target_new, old) for i, prompt, request, old in asked if old]
+        pairs = [(prompt, new) for _, prompt, new, _ in compared], [(prompt, old) for _, prompt, _, old in compared]
         new, old = (generation.target_log_probs(model, tok, some, separator=self.separator) for some in pairs)
+        owners = [i for i, *_ in asked]
         return {
-            f"{name}_exact": fmean(exact for exact, _ in judged),
-            f"{name}_contains": fmean(contains for _, contains in judged),
-            f"{name}_preferred": fmean(n > o for n, o in zip(new, old, strict=True)) if compared else None,
+            f"{name}_exact": _mean_by_request(owners, [verdict.exact for verdict in judged]),
+            f"{name}_contains": _mean_by_request(owners, [verdict.contains for verdict in judged]),
+            f"{name}_preferred": _mean_by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)]),
         }
+
+
+def _mean_by_request(owners: Sequence[int], values: Sequence[float]) -> float | None:
+    """Mean over each request's values, then over requests; None without any."""
+    by_request: dict[int, list[float]] = {}
+    for owner, value in zip(owners, values, strict=True):
+        by_request.setdefault(owner, []).append(value)
+    return fmean(map(fmean, by_request.values())) if by_request else None
+
+
+def batches(count: int, size: int, checkpoints: Sequence[int], start: int = 0) -> list[tuple[int, int]]:
+    """(start, stop) of the edits of requests from `start` to `count`: `size` at a time, and never across a checkpoint."""
+    ends = sorted({*(c for c in checkpoints if start < c < count), count})
+    begins = [start, *ends]
+    return [(i, min(i + size, end)) for begin, end in zip(begins, ends, strict=False) for i in range(begin, end, size)]
 
 
 @dataclass
@@ -162,7 +178,7 @@ class Segment:
                 yield Result(self.lines[-1])
             if done >= max(checkpoints):
                 return
-            stop = min(done + size, min(c for c in checkpoints if c > done))
+            (_, stop), *_ = batches(max(checkpoints), size, checkpoints, done)
             self._edit(requests[done:stop])
             yield Progress(stop - done)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
 
+from ..messages import how_to_install
 from ..scores import table as scores
 from .protocol import failed_edits
 
@@ -15,7 +16,7 @@ try:
 
     from .figures import UNEDITED
 except ModuleNotFoundError as missing:
-    raise ImportError(f'the report needs {missing.name}: pip install "easyedit-nmke[figures]"') from None
+    raise ImportError(f"the report needs {missing.name}: {how_to_install('figures')} brings it") from None
 
 
 def read(directory: Path) -> tuple[list[dict], list[str]]:

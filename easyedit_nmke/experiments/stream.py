@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import atlas, data
@@ -11,38 +13,44 @@ from ..editor import LifelongEditor
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
 from ..models.chat import in_chat
-from ..models.prompts import Request
+from ..models.requests import Request
 from ..scores import metrics
+from .protocol import batches
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What is edited, in order, and the number of each record in its file; refused records; what the stamp says of them."""
+    """What is edited, in order, and the number of each record in its file; refused records; what the stamp says of them; what is
+    odd about them."""
 
     requests: list[Request]
     records: list[int]
     refused: list[data.Refusal]
     facts: dict
+    notes: list[str] = field(default_factory=list)
 
 
-def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
+def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Sequence[int] = ()) -> Stream:
     """The first `edits` (None: all) facts of the embedded model's test half, or records of a file, in an order that the seed
-    decides (0: as they are), without those that this model and its templates cannot be edited with or scored on."""
+    decides (0: as they are), without those that this model and its templates cannot be edited with or scored on. checkpoints: where
+    batches end, besides after `batch_size` requests."""
     if source in atlas.SOURCES:
         facts = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
         requests = [_asked(editor, Request.from_dict(r)) for r in facts]
         return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
-    loaded = data.load(Path(source))
+    method = getattr(editor, "method", None)
+    loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)
     order = list(range(len(loaded.requests)))
     if seed:
         random.Random(seed).shuffle(order)
     view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
-    accepted, refused, batch = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
+    accepted, refused, size = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
+    starts = [start for start, _ in batches(len(order), size, checkpoints)]
     separator, asked = getattr(editor.hparams, "target_separator", None), {}
     for place in order:
         try:
             asked[place] = _asked(editor, loaded.requests[place])
-            begun = [asked[i] for i in accepted[len(accepted) // batch * batch :]]
+            begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
             check_requests(view, editor.tok, [*begun, asked[place]], templates, separator)
             metrics.check(editor.model, editor.tok, [asked[place]], separator)
             accepted.append(place)
@@ -55,7 +63,8 @@ def stream(editor, source: str, edits: int | None, seed: int) -> Stream:
         raise ValueError(f"{edits} edits were asked for, but {len(accepted)} records of {source} can be edited; ask for fewer")
     chosen = accepted[:edits]
     facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
-    return Stream([asked[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, {**facts, "edits": len(chosen)})
+    numbers = [loaded.indices[i] for i in chosen]
+    return Stream([asked[i] for i in chosen], numbers, refused, {**facts, "edits": len(chosen)}, loaded.notes)
 
 
 def _asked(editor, request: Request) -> Request:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +12,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ..files import whole_folder
 from ..models.arch import ModelView
 from ..models.updates import LowRank, Update
+from .checkpoint import Base, ModelReport, write_checkpoint
 from .delta import FILE, joined, save_delta, short
+from .readback import check_checkpoint, check_delta, check_lora
 
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 
@@ -44,14 +44,37 @@ class LoraReport(NamedTuple):
     total: float
 
 
-def export_model(model, tok, folder: str | Path, card: Card) -> None:
-    """A `save_pretrained` folder: weights, configuration, tokenizer, card. ValueError when `folder` holds anything."""
-    kind, name = short(model.dtype), Path(folder).name
-    with _new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tok.save_pretrained(temporary)
+def export_model(
+    model,
+    tok,
+    folder: str | Path,
+    card: Card,
+    dtype: torch.dtype | None = None,
+    masters: Mapping[str, torch.Tensor] | None = None,
+) -> ModelReport | None:
+    """The base's folder with the edited tensors in the place of its own (see `write_checkpoint`), and a card; returns what rounding
+    them to the base's dtype, or to `dtype`, costs. A base that lies in no folder (`card.base` is no name of one, or it is not in
+    safetensors or pytorch_model.bin) is written by `save_pretrained`: None.
+
+    masters: name -> matrix [out, in] float32, where the model's own weights are these, rounded. ValueError when
+    `folder` holds anything; RuntimeError, and no folder, when what was written does not come back as the edited model.
+    """
+    base = Base.of(card.base)
+    if base is None and dtype is not None:
+        raise ValueError(f"dtype is {short(dtype)}, but the files of {card.base!r} are not here; cast the model instead")
+    report, written, name = None, {}, Path(folder).name
+    with whole_folder(folder) as temporary:
+        if base is None:
+            model.save_pretrained(temporary)
+            tok.save_pretrained(temporary)
+            kind, what = short(model.dtype), f"the whole edited model, {short(model.dtype)}, and its tokenizer; {_dialect()}"
+        else:
+            report, written = write_checkpoint(model, base, temporary, masters, dtype)
+            kind, what = report.dtype, _changed(report, base)
+        checked = check_checkpoint(temporary, model, tok, written)
         code = f"{_AUTO}\nfolder = {name!r}  # where this file lies\n{_loaded('folder', kind)}"
-        _write_card(temporary, card, "transformers", f"the whole edited model, {kind}, and its tokenizer", code)
+        _write_card(temporary, card, "transformers", what, code, checked)
+    return report
 
 
 def export_delta(model, updates: Sequence[Update], originals: Mapping[str, torch.Tensor], folder: str | Path, card: Card) -> None:
@@ -59,15 +82,16 @@ def export_delta(model, updates: Sequence[Update], originals: Mapping[str, torch
 
     model: as edited. originals: name -> matrix [out, in] before the first update.
     """
-    with _new_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         about = {"base": card.base, "weights": card.weights, "method": card.method, "edits": card.edits, "date": card.date}
         save_delta(temporary / FILE, model, updates, originals, about)
+        checked = check_delta(temporary, model, originals, card.base)
         code = (
             f"{_base(card.base, short(model.dtype))}\nimport easyedit_nmke\n\n"
             f"folder = {Path(folder).name!r}  # where this file lies\n"
             "originals = easyedit_nmke.load_delta(model, folder)  # the parameters as they were, by name"
         )
-        _write_card(temporary, card, "easyedit_nmke", "a delta: every update of the base model's weights", code)
+        _write_card(temporary, card, "easyedit_nmke", "a delta: every update of the base model's weights", code, checked)
 
 
 def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card, rank: int | None = None) -> LoraReport:
@@ -94,10 +118,11 @@ def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card
     errors = {labels[name]: lost[name] / whole[name] if lost[name] else 0.0 for name in factors}
     total = math.hypot(*lost.values()) / math.hypot(*whole.values()) if any(lost.values()) else 0.0
     report = LoraReport(rank, errors, total)
-    with _new_folder(folder) as temporary:
+    with whole_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(_lora_config(view, labels, rank, card.base), indent=2)
         (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+        checked = check_lora(temporary, model, tensors, updates, {name: errors[label] for name, label in labels.items()}, card.base)
         layers = all(isinstance(label, int) for label in labels.values())
         where = f"{'the down projections of layers ' if layers else ''}{', '.join(map(str, labels.values()))}"
         what = f"a LoRA adapter of rank {rank} on {where}"
@@ -106,7 +131,7 @@ def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card
             f"{_base(card.base, short(model.dtype))}\nfrom peft import PeftModel\n\n"
             f"folder = {Path(folder).name!r}  # where this file lies\nmodel = PeftModel.from_pretrained(model, folder)"
         )
-        _write_card(temporary, card, "peft", what + left_out, code, _serving(card.base, Path(folder).name, rank))
+        _write_card(temporary, card, "peft", what + left_out, code, checked, _serving(card.base, Path(folder).name, rank))
     return report
 
 
@@ -179,34 +204,29 @@ def _lora_config(view: ModelView, labels: Mapping[str, int | str], rank: int, ba
 # ---- folders and cards
 
 
-def check_new(folder: str | Path) -> Path:
-    """Its full path. ValueError when it is a file, or a folder that holds anything."""
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not an empty folder; give another name, or remove it")
-    return folder
+def _dialect() -> str:
+    """What may read a folder that `save_pretrained` wrote."""
+    import transformers
+
+    return (
+        f"written by transformers {transformers.__version__}, for this major version and later ones: an earlier one may read other "
+        "settings from config.json than were meant (the base of rotary embeddings), and may not know the tokenizer"
+    )
 
 
-@contextmanager
-def _new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` when the block ends well and vanishes when it does not. What an earlier attempt
-    that was killed has left is removed."""
-    folder = check_new(folder)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def _changed(report: ModelReport, base: Base) -> str:
+    """What sets a folder apart from its base's, in words."""
+    anew, shards = report.shards
+    files = (
+        f"its pytorch_model.bin as safetensors, {shards} {'file' if shards == 1 else 'files'}"
+        if base.pickled
+        else f"{anew} of {shards} weight {'file' if shards == 1 else 'files'} written anew"
+    )
+    lost = f"; rounding leaves out {report.total:.2%} of the edits (Frobenius norm)" if report.total else ""
+    return (
+        f"the whole edited model: the files of the base, byte for byte but for the edited tensors ({files}), "
+        f"which are {report.dtype}{lost}. What opens the base opens it"
+    )
 
 
 _AUTO = "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -233,7 +253,7 @@ def _serving(base: str, name: str, rank: int) -> str:
     return f"With vLLM, for the architectures whose adapters it takes:\n\n```bash\nvllm serve {base} {options}\n```"
 
 
-def _write_card(folder: Path, card: Card, library: str, what: str, code: str, more: str = "") -> None:
+def _write_card(folder: Path, card: Card, library: str, what: str, code: str, checked: str, more: str = "") -> None:
     head = [f"library_name: {library}", "tags: [knowledge-editing]"]
     if card.base != "atlas" and not Path(card.base).exists():
         head.append(f"base_model: {card.base}")
@@ -244,6 +264,7 @@ def _write_card(folder: Path, card: Card, library: str, what: str, code: str, mo
         "Edits": card.edits,
         "Date": card.date,
         "This folder": what,
+        "Read back": checked,
     }
     parts = [
         "\n".join(["---", *head, "---"]),

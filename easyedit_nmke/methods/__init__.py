@@ -8,34 +8,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from .. import hparams as settings
-from ..extensions import with_extensions
+from ..extensions import row, with_extensions
 from ..history.log import Undo, check_undo, standing
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..messages import did_you_mean
-from ..models.prompts import Request
+from ..models.requests import Request
 from . import alphaedit, ft, memit, nmke, rome
 from .contract import Method, apply_method
 
 DEFAULT = nmke.METHOD
 
 
+OWN: Mapping[str, Method] = MappingProxyType(
+    {method.name: method for method in (nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD)}
+)
+
+
 def methods() -> dict[str, Method]:
     """Every method by its alg_name: this package's, then those that other packages add."""
-    own = (nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD)
-    return with_extensions("methods", {method.name: method for method in own})
+    return with_extensions("methods", OWN)
 
 
 def method_named(name: str, source: str = "hyperparameters") -> Method:
     """ValueError, with what was meant, for a name that no method has."""
-    known = methods()
-    if name not in known:
+    found = row("methods", OWN, name)
+    if found is None:
+        known = methods()
         raise ValueError(f"{source}: alg_name is {name!r}{did_you_mean(str(name), known)}; known methods: {', '.join(known)}")
-    return known[name]
+    return found
 
 
 def method_of(hparams: HyperParams) -> Method:

@@ -10,7 +10,7 @@ import torch
 from ..history.durable import Ground
 from ..hparams import setting
 from ..models.arch import ModelView
-from ..statistics.nullspace import RowSpace, row_spaces
+from ..statistics.nullspace import RowSpace, check_protection, row_spaces
 from .contract import Method
 from .located import KeyValueHyperParams, edit_layers, templates
 from .solver import NullSpaceSolver
@@ -45,6 +45,7 @@ def measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool)
     """Context templates, and each layer's row space of the model as it is now."""
     found = templates(view, tok, hparams)
     spaces = row_spaces(view, tok, hparams, progress)
+    check_protection(spaces, hparams)
     return Ground(found, {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()})
 
 

@@ -19,10 +19,11 @@ from ..history.journal import Journal
 from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
-from ..models.arch import ModelView, evaluating
+from ..models.arch import ModelView, editing
 from ..models.chat import in_chat
 from ..models.device import peak_memory, synchronise
-from ..models.prompts import SUBJECT, Request, tokenised_all
+from ..models.prompts import SUBJECT, tokenised_all
+from ..models.requests import Request
 from ..models.weights import Matrices, check_finite, check_model, down_projections
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Method:
         check_model(view, hparams)
         if hparams.state_dir is not None and Journal.exists(hparams.state_dir):
             return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams)
-        with evaluating(model):
+        with editing(model):
             ground = self.measure(view, tok, hparams, progress)
         state = self._state(view, ground, hparams)
         return state if hparams.state_dir is None else begun(state, ground, self.matrices(model, hparams), hparams)
@@ -114,15 +115,16 @@ def apply_method(
     hparams = shallow_copy(hparams)
     hparams.validate()
     view = ModelView(model)
-    requests = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
+    requests = [r if isinstance(r, Request) else Request.from_dict(r, method.needs_subject) for r in requests]
     check_model(view, hparams)
     if hparams.use_chat_template:
         requests = [in_chat(tok, request) for request in requests]
     check_requests(view, tok, requests, separator=hparams.target_separator)
     if copy:
+        _check_copy(hparams, state)
         model = deepcopy(model)
         view = ModelView(model)
-    with evaluating(model):
+    with editing(model):
         if state is None:
             state = carried_state(model, tok, hparams, method)
         elif state.settings != hparams.state_settings():
@@ -138,6 +140,15 @@ def apply_method(
                 with state.superseding(requests):
                     state.advance((edit or method.edit)(view, tok, requests, hparams, state), requests)
     return model, originals if return_orig_weights else {}
+
+
+def _check_copy(hparams: HyperParams, state: LifelongState | None) -> None:
+    """ValueError for a copy whose edits would be kept on disk: a folder keeps the edits of one model, which is not the copy."""
+    if hparams.state_dir is not None or (state is not None and state.book is not None):
+        raise ValueError(
+            "copy=True cannot be had with edits that are kept on disk, which are of the model itself; "
+            "copy the model, and give the copy hyperparameters with another state_dir, or with none"
+        )
 
 
 def check_requests(

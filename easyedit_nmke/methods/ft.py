@@ -14,7 +14,8 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
-from ..models.prompts import Request, Tokenised, pad, tokenised_all
+from ..models.prompts import Tokenised, pad, tokenised_all
+from ..models.requests import Request
 from ..models.updates import Dense
 from .contract import Method, phase
 

@@ -10,7 +10,8 @@ import torch
 from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
 from ..models.products import frozen
-from ..models.prompts import Request, Tokens, encode, pad, reworded, tokenised_all
+from ..models.prompts import Tokens, encode, pad, reworded, tokenised_all
+from ..models.requests import Request
 
 ROWS_AT_A_TIME = 128
 

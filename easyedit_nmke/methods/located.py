@@ -13,7 +13,8 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, is_number, setting
 from ..models.arch import ModelView
-from ..models.prompts import Request, context_templates
+from ..models.prompts import context_templates
+from ..models.requests import Request
 from ..models.updates import LowRank
 from .contract import phase
 from .keys import Ascent, Contexts

@@ -17,7 +17,8 @@ from ..history.state import LifelongState
 from ..hparams import is_number, report, setting
 from ..messages import did_you_mean
 from ..models.arch import ModelView
-from ..models.prompts import Request, open_end, tokenised_all
+from ..models.prompts import open_end, tokenised_all
+from ..models.requests import Request
 from ..models.updates import of_parameter
 from ..scores.drift import mask_overlap
 from ..statistics.nullspace import RowSpace

@@ -30,6 +30,19 @@ SCRATCH = 1 << 19  # float64 numbers in a block that is converted and used while
 RESIDUAL = 1e-8  # of H; beyond it the update loses more than float32 would
 
 
+class Unsolvable(FloatingPointError, ValueError):
+    """An update that floating point cannot give: a worn-out model's keys or residuals are not finite, or L2 is too small for them.
+    As a FloatingPointError it is a failed edit, after which a run goes on."""
+
+
+def cholesky(matrix: torch.Tensor, what: str) -> torch.Tensor:
+    """The lower Cholesky factor; `Unsolvable`, with `what` to say, where there is none."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.any():
+        raise Unsolvable(what)
+    return factor
+
+
 class Ridge:
     """Past columns of `width` d, kept in `like`'s dtype and on its device, and l2 > 0.
 
@@ -51,7 +64,7 @@ class Ridge:
         return torch.cholesky_solve(self._weigh(new - transposed_times(past, weights)).T, schur).T
 
     def append(self, new: torch.Tensor) -> None:
-        """Keep `new` [d, k] too. When this fails, nothing has changed."""
+        """Keep `new` [d, k] too. When this fails (`Unsolvable`), nothing has changed."""
         start, stop = self.count, self.count + new.shape[1]
         with self._unchanged_on_error(start):
             self._columns = _fit(self._columns, start, stop)
@@ -120,11 +133,9 @@ class Ridge:
         inverse, weighed = self._factor[:rest, :rest], self._weigh(new)
         overlap = inverse @ times(self._columns[self._base : self.count], weighed)
         identity = torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
-        schur, failed = torch.linalg.cholesky_ex(new.T @ weighed + self.l2 * identity - overlap.T @ overlap)
-        if failed.any():
-            energy = new.square().sum(0).max().item()
-            raise ValueError(f"L2 {self.l2:.3g} is too small for keys of energy {energy:.3g}: no digits are left; raise L2")
-        return inverse.T @ overlap, schur
+        energy = new.square().sum(0).max().item()
+        what = f"L2 {self.l2:.3g} is too small for keys of energy {energy:.3g}: no digits are left; raise L2"
+        return inverse.T @ overlap, cholesky(new.T @ weighed + self.l2 * identity - overlap.T @ overlap, what)
 
     def _weigh(self, new: torch.Tensor) -> torch.Tensor:
         return new if self._metric is None else self._metric @ new
@@ -178,10 +189,8 @@ class Ridge:
             for columns in self._columns[:count].split(512):
                 columns = columns.double()
                 metric.addmm_(columns.T, columns)
-            factor, failed = torch.linalg.cholesky_ex(metric)
-            if failed.any():
-                raise ValueError(f"L2 {self.l2:.3g} is too small for these keys: their covariance cannot be inverted; raise L2")
-            metric = torch.cholesky_inverse(factor).mul_(self.l2)
+            what = f"L2 {self.l2:.3g} is too small for these keys: their covariance cannot be inverted; raise L2"
+            metric = torch.cholesky_inverse(cholesky(metric, what)).mul_(self.l2)
             self._log(metric, count)
         self._metric, self._base, self._factor = metric, count, self._factor.new_zeros((0, 0))
 

@@ -10,7 +10,8 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import is_int, setting
 from ..models.arch import ModelView
-from ..models.prompts import SUBJECT, Request, context_templates
+from ..models.prompts import SUBJECT, context_templates
+from ..models.requests import Request
 from ..models.updates import LowRank
 from ..statistics.covariance import moments
 from .contract import Method, phase

@@ -16,7 +16,7 @@ from copy import copy
 
 import torch
 
-from .ridge import Ridge, kept_columns, times, transposed_times
+from .ridge import Ridge, Unsolvable, cholesky, kept_columns, times, transposed_times
 
 
 class _Solver:
@@ -27,7 +27,8 @@ class _Solver:
     def update(self, keys: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The change of w_out [D, N] that moves the output at `keys` [N, k] by `residual` [D, k]; zero where `mask` [N] is.
 
-        Returned in residual's dtype. Leaves the solver as it was.
+        Returned in residual's dtype. Leaves the solver as it was. `Unsolvable` where keys, residual or mask are not finite, or the
+        equations have no solution in floating point.
         """
         _check_residual(residual, keys)
         dtype = torch.promote_types(residual.dtype, torch.float32)  # not float64: [D, N] is large, and rounded once suffices
@@ -118,8 +119,9 @@ class RestrictedSolver(_Solver):
         X_S = solve(P_S (K_S K_Sᵀ + C_SS) + L2·I, P_S K_S rᵀ),   P_S = I - Q Qᵀ,   Q = orth(U_S)
 
     in a hard null space and X_S = solve(U_S·diag(λs)·U_Sᵀ + L2·I + C_SS + K_S K_Sᵀ, K_S rᵀ) in a soft one. The edit is then whole
-    and past keys stay protected. S changes with every edit, so nothing can be factored ahead: an update costs O(|S|·(r + t)²), or
-    O(|S|³) where that is less. Past keys are kept as they are, N·t·4 bytes.
+    and past keys stay protected. A hard null space must protect fewer directions than S has neurons: with more, nothing is left to
+    write with. S changes with every edit, so nothing can be factored ahead: an update costs O(|S|·(r + t)²), or O(|S|³) where that
+    is less. Past keys are kept as they are, N·t·4 bytes.
     """
 
     def __init__(self, row_space: torch.Tensor, l2: float, strength: torch.Tensor | None = None):
@@ -143,6 +145,12 @@ class RestrictedSolver(_Solver):
         new = keys[rows].double()
         past, basis = self._keys[rows].to(new), self.row_space[rows].to(new)
         if self.strength is None:
+            if len(basis) <= basis.shape[1]:
+                raise ValueError(
+                    f"solve: restricted could write nothing: {len(basis)} neurons are chosen and {basis.shape[1]} directions "
+                    "protected, which must be fewer; protect fewer (raise nullspace_threshold or nullspace_fraction), choose more "
+                    "neurons, or set regularizer: covariance"
+                )
             basis = torch.linalg.qr(basis).Q
             new, past = new - basis @ (basis.T @ new), past - basis @ (basis.T @ past)
             columns = torch.cat([past, new], 1)
@@ -181,12 +189,13 @@ class RestrictedSolver(_Solver):
 def _ridge(columns: torch.Tensor, new: torch.Tensor, l2: float) -> torch.Tensor:
     """(columns·columnsᵀ + l2·I)⁻¹ new [n, k], where `new` are the last columns; by whichever of n and columns is fewer."""
     n, t = columns.shape
+    what = f"L2 {l2:.3g} is too small for these keys: no digits are left; raise L2"
     if n <= t:
         gram = columns @ columns.T + l2 * torch.eye(n, dtype=columns.dtype, device=columns.device)
-        return torch.cholesky_solve(new, torch.linalg.cholesky(gram))
+        return torch.cholesky_solve(new, cholesky(gram, what))
     gram = columns.T @ columns + l2 * torch.eye(t, dtype=columns.dtype, device=columns.device)
     picks = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, t - new.shape[1] :]
-    return columns @ torch.cholesky_solve(picks, torch.linalg.cholesky(gram))
+    return columns @ torch.cholesky_solve(picks, cholesky(gram, what))
 
 
 class CovarianceSolver(_Solver):
@@ -226,7 +235,9 @@ class CovarianceSolver(_Solver):
         _check(keys, mask, self.neurons)
         solved = self.solve(keys)
         inner = torch.eye(keys.shape[1], dtype=solved.dtype, device=solved.device) + keys.to(solved).T @ solved
-        directions = torch.linalg.solve(inner, solved, left=False)  # [N, k]
+        directions, failed = torch.linalg.solve_ex(inner, solved, left=False)  # [N, k]
+        if failed.any():
+            raise Unsolvable("keys are too large for their covariance: no digits are left; raise mom2_update_weight")
         return directions if mask is None else directions * mask[:, None].to(directions)
 
     def truncate(self, count: int) -> None:
@@ -260,18 +271,18 @@ def _check(keys: torch.Tensor, mask: torch.Tensor | None, neurons: int) -> None:
     if mask is not None and mask.shape != (neurons,):
         raise ValueError(f"mask must be [{neurons}], got shape {tuple(mask.shape)}")
     if mask is not None and not torch.isfinite(mask).all():
-        raise ValueError("mask holds NaN or infinite values")
+        raise Unsolvable("mask holds NaN or infinite values")
 
 
 def _check_residual(residual: torch.Tensor, keys: torch.Tensor) -> None:
     if keys.dim() == 2 and (residual.dim() != 2 or residual.shape[1] != keys.shape[1]):
         raise ValueError(f"residual must be [hidden, {keys.shape[1]}] (one column per key), got shape {tuple(residual.shape)}")
     if not torch.isfinite(residual).all():
-        raise ValueError("residual holds NaN or infinite values")
+        raise Unsolvable("residual holds NaN or infinite values")
 
 
 def _check_keys(keys: torch.Tensor, neurons: int) -> None:
     if keys.dim() != 2 or len(keys) != neurons or keys.shape[1] == 0:
         raise ValueError(f"keys must be [{neurons}, k], got shape {tuple(keys.shape)}")
     if not torch.isfinite(keys).all():
-        raise ValueError("keys holds NaN or infinite values")
+        raise Unsolvable("keys holds NaN or infinite values")

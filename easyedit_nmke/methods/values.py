@@ -19,7 +19,8 @@ from ..models.arch import ModelView
 from ..models.chat import in_chat
 from ..models.hooks import only_at, record, record_calls, repeated
 from ..models.products import frozen
-from ..models.prompts import Request, reworded, tokenised
+from ..models.prompts import reworded, tokenised
+from ..models.requests import Request
 
 KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05

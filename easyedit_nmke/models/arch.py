@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from ..extensions import row, with_extensions
+
 
 @dataclass(frozen=True)
 class Family:
@@ -34,10 +36,35 @@ FAMILIES = {
     "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f", "layer", None),
 }
 
+# Model types that no row can be of, and what they are. Others are told by the number of experts in their configuration.
+_EXPERTS = "a mixture of experts (many FFNs a block), which is not edited"
+_HYBRID = "a hybrid (not every block is attention and one FFN), which is not edited"
+UNEDITED = {
+    **dict.fromkeys(
+        (
+            "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmoe", "flex_olmo", "phimoe", "dbrx",
+            "granitemoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe", "llama4", "llama4_text", "minimax_m2", "jetmoe",
+            "hunyuan_v1_moe", "longcat_flash", "nllb-moe", "switch_transformers", "doge",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(
+        (
+            "jamba", "mamba", "mamba2", "falcon_mamba", "bamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "recurrent_gemma",
+            "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "granitemoehybrid", "minimax", "lfm2",
+            "lfm2_moe", "olmo_hybrid", "kimi_linear", "rwkv",
+        ),
+        _HYBRID,
+    ),
+}  # fmt: skip
+_COUNTS_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+PLAIN_ATTENTION = ("eager", "sdpa")
+
 
 def down_projection(model_type: str, layer: int) -> str:
     """The name of a block's FFN output weight."""
-    family = FAMILIES[model_type]
+    family = row("architectures", FAMILIES, model_type)
     return f"{family.blocks}.{layer}.{family.down}.weight"
 
 
@@ -104,6 +131,32 @@ def evaluating(model) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def editing(model) -> Iterator[None]:
+    """`evaluating`, and attention that takes plain masks and gives gradients everywhere: a model with another kind (flash, flex,
+    paged) has sdpa inside the block, or eager where its class knows no sdpa, and its own again afterwards.
+
+    ValueError, before anything has changed, when its class cannot change attention.
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    own = [(config, kind) for config in configs.values() if (kind := getattr(config, "_attn_implementation", None)) is not None]
+    others = sorted({kind for _, kind in own} - {*PLAIN_ATTENTION})
+    if others and not getattr(type(model), "_can_set_attn_implementation", bool)():
+        raise ValueError(
+            f"{type(model).__name__} has {' and '.join(others)} attention, which edits cannot use and it cannot change; "
+            'load it with attn_implementation="eager"'
+        )
+    plain = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    try:
+        for config, kind in own if others else ():
+            config._attn_implementation = kind if kind in PLAIN_ATTENTION else plain
+        with evaluating(model):
+            yield
+    finally:
+        for config, kind in own if others else ():
+            config._attn_implementation = kind
+
+
 def context_length(model) -> int | None:
     """Longest text in tokens that the model can read; None when its configuration does not say."""
     config = getattr(model, "config", None)
@@ -112,17 +165,47 @@ def context_length(model) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
+MERGE = (
+    "edits would go into the base, and an export would leave the adapter out. Merge it first: "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload(), then save_pretrained (and the tokenizer's)"
+)
+
+
+def check_no_adapter(model, inside: bool = True) -> None:
+    """ValueError for a PeftModel, and with `inside` for a model that has an adapter's modules in it, or one loaded by transformers
+    (from an adapter's folder or hub name)."""
+    for module in model.modules() if inside else (model,):
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise ValueError(f"the model has a PEFT adapter ({type(module).__name__}): {MERGE}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"the model has a PEFT adapter loaded: {MERGE}; or take it out with delete_adapter")
+
+
+def _unedited(model) -> str:
+    """Why a model of no known type is not edited."""
+    config = getattr(model, "config", None)
+    inner = getattr(config, "text_config", None) or config
+    kind = UNEDITED.get(getattr(config, "model_type", None), "not known")
+    counts = (getattr(inner, name, None) for name in _COUNTS_EXPERTS)
+    return _EXPERTS if kind == "not known" and any(isinstance(count, int) and count > 1 for count in counts) else kind
+
+
 class ModelView:
     """A transformers causal language model seen through its family's row. Holds references, copies nothing."""
 
     def __init__(self, model):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        if kind not in FAMILIES:
-            raise ValueError(f"model type {kind!r} is not known; known types: {', '.join(FAMILIES)}")
+        check_no_adapter(model, inside=False)
+        family = row("architectures", FAMILIES, kind)
+        if family is None:
+            known = ", ".join(with_extensions("architectures", FAMILIES))
+            raise ValueError(f"model type {kind!r} is {_unedited(model)}; known types: {known}")
+        if not isinstance(family, Family):
+            raise ValueError(f"the architecture {kind!r} of an installed package is {family!r}, expected a Family of models.arch")
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head; load the model with AutoModelForCausalLM")
-        self.model, self.family = model, FAMILIES[kind]
+        self.model, self.family = model, family
         self.blocks = model.get_submodule(self.family.blocks)
         self.norm = model.get_submodule(self.family.norm)
         self.head = head

@@ -30,11 +30,11 @@ def as_chat(tok, prompt: str) -> str:
 
 
 def in_chat(tok, request):
-    """The `Request` with its prompt, rephrase and probes in the tokenizer's chat format; those that are in it stay as they are."""
+    """The `Request` with its prompt, rephrases and probes in the tokenizer's chat format; those that are in it stay as they are."""
     frame, special = _frame(tok), special_texts(tok)
 
-    def put(prompt: str | None) -> str | None:
-        there = prompt is None or (frame and _framed(prompt, frame)) or any(text in prompt for text in special)
+    def put(prompt: str) -> str:
+        there = (frame and _framed(prompt, frame)) or any(text in prompt for text in special)
         return prompt if there else as_chat(tok, prompt)
 
     def probes(kinds):
@@ -43,7 +43,7 @@ def in_chat(tok, request):
     return replace(
         request,
         prompt=put(request.prompt),
-        rephrase_prompt=put(request.rephrase_prompt),
+        rephrase_prompts=tuple(map(put, request.rephrase_prompts)),
         locality=probes(request.locality),
         portability=probes(request.portability),
     )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from .. import atlas
 from ..hparams import HyperParams
+from .arch import MERGE, check_no_adapter
 from .device import device_of
 
 
 def load_model(hparams: HyperParams):
-    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple,
-    on which nothing is set."""
+    """(model, tokenizer) for `model_name`: "atlas", a folder or a hub name, in `dtype`; or the (model, tokenizer) tuple, on which
+    nothing is set.
+
+    ValueError for what cannot be loaded, and for a base with an adapter on it.
+    """
     name = hparams.model_name
     device = None if hparams.model_parallel else device_of(hparams.device)
     if isinstance(name, tuple):
@@ -18,6 +26,8 @@ def load_model(hparams: HyperParams):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = atlas.DIRECTORY if name == "atlas" else name
+        if (Path(folder) / "adapter_config.json").is_file():
+            raise ValueError(f"model {name!r} is the folder of a PEFT adapter: {MERGE}")
         spread = "auto" if hparams.model_parallel and name != "atlas" else None
         try:
             tok = AutoTokenizer.from_pretrained(folder)
@@ -28,4 +38,36 @@ def load_model(hparams: HyperParams):
             raise ValueError(f"model {name!r} could not be loaded ({reason}); give a folder, a hub name, or 'atlas'") from None
         if tok.pad_token_id is None:  # for the user's own calls; here nothing needs one
             tok.pad_token = tok.eos_token
+    check_no_adapter(model)
     return (model if device is None else model.to(device)), tok
+
+
+def base_folder(name: str) -> Path | None:
+    """Where the files lie of a model that `load_model` opens by `name`: a folder, or a snapshot in the hub's cache. None when they
+    are not on this machine; nothing is downloaded."""
+    if name == "atlas":
+        return atlas.DIRECTORY
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or not even a name
+        return None
+
+
+def load_again(folder: str | Path, model):
+    """(model, tokenizer) from a folder's files alone, in the dtype and with the attention of `model`, and on its device when there
+    is room for a second one, else on the CPU; in evaluation mode."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    attention = getattr(model.config, "_attn_implementation", None)
+    fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation=attention, local_files_only=True)
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) == 1:
+        try:
+            fresh = fresh.to(devices.pop())
+        except torch.OutOfMemoryError:
+            fresh = fresh.cpu()
+    return fresh.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

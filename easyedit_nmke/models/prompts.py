@@ -1,4 +1,4 @@
-"""Text to tokens: edit requests, context templates, how prompt and target are joined, and where the subject ends.
+"""Text to tokens: context templates, how prompt and target are joined, and where the subject ends.
 
 Texts are taken as they are; what stands between prompt and target is decided in `joined`, and a text's ids, the subject's place
 and the target's come from one tokenisation. Padding is always done here, on the right.
@@ -7,8 +7,8 @@ and the target's come from one tokenisation. Padding is always done here, on the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,82 +18,6 @@ from .subjects import find_subject, spaceless
 logger = logging.getLogger(__name__)
 
 SUBJECT = "{}"
-_REQUIRED = ("prompt", "subject", "target_new")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One fact to write, with the prompts that measure it.
-
-    `prompt` is the full text with the subject in it; `locality` and `portability` map a type to ((prompt, answer), ...).
-    """
-
-    prompt: str
-    subject: str
-    target_new: str
-    ground_truth: str | None = None
-    rephrase_prompt: str | None = None
-    locality: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    portability: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, record: Mapping) -> Request:
-        """From EasyEdit's request dictionary. ValueError in one sentence when it cannot be edited."""
-        missing = [name for name in _REQUIRED if not isinstance(record.get(name), str)]
-        if missing:
-            raise ValueError(f"a request needs the texts {', '.join(_REQUIRED)}; missing or not text: {', '.join(missing)}")
-        subject, target = record["subject"].strip(), record["target_new"].strip()
-        if not subject:
-            raise ValueError(f"the subject of prompt {record['prompt']!r} is empty")
-        if not target:
-            raise ValueError(f"the new target of prompt {record['prompt']!r} is empty")
-        prompt = record["prompt"].replace(SUBJECT, subject) if SUBJECT in record["prompt"] else record["prompt"]
-        prompt = prompt.strip()
-        count = prompt.count(subject)
-        if count != 1:
-            found = "not in" if count == 0 else f"{count} times in"
-            raise ValueError(f"subject {subject!r} is {found} the prompt {prompt!r}; it must be there exactly once")
-        truth = record.get("ground_truth")
-        return cls(
-            prompt,
-            subject,
-            target,
-            truth[0] if isinstance(truth, (list, tuple)) and truth else truth,
-            record.get("rephrase_prompt") or None,
-            _probes(record.get("locality")),
-            _probes(record.get("portability")),
-        )
-
-    def to_dict(self) -> dict:
-        """EasyEdit's request dictionary."""
-        record = {name: getattr(self, name) for name in ("prompt", "subject", "target_new", "ground_truth")}
-        if self.rephrase_prompt:
-            record["rephrase_prompt"] = self.rephrase_prompt
-        for name in ("locality", "portability"):
-            record[name] = {
-                kind: {"prompt": [p for p, _ in pairs], "ground_truth": [a for _, a in pairs]}
-                for kind, pairs in getattr(self, name).items()
-            }
-        return record
-
-    def fill(self, template: str, tok=None) -> tuple[str, int]:
-        """The prompt inside a context template ('{}' stands for the prompt), and the character at which the subject ends. In a chat
-        format the template goes inside the user's words (see `placed`)."""
-        return placed(self.prompt, self.subject, template, tok)
-
-
-def _probes(content: Mapping | None) -> dict[str, tuple[tuple[str, str], ...]]:
-    probes = {}
-    for kind, entry in (content or {}).items():
-        if not isinstance(entry, Mapping) or not {"prompt", "ground_truth"} <= set(entry):
-            raise ValueError(f"the probe {kind!r} of a request needs 'prompt' and 'ground_truth', got {entry!r}")
-        prompts, answers = entry["prompt"], entry["ground_truth"]
-        if isinstance(prompts, str):
-            prompts, answers = [prompts], [answers]
-        first = [a[0] if isinstance(a, (list, tuple)) and a else a for a in answers]
-        if prompts:
-            probes[kind] = tuple(zip(prompts, first, strict=True))
-    return probes
 
 
 @dataclass(frozen=True)

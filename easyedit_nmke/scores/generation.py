@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -18,58 +19,78 @@ from transformers import GenerationConfig, GenerationMixin
 from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
-from ..models.prompts import Tokens, open_end, pad, tokenised_all
+from ..models.prompts import Tokens, encode, joined, open_end, pad, tokenised_all
+from .answers import answer, says
 from .metrics import TOKEN_BUDGET, Pair, read_targets
 
-# Around an answer these do not count: quotes, brackets, marks. Signs that mean something (C++, -5, 5 %) do.
-_SOFT = r""" \t,;:!?"'“”‘’«»()\[\]{}"""
-_SURROUNDING = re.compile(rf"^[{_SOFT}.\n]+|[{_SOFT}.\n]+$")
-
+ANSWER_TOKENS = 10  # that an answer gets at least
+BEYOND = 2  # tokens after a long target, to see whether the answer ends there
 
 # ---- free generation
 
 
 def greedy_texts(
-    model, tok, prompts: Sequence[str], new_tokens: int = 10, token_budget: int = TOKEN_BUDGET, separator: str | None = None
+    model,
+    tok,
+    prompts: Sequence[str],
+    new_tokens: int | Sequence[int] = ANSWER_TOKENS,
+    token_budget: int = TOKEN_BUDGET,
+    separator: str | None = None,
 ) -> list[str]:
-    """What the model says after each prompt, greedily: at most `new_tokens` tokens, ending before an end-of-text token.
+    """What the model says after each prompt, greedily: at most `new_tokens` tokens (one number for all, or one for each prompt),
+    ending before an end-of-text token.
 
-    Prompts of like length share a batch; `token_budget`: their tokens, padding and new ones included (a longer prompt goes
-    alone). The tokenizer's padding side and pad token, and the sampling settings that a model comes with, do not matter. A text
-    ends at the tokenizer's eos or at one of the model's own end tokens. The model is put in evaluation mode and left as it was
-    found. `separator`: what stands between prompt and answer, as in the scores of targets: spaces at a prompt's end are left to the
-    model. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
+    Prompts of like length and as many new tokens share a batch; `token_budget`: their tokens, padding and new ones included (a
+    longer prompt goes alone). The tokenizer's padding side and pad token, and the sampling settings that a model comes with, do not
+    matter. A text ends at the tokenizer's eos or at one of the model's own end tokens. The model is put in evaluation mode and left
+    as it was found. `separator`: what stands between prompt and answer, as in the scores of targets: spaces at a prompt's end are
+    left to the model. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
     """
-    rows = _prompt_rows(tok, prompts, new_tokens, context_length(model), separator)
+    counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
+    rows = _prompt_rows(tok, prompts, counts, context_length(model), separator)
     budget = token_budget if hasattr(model, "generate") else 0
     texts = [""] * len(rows)
-    with evaluating(model), torch.no_grad(), frozen(input_device(model)), _greedy(model, tok, new_tokens) as config:
-        for batch in batches(model, [len(ids) + new_tokens for ids in rows], budget):
-            said = _continuations(model, _pad_left([rows[i] for i in batch], input_device(model)), config)
-            for i, ids in zip(batch, said, strict=True):
-                texts[i] = tok.decode(ids, skip_special_tokens=True)
+    with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+        for count in sorted(set(counts)):
+            some = [i for i, wanted in enumerate(counts) if wanted == count]
+            with _greedy(model, tok, count) as config:
+                for batch in batches(model, [len(rows[i]) + count for i in some], budget):
+                    chosen = [some[i] for i in batch]
+                    said = _continuations(model, _pad_left([rows[i] for i in chosen], input_device(model)), config)
+                    for i, ids in zip(chosen, said, strict=True):
+                        texts[i] = tok.decode(ids, skip_special_tokens=True)
     return texts
 
 
-def answer(text: str) -> str:
-    """What counts as the answer given: the text up to its first "." or line end, stripped."""
-    return re.split(r"[.\n]", text.strip(), maxsplit=1)[0].strip()
+# ---- the judge
 
 
-def says(text: str, target: str) -> tuple[bool, bool]:
-    """(exact, contains): whether the text's answer is the target, and whether the target is anywhere in the text as whole words.
+class Verdict(NamedTuple):
+    """What a model says to a prompt, the answer in it (see `answer`), and how that compares with the truths (see `says`)."""
 
-    Case, runs of spaces, and marks around the answer and the target do not count. A "." inside the target ("St. Louis") does not
-    end an answer that begins with it. ValueError when the target is empty.
-    """
-    wanted = target.casefold().strip()
-    if not wanted:
-        raise ValueError(f"target {target!r} has no text, so nothing can be said to contain it; give the answer that is expected")
-    words = r"[^\S\n]+".join(map(re.escape, (_SURROUNDING.sub("", wanted) or wanted).split()))
-    text = text.casefold().strip()
-    exact = re.match(rf"[{_SOFT}]*{words}[{_SOFT}]*(?:[.\n]|\Z)", text)
-    contains = re.search(rf"(?<!\w){words}(?!\w)", " ".join(text.split()))
-    return exact is not None, contains is not None
+    text: str
+    answer: str
+    exact: bool
+    contains: bool
+
+
+def judge(
+    model, tok, asked: Sequence[tuple[str, str | Sequence[str]]], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[Verdict]:
+    """The model's own answer to each (prompt, truths), of which any counts. It may take ANSWER_TOKENS tokens, or BEYOND more than
+    the longest truth has; less where the model's context ends. Errors as `greedy_texts` and `says`."""
+    wanted = [[truths] if isinstance(truths, str) else list(truths) for _, truths in asked]
+    prompts, context = [prompt for prompt, _ in asked], context_length(model)
+    counts = [_answer_tokens(tok, prompt, truths, context, separator) for prompt, truths in zip(prompts, wanted, strict=True)]
+    texts = greedy_texts(model, tok, prompts, counts, token_budget, separator)
+    return [Verdict(text, answer(text, truths), *says(text, truths)) for text, truths in zip(texts, wanted, strict=True)]
+
+
+def _answer_tokens(tok, prompt: str, truths: Sequence[str], context: int | None, separator: str | None) -> int:
+    start = len(encode(tok, open_end(prompt, separator, tok)[0]))
+    longest = max((len(encode(tok, joined(prompt, truth, separator, tok))) - start for truth in truths), default=0)
+    enough = max(ANSWER_TOKENS, longest + BEYOND)
+    return enough if context is None else max(longest, min(enough, context - start))
 
 
 # ---- probability and fluency
@@ -113,10 +134,10 @@ def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ---- decoding
 
 
-def _prompt_rows(tok, prompts: Sequence[str], new_tokens: int, context: int | None, separator: str | None) -> list[list[int]]:
+def _prompt_rows(tok, prompts: Sequence[str], counts: Sequence[int], context: int | None, separator: str | None) -> list[list[int]]:
     asked = [(open_end(prompt, separator, tok)[0], None, None) for prompt in prompts]
     rows = [found.ids for found in tokenised_all(tok, asked)]
-    for prompt, ids in zip(prompts, rows, strict=True):
+    for prompt, ids, new_tokens in zip(prompts, rows, counts, strict=True):
         if not ids:
             raise ValueError(f"prompt {prompt!r} has no token, so there is nothing to go on from")
         if context is not None and len(ids) + new_tokens > context:

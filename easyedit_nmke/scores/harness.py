@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .. import atlas
 from ..atlas import facts as world
-from ..messages import did_you_mean
+from ..messages import did_you_mean, how_to_install
 from ..models.arch import evaluating
 
 TASKS = Path(__file__).parents[1] / "atlas" / "tasks"
@@ -115,7 +115,7 @@ def _manager(names: Sequence[str], include_path: str | Path | None):
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(
-            f'the LM Evaluation Harness cannot be imported ({error}); `pip install "easyedit-nmke[harness]"` brings it'
+            f"the LM Evaluation Harness cannot be imported ({error}); {how_to_install('harness')} brings it"
         ) from None
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path is {str(include_path)!r}, expected a folder with task files of the harness")

@@ -16,7 +16,8 @@ import torch
 from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
-from ..models.prompts import Request, Tokenised, Tokens, pad, tokenised_all
+from ..models.prompts import Tokenised, Tokens, pad, tokenised_all
+from ..models.requests import Request
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
 SAME_SUBJECT = "same_subject"
@@ -71,8 +72,8 @@ def exact_match(model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUD
 def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_BUDGET, separator: str | None = None) -> list[dict]:
     """EasyEdit's dictionary for each request; the prompts of all requests share forward passes.
 
-    {"rewrite_acc": [share], "rephrase_acc": [share] if there is a rephrase, "locality": {"<type>_output": [predicted ids of
-    each prompt]}, "portability": {"<type>_acc": [share of each prompt]}}.
+    {"rewrite_acc": [share], "rephrase_acc": [share of each rephrase] if there is one, "locality": {"<type>_output": [predicted ids
+    of each prompt]}, "portability": {"<type>_acc": [share of each prompt]}}.
     """
     slots = [(i, *slot) for i, request in enumerate(requests) for slot in _slots(request)]
     outcomes = predicted_tokens(model, tok, [pair for *_, pair in slots], token_budget, separator)
@@ -172,8 +173,8 @@ def _locality_accuracy(before: dict, after: dict) -> dict[str, list[float]]:
 def _slots(request: Request) -> Iterator[tuple[str | None, str, Pair]]:
     """(section, key, (prompt, target)) of everything that one request is scored on."""
     yield None, "rewrite_acc", (request.prompt, request.target_new)
-    if request.rephrase_prompt:
-        yield None, "rephrase_acc", (request.rephrase_prompt, request.target_new)
+    for prompt in request.rephrase_prompts:
+        yield None, "rephrase_acc", (prompt, request.target_new)
     for section, suffix in (("locality", "output"), ("portability", "acc")):
         for kind, pairs in getattr(request, section).items():
             for pair in pairs:

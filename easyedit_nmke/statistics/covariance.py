@@ -95,7 +95,7 @@ def key_sums(
     view: ModelView, tok, texts: Iterable[str], layers: Sequence[int], dtype: torch.dtype = torch.float32, progress: bool = False
 ) -> dict[int, SecondMoment]:
     """layer -> the second moment of its keys over all tokens of `texts`, of which LONGEST_TEXT each count. Blocks above the last
-    layer are not run. ValueError when the texts have no token, or a key is not finite."""
+    layer are not run. ValueError when the texts have fewer tokens than a layer has neurons, or a key is not finite."""
     wanted = {str(layer): (view.down(layer), "input") for layer in layers}
     sums: dict[int, SecondMoment] = {}
     total = len(texts) if hasattr(texts, "__len__") else None
@@ -117,7 +117,17 @@ def key_sums(
     for layer, moment in sums.items():
         if not all(torch.isfinite(strip).all() for strip in moment.strips):
             raise ValueError(f"keys of layer {layer} are not finite; load the model in bfloat16 or float32")
+        _check_count(moment.count, moment.strips[0].shape[1])
     return sums
+
+
+def _check_count(tokens: int, neurons: int) -> None:
+    """Keys of fewer tokens span only a part of the layer: of the rest their covariance says that nothing is there to keep."""
+    if tokens < neurons:
+        raise ValueError(
+            f"the text for the covariance of keys has {tokens} tokens for {neurons} neurons, which needs at least as many; "
+            "raise mom2_n_samples, or give mom2_dataset a longer text"
+        )
 
 
 def _batches(view: ModelView, tok, texts: Iterable[str], budget: int) -> Iterator[list[list[int]]]:
@@ -242,18 +252,21 @@ def _easyedit_file(view: ModelView, layer: int, hparams) -> Path | None:
 
 
 def read_moment(file: Path, neurons: int) -> torch.Tensor:
-    """E[c cᵀ] [F, F] from a file of ours or of EasyEdit's. ValueError when it cannot be read or is of another shape."""
+    """E[c cᵀ] [F, F] from a file of ours or of EasyEdit's. ValueError when it cannot be read, is of another shape, or (EasyEdit's,
+    which tells) of fewer tokens than neurons."""
     try:
         if file.suffix == ".npz":
             with np.load(file) as content:
-                moment = torch.from_numpy(content["mom2.mom2"]).div_(int(content["mom2.count"]))
+                count = int(content["mom2.count"])
+                moment = torch.from_numpy(content["mom2.mom2"]).div_(count)
         else:
             strips = load_file(file)
-            moment = whole([strips[str(index)] for index in range(len(strips))])
+            moment, count = whole([strips[str(index)] for index in range(len(strips))]), neurons
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"{file} is no covariance of keys ({error}); delete it, and it will be made again") from None
     if moment.shape != (neurons, neurons) or not torch.isfinite(moment).all():
         raise ValueError(f"{file} holds shape {tuple(moment.shape)}, expected {(neurons, neurons)} finite numbers; delete it")
+    _check_count(count, neurons)
     return moment
 
 

@@ -35,10 +35,11 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
     """layer -> what updates must not touch, or not lightly.
 
     From EasyEdit's projector file when `P_loc` exists, else (with a warning where P_loc names none) from the covariance of keys
-    over `mom2_dataset`, cached on disk with all its eigenvectors, so that another threshold or fraction needs no `eigh`.
+    over `mom2_dataset`, cached on disk with all its eigenvectors, so that another threshold or fraction needs no `eigh`. The log
+    tells how many directions of each layer that protects.
     """
     if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
-        return _from_projector(view, hparams)
+        return _told(_from_projector(view, hparams))
     if hparams.P_loc is not None:
         logger.warning("P_loc %s does not exist: the null space is computed from %s instead", hparams.P_loc, hparams.mom2_dataset)
     moments = moment_files(view, tok, hparams)
@@ -53,7 +54,32 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
     for layer in hparams.layers:
         found = _cut(unsaved.pop(layer), hparams) if layer in unsaved else _read(files[layer], hparams)
         spaces[layer] = RowSpace(*(tensor.to(view.weight(layer).device) for tensor in found))
+    return _told(spaces)
+
+
+def _told(spaces: dict[int, RowSpace]) -> dict[int, RowSpace]:
+    for layer, space in spaces.items():
+        logger.info("layer %d: %d of %d directions protected", layer, *reversed(space.basis.shape))
     return spaces
+
+
+def check_protection(spaces: Mapping[int, RowSpace], hparams) -> None:
+    """ValueError where edits could write nothing (a hard null space that protects every direction) or nothing is protected."""
+    given = hparams.P_loc is not None and Path(hparams.P_loc).is_file()
+    soft = getattr(hparams, "regularizer", None) == "covariance"
+    if given and (soft or getattr(hparams, "l2_scale", None) == "auto"):
+        return  # neither works with a projector at all, whatever it protects
+    name = "P_loc" if given else "nullspace_threshold" if hparams.nullspace_fraction is None else "nullspace_fraction"
+    for layer, space in spaces.items():
+        neurons, protected = space.basis.shape
+        if 0 < protected < neurons or (protected and soft):
+            continue
+        what = "an edit could write nothing" if protected else "an edit could change all that the model knows"
+        advice = f"{'raise' if protected else 'lower'} nullspace_threshold, or set nullspace_fraction to the share to leave free"
+        raise ValueError(
+            f"layer {layer}: {protected} of {neurons} directions are protected ({name} {getattr(hparams, name)}), so {what}; "
+            + (f"remove P_loc, and {advice}" if given else advice)
+        )
 
 
 def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = None) -> RowSpace:

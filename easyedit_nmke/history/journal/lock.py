@@ -30,7 +30,7 @@ class Lock:
 
     def __init__(self, path: Path):
         """BlockingIOError when another live writer holds it."""
-        self._lock, self._told = FileLock(path, thread_local=False), path.with_name(HOLDER)
+        self._lock, self._told, self._process = FileLock(path, thread_local=False), path.with_name(HOLDER), os.getpid()
         holder = self._holder()
         if not self._take(path, holder):
             raise BlockingIOError(errno.EWOULDBLOCK, _held(path, holder))
@@ -38,13 +38,17 @@ class Lock:
             if holder:
                 logger.info("took over the lock of process %s on %s, which is gone", holder.get("pid"), holder.get("host"))
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+            mine = {"pid": self._process, "host": socket.gethostname(), "started": started}
             write_new(self._told, json.dumps(mine).encode())
         except BaseException:
             self._lock.release()
             raise
 
     def release(self) -> None:
+        """In the process that took it; one that was forked from it has nothing to give back."""
+        if self._process != os.getpid():
+            self._lock.release = lambda **_: None  # some versions would call it when the object goes, and unlock it for all
+            return
         with contextlib.suppress(OSError):
             os.unlink(self._told)
         self._lock.release()
