@@ -15,6 +15,7 @@ from .hparams import HyperParams
 from .methods import apply_to_model, method_of, undo
 from .methods.contract import Method, carried_state, check_requests
 from .models.arch import ModelView
+from .models.chat import in_chat
 from .models.loading import load_model
 from .models.requests import Request, is_hole
 from .models.weights import check_model
@@ -53,6 +54,7 @@ class LifelongEditor:
 
     def apply(self, requests: Sequence[Request | Mapping]) -> dict[str, torch.Tensor]:
         """Write one batch of requests; returns the edited parameters as they were before, by name."""
+        requests = self._asked(requests)
         _, before = apply_to_model(self.model, self.tok, requests, self.hparams, return_orig_weights=True, state=self.state)
         return before
 
@@ -102,19 +104,28 @@ class LifelongEditor:
             requests = make_requests(
                 self.method, prompts, target_new, subject, ground_truth, rephrase_prompts, locality_inputs, portability_inputs
             )
-        checked = [_request(self.method, number, record) for number, record in enumerate(requests)]
+        checked = self._asked(requests)
+        separator = self.hparams.target_separator
         for batch in _chunks(checked, self.hparams.batch_size):
-            check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates)
-        metrics.check(self.model, self.tok, checked)
+            check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates, separator)
+        metrics.check(self.model, self.tok, checked, separator)
         return self._edit(checked, sequential_edit, verbose)
 
     def batch_edit(self, prompts, target_new, *args, sequential_edit: bool = False, **kwargs):
         """`edit` with BaseEditor.batch_edit's default: each batch is taken back after its scoring."""
         return self.edit(prompts, target_new, *args, sequential_edit=sequential_edit, **kwargs)
 
+    def _asked(self, requests: Sequence[Request | Mapping]) -> list[Request]:
+        """The requests as they are asked of the model: with `use_chat_template` in its chat format."""
+        found = [_request(self.method, number, record) for number, record in enumerate(requests)]
+        return [in_chat(self.tok, request) for request in found] if self.hparams.use_chat_template else found
+
+    def _quality(self, requests: Sequence[Request]) -> list[dict]:
+        return metrics.quality(self.model, self.tok, requests, separator=self.hparams.target_separator)
+
     def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
         with self.state.as_of(self.state.claimed):  # a process that was stopped made later edits, which this one will claim
-            before = metrics.quality(self.model, self.tok, requests)
+            before = self._quality(requests)
         results = [
             {"case_id": i, "requested_rewrite": request.to_dict(), "pre": pre}
             for i, (request, pre) in enumerate(zip(requests, before, strict=True))
@@ -128,14 +139,14 @@ class LifelongEditor:
             seconds = time.perf_counter() - started
             originals = originals or weights
             try:
-                for result, post in zip(batch, metrics.quality(self.model, self.tok, asked), strict=True):
+                for result, post in zip(batch, self._quality(asked), strict=True):
                     metrics.add_locality_accuracy(result["pre"], post)
                     result.update(post=post, time=seconds)
             finally:
                 if not sequential:
                     self.restore(weights)
         if sequential:
-            for result, final in zip(results, metrics.quality(self.model, self.tok, requests), strict=True):
+            for result, final in zip(results, self._quality(requests), strict=True):
                 metrics.add_locality_accuracy(result["pre"], final)
                 result["final"] = final
         return results, self.model, originals

@@ -118,7 +118,9 @@ def test_register_twice_is_once(stand_in):
     easyedit_nmke.register()
     assert batchable.is_batchable_method is wrapper
     assert [name for name in ("NMKE", "MEMIT", "ROME") if batchable.is_batchable_method(name)] == ["NMKE", "MEMIT"]
-    assert dict(tables.ALG_DICT) == {"ROME": print, "NMKE": easyedit_nmke.apply_nmke_to_model}
+    table = dict(tables.ALG_DICT)  # every method that it lacks, and its own as they were
+    assert table["ROME"] is print and table["NMKE"] is easyedit_nmke.apply_nmke_to_model
+    assert set(table) == {"ROME", "NMKE", "AlphaEdit", "MEMIT", "FT"} and table["FT"].__name__ == "apply_ft_to_model"
     assert importlib.import_module("easyeditor.editors.editor").ALG_DICT is tables.ALG_DICT
 
 

@@ -430,9 +430,9 @@ def test_the_judge_allows_ten_tokens_and_more_for_a_long_target(tiny, monkeypatc
     model, tok = tiny("gpt2")
     asked, said = [], greedy_texts
 
-    def spy(model, tok, prompts, counts, budget):
+    def spy(model, tok, prompts, counts, *rest):
         asked.extend(counts)
-        return said(model, tok, prompts, counts, budget)
+        return said(model, tok, prompts, counts, *rest)
 
     monkeypatch.setattr(generation, "greedy_texts", spy)
     length = len(target_tokens(tok, "Lyon", LONG))

@@ -132,7 +132,7 @@ def test_statistics_and_scores_are_computed_exactly(tiny, monkeypatch):
     view = ModelView(model)
     watched(covariance.SecondMoment, "add"), watched(fast, "perturbed_log_probs")
     watched(AttributionCache, "check"), watched(cached.Projection, "follow")
-    covariance.covariances(view, tok, ["The capital of France is Paris."], [0])
+    covariance.covariances(view, tok, ["The capital of France is Paris. " * 12], [0])
     case, cache = make_case((2, 7, 8, 37)), AttributionCache()
     case.scores(backend="fast")
     cache.projection(0, case.w_out, case.readout)

@@ -237,7 +237,7 @@ def test_a_target_of_more_than_ten_tokens_can_be_said(tiny, requests, monkeypatc
     long = "the old town hall of Mara Vosk, beside the great river, under seven very tall trees"
     asked = [dataclasses.replace(Request.from_dict(r), target_new=long) for r in requests(2)]
 
-    def said(model, tok, prompts, new_tokens=10, *_):
+    def said(model, tok, prompts, new_tokens=10, *_, **__):
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         ids = tok(f"{long}. It is said")["input_ids"]
         return [" " + tok.decode(ids[: count + 1], skip_special_tokens=True) for count in counts]

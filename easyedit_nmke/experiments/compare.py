@@ -136,7 +136,8 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) 
             mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
             _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
             exercises = atlas.exercises() if plan.source in atlas.SOURCES else ()
-            scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan))
+            separator = getattr(editor.hparams, "target_separator", None)
+            scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan), separator)
             if method is plan.methods[0] and not earlier:
                 scores = scorer.unedited(editor.model, editor.tok)
                 yield Result({"method": "unedited", "seed": seed, "checkpoint": 0, "scores": scores, "protocol": mark})

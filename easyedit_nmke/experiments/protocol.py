@@ -56,15 +56,18 @@ Event = Progress | Result
 class Scorer:
     """Every score of a stream of requests; holds what the unedited model says of all of them.
 
-    exercises: (prompt, answer) pairs of general ability. tasks: called with (model, tok), gives more scores by name.
+    exercises: (prompt, answer) pairs of general ability. tasks: called with (model, tok), gives more scores by name. separator:
+    between prompt and target, as the editor's `target_separator`.
     """
 
-    def __init__(self, model, tok, requests: Sequence[Request], exercises=(), tasks: Callable | None = None):
-        self.requests, self.exercises, self.tasks = list(requests), list(exercises), tasks
-        metrics.check(model, tok, self.requests)
-        self.before = metrics.quality(model, tok, self.requests)
+    def __init__(
+        self, model, tok, requests: Sequence[Request], exercises=(), tasks: Callable | None = None, separator: str | None = None
+    ):
+        self.requests, self.exercises, self.tasks, self.separator = list(requests), list(exercises), tasks, separator
+        metrics.check(model, tok, self.requests, separator)
+        self.before = metrics.quality(model, tok, self.requests, separator=separator)
         unknown = [request.prompt for request in self.requests if request.ground_truth is None]
-        said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS))
+        said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS, separator=separator))
         self.old = [
             request.ground_truth if request.ground_truth is not None else generation.answer(next(said)) for request in self.requests
         ]
@@ -76,7 +79,7 @@ class Scorer:
     def __call__(self, model, tok, edits: int) -> tuple[dict, dict]:
         """(scores, retention by age) of the first `edits` requests."""
         requests, before = self.requests[:edits], self.before[:edits]
-        after = metrics.quality(model, tok, requests)
+        after = metrics.quality(model, tok, requests, separator=self.separator)
         kept = {"rel": "rewrite_acc", "gen": "rephrase_acc"}
         shares = {name: [fmean(a[key]) if key in a else None for a in after] for name, key in kept.items()}
         ages = {name: metrics.retention(values) for name, values in shares.items()}
@@ -86,9 +89,10 @@ class Scorer:
         scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
         for name, prompts in (("rel", [(r.prompt,) for r in requests]), ("gen", [r.rephrase_prompts for r in requests])):
             scores.update(self._said(model, tok, name, requests, prompts))
-        texts = generation.greedy_texts(model, tok, [r.prompt for r in requests[:FLUENCY_TEXTS]], FLUENCY_TOKENS)
+        prompts = [r.prompt for r in requests[:FLUENCY_TEXTS]]
+        texts = generation.greedy_texts(model, tok, prompts, FLUENCY_TOKENS, separator=self.separator)
         scores["fluency"] = generation.fluency(texts)
-        general = metrics.exact_match(model, tok, self.exercises)
+        general = metrics.exact_match(model, tok, self.exercises, separator=self.separator)
         scores["general"] = fmean(general) if general else None
         scores |= measured(model, tok, requests, before)
         return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
@@ -104,10 +108,10 @@ class Scorer:
         if not asked:
             return dict.fromkeys((f"{name}_exact", f"{name}_contains", f"{name}_preferred"))
         truths = [(prompt, (request.target_new, *request.aliases)) for _, prompt, request, _ in asked]
-        judged = generation.judge(model, tok, truths)
+        judged = generation.judge(model, tok, truths, separator=self.separator)
         compared = [(i, prompt, request.target_new, old) for i, prompt, request, old in asked if old]
-        new = generation.target_log_probs(model, tok, [(prompt, new) for _, prompt, new, _ in compared])
-        old = generation.target_log_probs(model, tok, [(prompt, old) for _, prompt, _, old in compared])
+        pairs = [(prompt, new) for _, prompt, new, _ in compared], [(prompt, old) for _, prompt, _, old in compared]
+        new, old = (generation.target_log_probs(model, tok, some, separator=self.separator) for some in pairs)
         owners = [i for i, *_ in asked]
         return {
             f"{name}_exact": _mean_by_request(owners, [verdict.exact for verdict in judged]),
@@ -187,7 +191,7 @@ class Segment:
             failed = len(batch)
         seconds = time.perf_counter() - started
         pairs = [(request.prompt, request.target_new) for request in batch]
-        right = metrics.token_accuracy(self.editor.model, self.editor.tok, pairs)
+        right = metrics.token_accuracy(self.editor.model, self.editor.tok, pairs, separator=self.scorer.separator)
         self._count(immediate=right, failed=failed, seconds=seconds)
 
     def _count(self, **progress) -> None:
@@ -251,7 +255,8 @@ class Segment:
     def edits(self) -> list[dict]:
         """Each edit so far: the request, and EasyEdit's scores of it on the unedited model ("pre") and now ("post")."""
         done = len(self.immediate)
-        after = metrics.quality(self.editor.model, self.editor.tok, self.scorer.requests[:done])
+        requests, separator = self.scorer.requests[:done], self.scorer.separator
+        after = metrics.quality(self.editor.model, self.editor.tok, requests, separator=separator)
         results = []
         for request, pre, post in zip(self.scorer.requests, self.scorer.before, after, strict=False):
             metrics.add_locality_accuracy(pre, post)

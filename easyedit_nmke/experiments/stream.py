@@ -12,6 +12,7 @@ from .. import atlas, data
 from ..editor import LifelongEditor
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
+from ..models.chat import in_chat
 from ..models.requests import Request
 from ..scores import metrics
 from .protocol import batches
@@ -34,7 +35,8 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
     decides (0: as they are), without those that this model and its templates cannot be edited with or scored on. checkpoints: where
     batches end, besides after `batch_size` requests."""
     if source in atlas.SOURCES:
-        requests = [Request.from_dict(r) for r in atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])]
+        facts = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
+        requests = [_asked(editor, Request.from_dict(r)) for r in facts]
         return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
     method = getattr(editor, "method", None)
     loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)
@@ -43,12 +45,14 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         random.Random(seed).shuffle(order)
     view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
     accepted, refused, size = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
+    separator, asked = getattr(editor.hparams, "target_separator", None), {}
     starts = [start for start, _ in batches(len(order), size, checkpoints)]
     for place in order:
         try:
-            begun = [loaded.requests[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
-            check_requests(view, editor.tok, [*begun, loaded.requests[place]], templates)
-            metrics.check(editor.model, editor.tok, [loaded.requests[place]])
+            asked[place] = _asked(editor, loaded.requests[place])
+            begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
+            check_requests(view, editor.tok, [*begun, asked[place]], templates, separator)
+            metrics.check(editor.model, editor.tok, [asked[place]], separator)
             accepted.append(place)
         except ValueError as error:
             refused.append(data.Refusal(loaded.indices[place], str(error)))
@@ -59,7 +63,10 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         raise ValueError(f"{edits} edits were asked for, but {len(accepted)} records of {source} can be edited; ask for fewer")
     chosen = accepted[:edits]
     facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
-    return Stream(
-        [loaded.requests[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, {**facts, "edits": len(chosen)},
-        loaded.notes,
-    )  # fmt: skip
+    told = {**facts, "edits": len(chosen)}
+    return Stream([asked[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, told, loaded.notes)
+
+
+def _asked(editor, request: Request) -> Request:
+    """The request as it is asked of the editor's model: with `use_chat_template` in its chat format."""
+    return in_chat(editor.tok, request) if getattr(editor.hparams, "use_chat_template", False) else request

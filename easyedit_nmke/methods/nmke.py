@@ -17,7 +17,7 @@ from ..history.state import LifelongState
 from ..hparams import is_number, report, setting
 from ..messages import did_you_mean
 from ..models.arch import ModelView
-from ..models.prompts import tokenised_all
+from ..models.prompts import open_end, tokenised_all
 from ..models.requests import Request
 from ..models.updates import of_parameter
 from ..scores.drift import mask_overlap
@@ -230,7 +230,7 @@ def neuron_masks(
         return {}
     cache, backend = _attribution_backend(view, hparams, state, report)
     filled = [(request, request.fill(template, tok)[0]) for request in requests for template in templates]
-    texts = [text for _, text in filled]
+    texts = [open_end(text, hparams.target_separator, tok)[0] for _, text in filled]
     seen = attribution_inputs(view, tok, texts, hparams.layers, hparams.attribution_position)
     targets = seen.predicted
     if hparams.attribution_target == "target_new":

@@ -16,6 +16,7 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
 from ..models.arch import ModelView
+from ..models.chat import in_chat
 from ..models.hooks import only_at, record, record_calls, repeated
 from ..models.products import frozen
 from ..models.prompts import reworded, tokenised
@@ -116,6 +117,8 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
     """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
     value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
     requests = [Request(prompt.format(subject), subject, target) for prompt, subject, target in CALIBRATION]
+    if hparams.use_chat_template:
+        requests = [in_chat(tok, request) for request in requests]
     values = target_values(view, tok, requests, templates, z_layer, hparams)
     return sum(value.z.norm().item() for value in values) / len(values)
 

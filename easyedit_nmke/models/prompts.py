@@ -78,25 +78,26 @@ def joined(prompt: str, target: str, separator: str | None = None, tok=None) -> 
 
     separator: what stands between them; None: what the text asks for (see `open_end`). tok: whose special tokens need none.
     """
-    prompt, between = open_end(prompt, separator, tok)
-    return prompt + between + (target.lstrip(" ") if between == " " else target)
+    asked, space = open_end(prompt, separator, tok)
+    return asked + space + (target.lstrip(" ") if space else target)
 
 
 def open_end(prompt: str, separator: str | None = None, tok=None) -> tuple[str, str]:
-    """(the prompt as the model is asked, what stands between it and the answer).
+    """(the text that the model is asked, the space that it leaves between it and the answer).
 
-    Spaces at the prompt's end are a part of what stands between. Without a `separator` that is nothing after a line end, after a
-    special token, and where the last letter is of a script that writes no spaces; otherwise one space.
+    Spaces at the prompt's end are no part of what is asked. Without a `separator` there is no space after a line end, after a
+    special token, and where the last letter is of a script that writes none; otherwise one. A separator is asked with the prompt,
+    but for the spaces at its end.
     """
-    if separator == "":
-        return prompt, ""
-    bare = prompt.rstrip(" ")
     if separator is not None:
-        return bare, separator
-    if not bare or bare[-1].isspace() or bare.endswith(special_texts(tok)) or CLOSED.search(bare):
-        return bare, ""
-    letter = next((char for char in reversed(bare) if char.isalpha()), "")
-    return bare, "" if letter and spaceless(letter) else " "
+        text = (prompt.rstrip(" ") if separator else prompt) + separator
+        asked = text.rstrip(" ")
+        return asked, text[len(asked) :]
+    asked = prompt.rstrip(" ")
+    if not asked or asked[-1].isspace() or asked.endswith(special_texts(tok)) or CLOSED.search(asked):
+        return asked, ""
+    letter = next((char for char in reversed(asked) if char.isalpha()), "")
+    return asked, "" if letter and spaceless(letter) else " "
 
 
 # ---- tokens
@@ -140,8 +141,8 @@ def tokenised_all(tok, texts: Sequence[tuple[str, int | None, str | None]], sepa
     for (prompt, end, target), text, closed, (ids, offsets) in zip(texts, whole, complete, rows, strict=True):
         row, start = _Row(tok, text, closed, ids, offsets), None
         if target is not None:
-            asked, between = open_end(prompt, separator, tok)
-            start = row.first_after(len(asked), len(asked) + len(between))
+            asked, space = open_end(prompt, separator, tok)
+            start = row.first_after(len(asked), len(asked) + len(space))
         found.append(Tokenised(ids, None if end is None else row.last_before(end), start))
     return found
 

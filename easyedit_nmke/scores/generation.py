@@ -74,18 +74,20 @@ class Verdict(NamedTuple):
     contains: bool
 
 
-def judge(model, tok, asked: Sequence[tuple[str, str | Sequence[str]]], token_budget: int = TOKEN_BUDGET) -> list[Verdict]:
+def judge(
+    model, tok, asked: Sequence[tuple[str, str | Sequence[str]]], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[Verdict]:
     """The model's own answer to each (prompt, truths), of which any counts. It may take ANSWER_TOKENS tokens, or BEYOND more than
     the longest truth has; less where the model's context ends. Errors as `greedy_texts` and `says`."""
     wanted = [[truths] if isinstance(truths, str) else list(truths) for _, truths in asked]
     prompts, context = [prompt for prompt, _ in asked], context_length(model)
-    counts = [_answer_tokens(tok, prompt, truths, context) for prompt, truths in zip(prompts, wanted, strict=True)]
-    texts = greedy_texts(model, tok, prompts, counts, token_budget)
+    counts = [_answer_tokens(tok, prompt, truths, context, separator) for prompt, truths in zip(prompts, wanted, strict=True)]
+    texts = greedy_texts(model, tok, prompts, counts, token_budget, separator)
     return [Verdict(text, answer(text, truths), *says(text, truths)) for text, truths in zip(texts, wanted, strict=True)]
 
 
-def _answer_tokens(tok, prompt: str, truths: Sequence[str], context: int | None) -> int:
-    longest = max((len(target_tokens(tok, prompt, truth)) for truth in truths), default=0)
+def _answer_tokens(tok, prompt: str, truths: Sequence[str], context: int | None, separator: str | None) -> int:
+    longest = max((len(target_tokens(tok, prompt, truth, separator)) for truth in truths), default=0)
     enough = max(ANSWER_TOKENS, longest + BEYOND)
     return enough if context is None else max(longest, min(enough, context - len(encode(tok, prompt))))
 

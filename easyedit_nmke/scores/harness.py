@@ -11,6 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def evaluate(
     by_text = hasattr(model, "inner")
     with contextlib.nullcontext() if verbose else _quiet(), _code_allowed(tasks.allow_code), evaluating(model):
         found = run(
-            HFLM(pretrained=model.inner if by_text else model, tokenizer=tok, batch_size=1 if by_text else batch_size),
+            HFLM(pretrained=model.inner if by_text else model, tokenizer=deepcopy(tok), batch_size=1 if by_text else batch_size),
             tasks.loaded, limit=limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=tasks.allow_code,
         )["results"]  # fmt: skip
     scored = [[name] if _scores(found.get(name, {})) else members for name, members in tasks.members.items()]
