@@ -146,7 +146,7 @@ def test_another_method_of_that_name_is_replaced_with_a_warning(stand_in, caplog
         ("util/alg_dict", "OTHER = {}", "too old .*AttributeError.*ALG_DICT"),
         ("editors/batch_editor", "class BatchEditor: pass", "too old .*is_batchable_method"),
         ("__init__", "from transformers import AWordModelThatIsNoMore", "too old .*transformers .*AWordModelThatIsNoMore"),
-        ("__init__", "import no_such_package.part", r"needs the package no_such_package.*easyedit-nmke\[easyedit\]"),
+        ("__init__", "import no_such_package.part", r"needs the package no_such_package.*pip install -e .\.\[easyedit\]"),
         ("__init__", "import no_such_vision", r"needs the package no_such_vision.*text_only=True"),
     ],
 )
