@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-# What formats mark their parts with, as text: most are special tokens of their models, "[INST]" and "<<SYS>>" are not.
-_MARK = r"<\|[^<>|\s]+\|>|<｜[^<>\s]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>"
-# A text that ends with one of these that mark turns of a talk: what follows needs no space.
-CLOSED = re.compile(r"(?:<\|[^<>|\s]+\|>|<｜[^<>\s]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>)\Z")
-_ROLE = re.compile(
-    r"(?P<user>user|human|\[INST\])|system|assistant|model|bot|gpt|developer|tool|function|/INST|<SYS>", re.IGNORECASE
-)
-_NAME = r"(?i:user|human|system|assistant|model|bot|gpt|developer|tool|function)"
+# What formats mark their parts with, as text: special tokens of their models, after which an answer needs no space ...
+_TOKEN = r"<\|[^<>|\s]+\|>|<｜[^<>\s]+｜>|</?s>|<[be]os>|<(?:start|end)_of_turn>"
+CLOSED = re.compile(rf"(?:{_TOKEN})\Z")
+# ... and words that are none.
+_MARK = rf"{_TOKEN}|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>"
+_OTHERS = "system|assistant|model|bot|gpt|developer|tool|function"
+_NAME = f"(?i:user|human|{_OTHERS})"
+_ROLE = re.compile(rf"(?P<user>user|human|\[INST\])|{_OTHERS}|/INST|<SYS>", re.IGNORECASE)
 _PROBE = "What is asked?"
 
 
@@ -52,7 +52,8 @@ def in_chat(tok, request):
 def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
     """The user's words around prompt[start:end]: what stands between the marks of a chat format; a text without marks is all
     words. None when somebody else says them (the system, the assistant). tok: whose special tokens are marks as well."""
-    mark = "|".join([_MARK, *map(re.escape, sorted(special_texts(tok), key=len, reverse=True))])
+    special = sorted((text for text in special_texts(tok) if text in prompt), key=len, reverse=True)
+    mark = "|".join([_MARK, *map(re.escape, special)])
     # Marks that follow each other with no more than a role between them, and the role's name where it ends the line.
     headers = rf"(?:{mark})(?:\s*{_NAME}?\s*(?:{mark}))*(?:[ \t]*{_NAME}[ \t]*\n)?\s*"
     found = list(re.finditer(headers, prompt))

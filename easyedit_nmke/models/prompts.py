@@ -78,8 +78,7 @@ def joined(prompt: str, target: str, separator: str | None = None, tok=None) -> 
 
     separator: what stands between them; None: what the text asks for (see `open_end`). tok: whose special tokens need none.
     """
-    asked, space = open_end(prompt, separator, tok)
-    return asked + space + (target.lstrip(" ") if space else target)
+    return _join(*open_end(prompt, separator, tok), target)
 
 
 def open_end(prompt: str, separator: str | None = None, tok=None) -> tuple[str, str]:
@@ -89,12 +88,20 @@ def open_end(prompt: str, separator: str | None = None, tok=None) -> tuple[str, 
     special token, and where the last letter is of a script that writes none; otherwise one. A separator is asked with the prompt,
     but for the spaces at its end.
     """
+    return _open_end(prompt, separator, special_texts(tok))
+
+
+def _join(asked: str, space: str, target: str) -> str:
+    return asked + space + (target.lstrip(" ") if space else target)
+
+
+def _open_end(prompt: str, separator: str | None, special: tuple[str, ...]) -> tuple[str, str]:
     if separator is not None:
         text = (prompt.rstrip(" ") if separator else prompt) + separator
         asked = text.rstrip(" ")
         return asked, text[len(asked) :]
     asked = prompt.rstrip(" ")
-    if not asked or asked[-1].isspace() or asked.endswith(special_texts(tok)) or CLOSED.search(asked):
+    if not asked or asked[-1].isspace() or asked.endswith(special) or CLOSED.search(asked):
         return asked, ""
     letter = next((char for char in reversed(asked) if char.isalpha()), "")
     return asked, "" if letter and spaceless(letter) else " "
@@ -134,16 +141,14 @@ def tokenised_all(tok, texts: Sequence[tuple[str, int | None, str | None]], sepa
     """`tokenised` of each (prompt, subject_end, target)."""
     special = special_texts(tok)
     complete = [any(mark in prompt for mark in special) for prompt, _, _ in texts]
-    whole = [prompt if target is None else joined(prompt, target, separator, tok) for prompt, _, target in texts]
+    ends = [(prompt, "") if target is None else _open_end(prompt, separator, special) for prompt, _, target in texts]
+    whole = [_join(*end, target or "") for end, (*_, target) in zip(ends, texts, strict=True)]
+    rows = _read(tok, whole, complete, where=any(part is not None for _, *parts in texts for part in parts))
     found = []
-    where = any(end is not None or target is not None for _, end, target in texts)
-    rows = _read(tok, whole, complete, where)
-    for (prompt, end, target), text, closed, (ids, offsets) in zip(texts, whole, complete, rows, strict=True):
-        row, start = _Row(tok, text, closed, ids, offsets), None
-        if target is not None:
-            asked, space = open_end(prompt, separator, tok)
-            start = row.first_after(len(asked), len(asked) + len(space))
-        found.append(Tokenised(ids, None if end is None else row.last_before(end), start))
+    for (_, stop, target), (asked, space), text, closed, read in zip(texts, ends, whole, complete, rows, strict=True):
+        row = _Row(tok, text, closed, *read)
+        subject = None if stop is None else row.last_before(stop)
+        found.append(Tokenised(row.ids, subject, None if target is None else row.first_after(len(asked), len(asked) + len(space))))
     return found
 
 
