@@ -19,6 +19,7 @@ import easyedit_nmke
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.models import prompts
 from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import metrics
 from easyedit_nmke.statistics import covariance, nullspace
 
@@ -416,7 +417,7 @@ def test_metrics_are_easyedits(easyeditor, known, nmke_hparams, edits, family):
     if family != "gpt2":  # EasyEdit pads a list on the left, which shifts GPT-2's absolute positions and so its own scores
         several = {name: [probe[name][0] for probe in probes] for name in ("prompt", "ground_truth")}
         edits = [{**request, "locality": {**request["locality"], "several": several}} for request in edits]
-    ours = metrics.quality(model, tok, [prompts.Request.from_dict(request) for request in edits])
+    ours = metrics.quality(model, tok, [Request.from_dict(request) for request in edits])
     for request, mine in zip(edits, ours, strict=True):
         theirs = easyeditor.compute_edit_quality(model, family, nmke_hparams(model, tok), tok, request, "cpu")
         assert mine["rewrite_acc"] == pytest.approx(theirs["rewrite_acc"])
@@ -529,7 +530,7 @@ def test_target_values_are_alphaedits(easyeditor, known, nmke_hparams, edits, fa
     request = edits[0]
     values = importlib.import_module("easyedit_nmke.methods.values")
     flat = [template for group in templates for template in group]
-    ours = values.target_values(ModelView(model), tok, [prompts.Request.from_dict(request)], flat, hparams.layers[-1], hparams)[0].z
+    ours = values.target_values(ModelView(model), tok, [Request.from_dict(request)], flat, hparams.layers[-1], hparams)[0].z
     compute_z = importlib.import_module("easyeditor.models.alphaedit.compute_z").compute_z
     wanted = request | {
         "prompt": request["prompt"].replace(request["subject"], "{}"),
