@@ -1,5 +1,11 @@
 """Models and settings that tests share: the embedded model, and a tiny random one of every known architecture."""
 
+import os
+
+# Before torch is imported: processes that share cores are many times slower with more threads than their share.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
 import pytest
 import torch
 

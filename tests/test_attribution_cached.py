@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_attribution import make_case
 
-from easyedit_nmke import apply_nmke_to_model, attribution
+from easyedit_nmke import NMKEHyperParams, apply_nmke_to_model, attribution
 from easyedit_nmke.attribution import AttributionCache, cached, choose, fast, plain
 from easyedit_nmke.methods.keys import attribution_inputs
 from easyedit_nmke.models.arch import ModelView
@@ -110,7 +110,7 @@ def test_drift_is_measured_and_bounded():
         cache.projection(0, case.w_out, case.readout)
         told = update(case, 1)
         case.w_out.add_(told.left @ told.right)
-        cache.follow([told._replace(left=wrong * told.left)], {0: case.w_out}, case.readout)
+        cache.follow({0: [told._replace(left=wrong * told.left)]}, {0: case.w_out}, case.readout)
         assert error(case, cache) < 3e-5
         assert cache.layers[0].refreshes == refreshes
 
@@ -271,6 +271,6 @@ def test_many_prompts_are_read_in_chunks(tiny, monkeypatch, position):
 
 
 def test_backends_are_the_hyperparameters_choices():
-    from easyedit_nmke.hparams import CHOICES
-
-    assert set(CHOICES["attribution_backend"]) == {"auto", *attribution.BACKENDS}
+    choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(NMKEHyperParams) if "choices" in f.metadata}
+    assert set(choices["attribution_backend"]) == {"auto", *attribution.BACKENDS}
+    assert set(choices["attribution_strategy"]) == set(attribution.STRATEGIES)

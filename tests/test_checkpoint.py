@@ -509,8 +509,8 @@ def test_an_older_transformers_answers_as_edited(base, atlas, tmp_path, record_p
         with torch.no_grad():
             unedited = model(ids).logits[0]
             some_updates(model)
-            for layer, weight in before(model).items():
-                ModelView(model).w_out(layer).copy_(weight.bfloat16())  # as it will be stored
+            for place, weight in before(model).items():
+                ModelView(model).matrix(place).copy_(weight.bfloat16())  # as it will be stored
             assert export.export_model(model, tok, tmp_path / name, card(source)).total == 0
             said = tok.decode(model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0])
             made[name] = (unedited, model(ids).logits[0], ids.tolist(), said)

@@ -71,7 +71,7 @@ def test_nothing_installed_is_told_and_is_no_failure(installed, monkeypatch, cap
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "nothing can be edited without it" in out and "lacks torch, transformers" in out
-    assert found("extra figures").there is False and 'pip install "easyedit-nmke[figures]"' in found("extra figures").meaning
+    assert found("extra figures").there is False and 'pip install -e ".[figures]"' in found("extra figures").meaning
 
 
 def test_a_version_that_does_not_fit_is_named_with_what_is_needed(installed):

@@ -19,6 +19,7 @@ import easyedit_nmke
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.models import prompts
 from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import metrics
 from easyedit_nmke.statistics import covariance, nullspace
 
@@ -118,7 +119,9 @@ def test_register_twice_is_once(stand_in):
     easyedit_nmke.register()
     assert batchable.is_batchable_method is wrapper
     assert [name for name in ("NMKE", "MEMIT", "ROME") if batchable.is_batchable_method(name)] == ["NMKE", "MEMIT"]
-    assert dict(tables.ALG_DICT) == {"ROME": print, "NMKE": easyedit_nmke.apply_nmke_to_model}
+    table = dict(tables.ALG_DICT)  # every method that it lacks, and its own as they were
+    assert table["ROME"] is print and table["NMKE"] is easyedit_nmke.apply_nmke_to_model
+    assert set(table) == {"ROME", "NMKE", "AlphaEdit", "MEMIT", "FT"} and table["FT"].__name__ == "apply_ft_to_model"
     assert importlib.import_module("easyeditor.editors.editor").ALG_DICT is tables.ALG_DICT
 
 
@@ -144,7 +147,7 @@ def test_another_method_of_that_name_is_replaced_with_a_warning(stand_in, caplog
         ("util/alg_dict", "OTHER = {}", "too old .*AttributeError.*ALG_DICT"),
         ("editors/batch_editor", "class BatchEditor: pass", "too old .*is_batchable_method"),
         ("__init__", "from transformers import AWordModelThatIsNoMore", "too old .*transformers .*AWordModelThatIsNoMore"),
-        ("__init__", "import no_such_package.part", r"needs the package no_such_package.*easyedit-nmke\[easyedit\]"),
+        ("__init__", "import no_such_package.part", r"needs the package no_such_package.*pip install -e .\.\[easyedit\]"),
         ("__init__", "import no_such_vision", r"needs the package no_such_vision.*text_only=True"),
     ],
 )
@@ -414,7 +417,7 @@ def test_metrics_are_easyedits(easyeditor, known, nmke_hparams, edits, family):
     if family != "gpt2":  # EasyEdit pads a list on the left, which shifts GPT-2's absolute positions and so its own scores
         several = {name: [probe[name][0] for probe in probes] for name in ("prompt", "ground_truth")}
         edits = [{**request, "locality": {**request["locality"], "several": several}} for request in edits]
-    ours = metrics.quality(model, tok, [prompts.Request.from_dict(request) for request in edits])
+    ours = metrics.quality(model, tok, [Request.from_dict(request) for request in edits])
     for request, mine in zip(edits, ours, strict=True):
         theirs = easyeditor.compute_edit_quality(model, family, nmke_hparams(model, tok), tok, request, "cpu")
         assert mine["rewrite_acc"] == pytest.approx(theirs["rewrite_acc"])
@@ -527,7 +530,7 @@ def test_target_values_are_alphaedits(easyeditor, known, nmke_hparams, edits, fa
     request = edits[0]
     values = importlib.import_module("easyedit_nmke.methods.values")
     flat = [template for group in templates for template in group]
-    ours = values.target_values(ModelView(model), tok, [prompts.Request.from_dict(request)], flat, hparams.layers[-1], hparams)[0].z
+    ours = values.target_values(ModelView(model), tok, [Request.from_dict(request)], flat, hparams.layers[-1], hparams)[0].z
     compute_z = importlib.import_module("easyeditor.models.alphaedit.compute_z").compute_z
     wanted = request | {
         "prompt": request["prompt"].replace(request["subject"], "{}"),

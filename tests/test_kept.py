@@ -137,7 +137,7 @@ def test_a_checked_answer_is_judged_and_not_compared_letter_by_letter(results, r
     seen = []
     monkeypatch.setattr(kept, "history", told(kept.history, wanted))
     monkeypatch.setattr(
-        generation, "greedy_texts", lambda m, t, prompts, counts, _: seen.extend(counts) or [said[p] for p in prompts]
+        generation, "greedy_texts", lambda m, t, prompts, counts, *_: seen.extend(counts) or [said[p] for p in prompts]
     )
     found = kept.edits(results, check=True)
     assert [(edit["said"], edit["right"]) for edit in found] == [("St. Helier", True), (long, True), ("Romeo", False)]

@@ -7,7 +7,7 @@ from test_attribution import make_case
 from easyedit_nmke.attribution import AttributionCache, cached, fast
 from easyedit_nmke.models import products
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.updates import Update
+from easyedit_nmke.models.updates import LowRank
 from easyedit_nmke.statistics import covariance
 
 FAMILIES = ["llama", "gpt2", "gptj"]
@@ -132,11 +132,11 @@ def test_statistics_and_scores_are_computed_exactly(tiny, monkeypatch):
     view = ModelView(model)
     watched(covariance.SecondMoment, "add"), watched(fast, "perturbed_log_probs")
     watched(AttributionCache, "check"), watched(cached.Projection, "follow")
-    covariance.covariances(view, tok, ["The capital of France is Paris."], [0])
+    covariance.covariances(view, tok, ["The capital of France is Paris. " * 12], [0])
     case, cache = make_case((2, 7, 8, 37)), AttributionCache()
     case.scores(backend="fast")
     cache.projection(0, case.w_out, case.readout)
-    cache.follow([Update(0, torch.zeros(8, 1), torch.zeros(1, 7))], {0: case.w_out}, case.readout)
+    cache.follow({0: [LowRank("0", torch.zeros(8, 1), torch.zeros(1, 7))]}, {0: case.w_out}, case.readout)
     exact = {("highest", ("ieee",) * len(PARTS))}
     assert seen == {name: exact for name in ("add", "perturbed_log_probs", "check", "follow")}
     assert torch.get_float32_matmul_precision() == "medium"

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..easyedit.register import MULTIMODAL_PACKAGES, find_easyedit
+from ..messages import how_to_install
 from .verb import Verb
 
 PACKAGE = "easyedit-nmke"
@@ -169,7 +170,7 @@ def _extra(extra: str, requirements: list[Requirement]) -> Finding:
         return Finding(name, None, "nothing to install on this system", use)
     lacking = [found for r in asked if (found := _lacks(r))]
     if lacking:
-        return Finding(name, False, f"without {_listed(lacking)}", f'{use}; pip install "{PACKAGE}[{extra}]"')
+        return Finding(name, False, f"without {_listed(lacking)}", f"{use}; {how_to_install(extra)}")
     return Finding(name, True, _listed([f"{r.name} {_version(r.name)}" for r in asked]), use)
 
 

@@ -41,17 +41,17 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     where = find(folder)
     with Journal.open(where, write=False) as journal:
         events, _ = history(journal, tensors=False)
-    now, found = standing(events), []
+    now, found, truths = standing(events), [], []
     for event in events:
         if isinstance(event, Edit):
             for number, request in zip(event.ids, event.requests, strict=True):
                 told = {name: request.get(name) for name in ("subject", "prompt", "ground_truth", "target_new")}
                 found.append({"id": number, **told, "made": event.made, "now": now[number]})
+                truths.append((request["prompt"], (request["target_new"], *request.get("aliases", ()))))
     if check and found:
         editor = open_editor(where, model, device)
         editor.close()  # it is only asked
-        asked = [(edit["prompt"], edit["target_new"]) for edit in found]
-        verdicts = generation.judge(editor.model, editor.tok, asked, separator=editor.hparams.target_separator)
+        verdicts = generation.judge(editor.model, editor.tok, truths, separator=editor.hparams.target_separator)
         for edit, verdict in zip(found, verdicts, strict=True):
             edit.update(said=verdict.answer, right=verdict.exact)
     return found

@@ -45,8 +45,8 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         random.Random(seed).shuffle(order)
     view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
     accepted, refused, size = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
-    starts = [start for start, _ in batches(len(order), size, checkpoints)]
     separator, asked = getattr(editor.hparams, "target_separator", None), {}
+    starts = [start for start, _ in batches(len(order), size, checkpoints)]
     for place in order:
         try:
             asked[place] = _asked(editor, loaded.requests[place])
@@ -63,8 +63,8 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         raise ValueError(f"{edits} edits were asked for, but {len(accepted)} records of {source} can be edited; ask for fewer")
     chosen = accepted[:edits]
     facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
-    numbers = [loaded.indices[i] for i in chosen]
-    return Stream([asked[i] for i in chosen], numbers, refused, {**facts, "edits": len(chosen)}, loaded.notes)
+    told = {**facts, "edits": len(chosen)}
+    return Stream([asked[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, told, loaded.notes)
 
 
 def _asked(editor, request: Request) -> Request:

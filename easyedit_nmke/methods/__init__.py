@@ -37,7 +37,7 @@ def methods() -> dict[str, Method]:
 
 def method_named(name: str, source: str = "hyperparameters") -> Method:
     """ValueError, with what was meant, for a name that no method has."""
-    found = row("methods", OWN, name)
+    found = row("methods", OWN, name) if isinstance(name, str) else None
     if found is None:
         known = methods()
         raise ValueError(f"{source}: alg_name is {name!r}{did_you_mean(str(name), known)}; known methods: {', '.join(known)}")

@@ -85,7 +85,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
         """As the other methods'; `preset` names a set of values for whatever `content` leaves out."""
         content = dict(content)
         preset = content.pop("preset", "published")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             hint = did_you_mean(str(preset), PRESETS)
             raise ValueError(report(source, [f"preset is {preset!r}{hint}; expected one of {', '.join(map(repr, PRESETS))}"]))
         defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in PRESETS[preset].items()}
