@@ -22,6 +22,7 @@ TINY = {
     "qwen3": dict(_LLAMA, head_dim=8),
     "gpt2": _GPT,
     "gptj": dict(_GPT, rotary_dim=8),
+    "phi3": dict(_LLAMA, sliding_window=None),
 }
 
 
