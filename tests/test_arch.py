@@ -72,6 +72,7 @@ def test_every_family_has_a_tiny_model_in_the_tests():
         ("jamba", "a hybrid"),
         ("mamba", "a hybrid"),
         ("qwen3_next", "a hybrid"),
+        ("gemma3", "a model of images and text"),
         ("opt", "not known"),
     ],
 )

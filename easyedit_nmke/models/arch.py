@@ -30,6 +30,10 @@ class Family:
 
 
 _LLAMA = Family("model.layers", "mlp.down_proj", "model.norm", "rms", "post_attention_layernorm")
+_GEMMA = Family(
+    "model.layers", "mlp.down_proj", "model.norm", "rms", "pre_feedforward_layernorm",
+    post_norm="post_feedforward_layernorm", unit_offset=True,
+)  # fmt: skip
 
 FAMILIES = {
     "llama": _LLAMA,
@@ -39,11 +43,15 @@ FAMILIES = {
     "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f", "layer", "ln_2", transposed=True),
     "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f", "layer", None),
     "phi3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": Family("model.layers", "mlp.down_proj", "model.norm", "rms", "mlp", post_norm="post_feedforward_layernorm"),
 }
 
 # Model types that no row can be of, and what they are. Others are told by the number of experts in their configuration.
 _EXPERTS = "a mixture of experts (many FFNs a block), which is not edited"
 _HYBRID = "a hybrid (not every block is attention and one FFN), which is not edited"
+_IMAGES = "a model of images and text, which is not edited"
 UNEDITED = {
     **dict.fromkeys(
         (
@@ -61,6 +69,7 @@ UNEDITED = {
         ),
         _HYBRID,
     ),
+    **dict.fromkeys(("gemma3", "gemma3n"), _IMAGES),
 }  # fmt: skip
 _COUNTS_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
