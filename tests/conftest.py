@@ -15,6 +15,9 @@ from easyedit_nmke import atlas as embedded
 _LLAMA = dict(hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=128)  # fmt: skip
 _GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=96)
+# A window shorter than the texts, in the first and the last block.
+_GEMMA = dict(_LLAMA, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+VARIED = ("phi3", "gemma2", "gemma3_text", "olmo2")  # norms have random scales
 TINY = {
     "llama": dict(_LLAMA, rms_norm_eps=1e-5),
     "mistral": dict(_LLAMA, sliding_window=None),
@@ -22,6 +25,10 @@ TINY = {
     "qwen3": dict(_LLAMA, head_dim=8),
     "gpt2": _GPT,
     "gptj": dict(_GPT, rotary_dim=8),
+    "phi3": dict(_LLAMA, sliding_window=None),
+    "gemma2": dict(_GEMMA, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3_text": dict(_GEMMA, query_pre_attn_scalar=8),
+    "olmo2": _LLAMA,
 }
 
 
@@ -33,7 +40,11 @@ def tiny_model(model_type: str, vocab_size: int, seed: int = 0):
         model_type, vocab_size=vocab_size, initializer_range=0.2, pad_token_id=2, bos_token_id=0, eos_token_id=1, **TINY[model_type]
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters() if model_type in VARIED else ():
+        if "norm" in name:
+            parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    return model
 
 
 @pytest.fixture

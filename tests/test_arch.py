@@ -28,7 +28,7 @@ def test_readout_and_coefficients_rebuild_the_models_own_outputs(tiny, kind):
         assert int(seen.predicted[row]) == int(out.logits[0, -1].argmax())
         for layer in (0, 1):  # x + w_out c (+ bias) is the block's output
             bias = getattr(view.down(layer), "bias", None)
-            ffn = view.w_out(layer) @ seen.coefficients[layer][row] + (0 if bias is None else bias)
+            ffn = view.values(layer) @ seen.coefficients[layer][row] + (0 if bias is None else bias)
             assert torch.allclose(seen.residual[layer][row] + ffn, out.hidden_states[layer + 1][0, -1], atol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_writing_to_w_out_edits_the_model(tiny, kind):
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'Linear' is not known; known types: llama, mistral, qwen2, qwen3, gpt2, gptj"):
+    with pytest.raises(ValueError, match="'Linear' is not known; known types: llama, mistral, qwen2, qwen3, gpt2, gptj, "):
         ModelView(torch.nn.Linear(2, 2))
 
 
@@ -72,6 +72,7 @@ def test_every_family_has_a_tiny_model_in_the_tests():
         ("jamba", "a hybrid"),
         ("mamba", "a hybrid"),
         ("qwen3_next", "a hybrid"),
+        ("gemma3", "a model of images and text"),
         ("opt", "not known"),
     ],
 )
@@ -117,7 +118,7 @@ def test_another_package_adds_an_architecture_from_one_file(tmp_path, monkeypatc
     before = ModelView(model).weight(0).clone()
     apply_nmke_to_model(model, tok, requests(1), nmke_hparams(model, tok))
     assert not torch.equal(ModelView(model).weight(0), before)
-    with pytest.raises(ValueError, match=r"gptj, ourllama, wrongllama$"):
+    with pytest.raises(ValueError, match=f"{', '.join(FAMILIES)}, ourllama, wrongllama$"):
         ModelView(torch.nn.Linear(2, 2))
     model.config.model_type = "wrongllama"
     with pytest.raises(ValueError, match=r"'wrongllama' of an installed package is .*expected a Family"):
@@ -218,11 +219,14 @@ def test_keys_of_one_layer_after_the_other_are_those_of_whole_passes(tiny, monke
     start = 0
     for layer in layers:
         ran.clear()
-        keys, values = ascent(layer)
+        keys, values, outputs = ascent(layer)
         assert set(ran) == set(range(start, layers[-1] + 1)), "blocks below the last edited one run once"
         start = layer
         for found, expected in zip((keys, values), key_and_value(view, tok, asked, contexts, layer, layers[-1]), strict=True):
             assert found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        at = {"y": (view.down(layer), "output")}
+        y = subject_states(view, tok, [[request.fill("{}")] for request in asked], at)["y"][:, 0].T
+        assert torch.allclose(outputs, y, rtol=1e-4, atol=1e-5)
         view.w_out(layer).mul_(1.5)
     last = keys_of(view, tok, asked, contexts, layers)
     assert torch.allclose(last[layers[-1]], keys, rtol=1e-4, atol=1e-5), "the edited model's keys, before the last layer is edited"

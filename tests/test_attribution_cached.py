@@ -221,7 +221,7 @@ def edits(tiny, settings_for, requests, weights, kind, backend, count=3):
     return model.nmke_state, weights(model, settings)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "olmo2"])
 def test_edits_write_the_same_weights_with_every_backend(tiny, nmke_hparams, requests, weights, kind):
     state, expected = edits(tiny, nmke_hparams, requests, weights, kind, "reference")
     for backend in ("fast", "cached", "auto"):

@@ -137,6 +137,8 @@ OTHERS = [Request("Nils Brandt speaks", "Nils Brandt", "Dutch"), Request("What d
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_running_only_what_depends_on_the_value_changes_nothing(tiny, nmke_hparams, kind, attention):
     model, tok = tiny(kind)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("softcapped attention is eager")
     model.set_attn_implementation(attention)
     prompts = dict(locality_factor=0.7, locality_prompts=["{} works as a", "Where {} lives is called"])
     settings = nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=6, **prompts)

@@ -95,11 +95,12 @@ class Ascent:
         self.parts = [_Part(view, pad(chunk, view.device), z_layer) for chunk in _chunks(distinct, ROWS_AT_A_TIME)]
 
     @torch.no_grad()
-    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(K [F, requests] of `layer`, current output of block `z_layer` for the bare prompts [D, requests])."""
+    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(K [F, requests] of `layer`; for the bare prompts the current output of block `z_layer`, and of `layer`'s down projection
+        [D, requests])."""
         found = zip(*(part(layer) for part in self.parts), strict=True)
-        keys, values = (torch.cat(parts)[self.index].unflatten(0, (self.count, -1)) for parts in found)
-        return self.contexts.mean(keys).T.contiguous(), values[:, 0].T
+        keys, values, outputs = (torch.cat(parts)[self.index].unflatten(0, (self.count, -1)) for parts in found)
+        return self.contexts.mean(keys).T.contiguous(), values[:, 0].T, outputs[:, 0].T
 
 
 class _Part:
@@ -114,11 +115,13 @@ class _Part:
         self.places = {view.ffn(i): last if i == z_layer else real for i in range(z_layer + 1)}
         self.last = last
 
-    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(coefficients of `layer` [rows, F], output of block `z_layer` [rows, D]) at the subject's last token, float32."""
+    def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(coefficients of `layer` [rows, F], output of block `z_layer`, output of `layer`'s down projection [rows, D]) at the
+        subject's last token, float32."""
         view, blocks = self.view, self.view.blocks
         wanted = {
-            "hidden": (blocks[layer], "input"), "key": (view.down(layer), "input"), "value": (blocks[self.z_layer], "output")
+            "hidden": (blocks[layer], "input"), "key": (view.down(layer), "input"), "out": (view.down(layer), "output"),
+            "value": (blocks[self.z_layer], "output"),
         }  # fmt: skip
         with frozen(view.device), only_at(self.places), record(wanted, stop=True) as seen:
             if self.hidden is None:
@@ -129,9 +132,10 @@ class _Part:
         self.calls = self.calls[len(self.calls) - (self.z_layer + 1 - layer) :]
         self.start, self.hidden = layer, seen["hidden"]
         places = self.places[view.ffn(layer)]
-        key, value = seen["key"][0], seen["value"]
+        key, out, value = seen["key"][0], seen["out"][0], seen["value"]
         at = torch.searchsorted(places, self.last).to(key.device)
-        return key[at].float(), value[self.rows.to(value.device), self.batch.last.to(value.device)].float()
+        value = value[self.rows.to(value.device), self.batch.last.to(value.device)]
+        return key[at].float(), value.float(), out[at].float()
 
 
 def key_and_value(
@@ -152,7 +156,9 @@ def _padding(view: ModelView, tok) -> int:
 @dataclass(frozen=True)
 class AttributionInputs:
     """States of P prompts at the attributed token. coefficients, residual: layer -> [P, F], [P, D]; final_hidden [P, D] is the
-    final norm's input; predicted [P] the model's own next token."""
+    final norm's input; predicted [P] the model's own next token.
+
+    Where a norm is behind the FFN, the coefficients are over its statistic, so that the stream gets `view.values` times them."""
 
     coefficients: dict[int, torch.Tensor]
     residual: dict[int, torch.Tensor]
@@ -169,6 +175,8 @@ def attribution_inputs(
     wanted = {"final": (view.norm, "input")}
     for layer in layers:
         wanted[f"c{layer}"] = (view.down(layer), "input")
+        if view.family.post_norm:
+            wanted[f"y{layer}"] = (view.down(layer), "output")
         norm = view.ffn_norm(layer)
         if norm is not None:
             wanted[f"x{layer}"] = (norm, "input")
@@ -189,6 +197,8 @@ def attribution_inputs(
     for layer in layers:
         if f"x{layer}" not in states:
             states[f"x{layer}"] = states[f"out{layer}"].float() - states[f"ffn{layer}"].float()
+        if view.family.post_norm:
+            states[f"c{layer}"] = states[f"c{layer}"] / view.post_norm(layer).statistic(states[f"y{layer}"])[:, None]
     final = states["final"].float()
     readout = view.readout
     predicted = torch.cat([readout.logits(h.to(readout.head.device, readout.head.dtype)).argmax(-1) for h in final.split(16)])

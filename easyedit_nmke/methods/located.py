@@ -103,7 +103,7 @@ def edit_layers(
     ascent, found = Ascent(view, tok, requests, Contexts(state.templates, prompts), z_layer), {}
     for index, layer in enumerate(hparams.layers):
         with phase(report, "keys"):
-            found[layer], current = ascent(layer)
+            found[layer], current, output = ascent(layer)
         residual = (z - current.to(z)) / (len(hparams.layers) - index)
         if index == 0:
             report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
@@ -112,7 +112,8 @@ def edit_layers(
             mask = chosen[layer].mask.to(device) if layer in chosen else None
             right = directions(state.solvers[layer], found[layer], mask).T.float().contiguous()
         with phase(report, "apply"):
-            state.write(LowRank(view.weight_name(layer), residual.to(device).float(), right), report)
+            left = view.ffn_change(layer, output, residual).to(device).float()
+            state.write(LowRank(view.weight_name(layer), left, right), report)
         report.density[layer] = chosen[layer].density if layer in chosen else 1.0
     if all(solver.remembers for solver in state.solvers.values()):
         report.keys = found

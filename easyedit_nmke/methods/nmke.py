@@ -19,7 +19,7 @@ from ..messages import did_you_mean
 from ..models.arch import ModelView
 from ..models.prompts import open_end, tokenised_all
 from ..models.requests import Request
-from ..models.updates import of_parameter
+from ..models.updates import LowRank, of_parameter
 from ..scores.drift import mask_overlap
 from ..statistics.nullspace import RowSpace
 from . import alphaedit
@@ -188,9 +188,16 @@ def edit(
     report = edit_layers(view, tok, requests, hparams, state, z, prompts, masks, directions)
     if state.attribution_cache is not None:
         with phase(report, "attribution"):
-            updates = {layer: of_parameter(report.updates, view.weight_name(layer)) for layer in hparams.layers}
-            state.attribution_cache.follow(updates, {layer: view.w_out(layer) for layer in hparams.layers}, view.readout)
+            kept = [layer for layer in hparams.layers if layer in state.attribution_cache.layers]
+            updates = {layer: _in_the_stream(view, layer, report) for layer in kept}
+            state.attribution_cache.follow(updates, {layer: view.values(layer) for layer in kept}, view.readout)
     return report
+
+
+def _in_the_stream(view: ModelView, layer: int, report: EditReport) -> list[LowRank]:
+    """An edit's updates of `view.values`."""
+    updates = of_parameter(report.updates, view.weight_name(layer))
+    return [update._replace(left=view.scaled(layer, update.left)) for update in updates]
 
 
 def _note(masks: Mapping[int, NeuronMask], state: LifelongState, report: EditReport) -> None:
@@ -239,7 +246,7 @@ def neuron_masks(
     masks, readout = {}, view.readout
     for layer in hparams.layers:
         coefficients = seen.coefficients[layer]
-        device, w_out = coefficients.device, view.w_out(layer)
+        device, w_out = coefficients.device, view.values(layer)
         here = readout.to(device)
         scores = neuron_scores(
             coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),

@@ -63,7 +63,8 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: ROMEHyperPa
     """One rank-one update per request and layer, one after the other: w_out += v uᵀ, so that the bare prompt's key k gives z.
 
     u [F] is the mean key over all templates, preconditioned by the covariance of keys and of length 1; z [D] is what the FFN
-    should put out at the subject, and v = (z - its output) / (k · u).
+    should put out at the subject, and v = (z - its output) / (k · u); with a norm behind the FFN, z is the norm's and v what
+    brings it there (`ModelView.ffn_change`).
     """
     report = EditReport(len(requests))
     for number, request in enumerate(requests):
@@ -71,16 +72,18 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: ROMEHyperPa
             with phase(report, "values"):
                 (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
             with phase(report, "keys"):
-                wanted = {"key": (view.down(layer), "input"), "out": (view.down(layer), "output")}
+                ffn = view.down(layer)
+                wanted = {"key": (ffn, "input"), "out": (ffn, "output"), "added": (view.addend(layer), "output")}
                 seen = subject_states(view, tok, [Contexts(state.templates).texts(request, tok)], wanted)
-                keys, current = seen["key"][0].double(), seen["out"][0, 0].double()
+                keys, output, current = seen["key"][0].double(), seen["out"][0, 0], seen["added"][0, 0].double()
             with phase(report, "solve"):
                 u = keys.mean(0)
                 if layer in state.solvers:
                     u = state.solvers[layer].solve(u[:, None])[:, 0]
                 u = u / u.norm()
                 residual = value.z.to(current) - current
-                left, right = (residual / (keys[0] @ u))[:, None].float(), u[None].float()
+                change = view.ffn_change(layer, output[:, None], residual[:, None])
+                left, right = (change / (keys[0] @ u)).float(), u[None].float()
                 state.write(LowRank(view.weight_name(layer), left, right, number), report)
             report.density[layer] = 1.0
             report.residual += residual.norm().item() / (len(requests) * len(hparams.layers))

@@ -62,7 +62,8 @@ def target_values(
     whole_texts: bool = False,
 ) -> list[Value]:
     """z = z0 + δ of each request, for block `z_layer` at the subject's last token, by Adam on δ [D]; z0 is what its `part` puts
-    out, the whole "block" (MEMIT and its kin) or the "ffn" (ROME). δ has the same effect on either.
+    out, the whole "block" (MEMIT and its kin) or the "ffn" (ROME), behind a norm of its output where there is one. δ has the
+    same effect on either.
 
     Loss of a request: mean NLL of the target under all templates + kl_factor · KL(now || unedited) at the subject of
     "{subject} is a" + locality_factor · mean KL(unedited || now) at the end of the `locality_prompts` that ask something else
@@ -231,7 +232,7 @@ class _Above:
 
     def __init__(self, view: ModelView, batch: _Batch, z_layer: int):
         self.batch, self.blocks = batch, list(view.blocks)[z_layer + 1 :]
-        wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.ffn(z_layer), "output")}
+        wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.addend(z_layer), "output")}
         positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
         first, self.places = self._places(view, z_layer) if batch.start else ({}, {})

@@ -10,12 +10,14 @@ import torch
 from torch.nn.functional import linear
 
 from ..extensions import row, with_extensions
+from .post_norm import PostNorm
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its parts. `ffn_norm` is the norm whose input is the residual stream that the FFN output is added
-    to; None for parallel blocks, where that sum is read off the block's output."""
+    """Where a family keeps its parts. `ffn_norm` is the module whose input is the residual stream that the FFN output is added to:
+    the norm before the FFN, or the FFN itself where there is none; None for parallel blocks, where that sum is read off the
+    block's output."""
 
     blocks: str
     down: str  # output projection of the FFN, inside a block
@@ -23,9 +25,15 @@ class Family:
     norm_kind: str  # "rms" or "layer"
     ffn_norm: str | None
     transposed: bool = False  # weight stored [F, D] (Conv1D) rather than [D, F]
+    post_norm: str | None = None  # RMS norm of the FFN output, inside a block, before it is added to the stream
+    unit_offset: bool = False  # norms scale by 1 + weight
 
 
 _LLAMA = Family("model.layers", "mlp.down_proj", "model.norm", "rms", "post_attention_layernorm")
+_GEMMA = Family(
+    "model.layers", "mlp.down_proj", "model.norm", "rms", "pre_feedforward_layernorm",
+    post_norm="post_feedforward_layernorm", unit_offset=True,
+)  # fmt: skip
 
 FAMILIES = {
     "llama": _LLAMA,
@@ -34,11 +42,16 @@ FAMILIES = {
     "qwen3": _LLAMA,
     "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f", "layer", "ln_2", transposed=True),
     "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f", "layer", None),
+    "phi3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": Family("model.layers", "mlp.down_proj", "model.norm", "rms", "mlp", post_norm="post_feedforward_layernorm"),
 }
 
 # Model types that no row can be of, and what they are. Others are told by the number of experts in their configuration.
 _EXPERTS = "a mixture of experts (many FFNs a block), which is not edited"
 _HYBRID = "a hybrid (not every block is attention and one FFN), which is not edited"
+_IMAGES = "a model of images and text, which is not edited"
 UNEDITED = {
     **dict.fromkeys(
         (
@@ -56,6 +69,7 @@ UNEDITED = {
         ),
         _HYBRID,
     ),
+    **dict.fromkeys(("gemma3", "gemma3n"), _IMAGES),
 }  # fmt: skip
 _COUNTS_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -230,6 +244,28 @@ class ModelView:
         weight = self.weight(layer).data
         return weight.T if self.family.transposed else weight
 
+    def addend(self, layer: int) -> torch.nn.Module:
+        """The module whose output block `layer` adds to the stream for its FFN: a norm behind the FFN, or the FFN."""
+        return self.blocks[layer].get_submodule(self.family.post_norm) if self.family.post_norm else self.ffn(layer)
+
+    def post_norm(self, layer: int) -> PostNorm | None:
+        return PostNorm(*self._scale_and_eps(self.addend(layer))) if self.family.post_norm else None
+
+    def scaled(self, layer: int, matrix: torch.Tensor) -> torch.Tensor:
+        """Outputs of the down projection [D, k] as the stream gets them, but for the statistic of a norm behind the FFN."""
+        norm = self.post_norm(layer)
+        return matrix if norm is None else (norm.scale.to(matrix.device)[:, None] * matrix).to(matrix.dtype)
+
+    def values(self, layer: int) -> torch.Tensor:
+        """The FFN neurons' values [D, F], in the stream: w_out, its rows scaled where a norm is behind the FFN."""
+        return self.scaled(layer, self.w_out(layer))
+
+    def ffn_change(self, layer: int, output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """By what the down projection's `output` [D, k] has to change for the stream to move by `wanted` [D, k]: by the same, but
+        where a norm is behind the FFN (`PostNorm.change`)."""
+        norm = self.post_norm(layer)
+        return wanted if norm is None else norm.change(output.T.to(wanted.device), wanted.T).T.contiguous().to(wanted.dtype)
+
     def matrix(self, name: str) -> torch.Tensor:
         """A parameter as [out, in], the way torch.nn.Linear stores it; a vector as it is. A view: writing to it edits the model."""
         return self.oriented(name, self.model.get_parameter(name).data)
@@ -246,14 +282,19 @@ class ModelView:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    def _scale_and_eps(self, norm: torch.nn.Module) -> tuple[torch.Tensor, float]:
+        weight = norm.weight.data
+        eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+        return 1 + weight.float() if self.family.unit_offset else weight, float(eps)
+
     @property
     def readout(self) -> Readout:
-        eps = getattr(self.norm, "variance_epsilon", None) or getattr(self.norm, "eps", None)
+        scale, eps = self._scale_and_eps(self.norm)
         return Readout(
             self.family.norm_kind,
-            self.norm.weight.data,
+            scale,
             getattr(self.norm, "bias", None),
-            float(eps),
+            eps,
             self.head.weight.data,
             getattr(self.head, "bias", None),
             getattr(self.model.config, "final_logit_softcapping", None),
