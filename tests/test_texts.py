@@ -15,6 +15,7 @@ from easyedit_nmke import LifelongEditor
 from easyedit_nmke.methods import keys, method_named, values
 from easyedit_nmke.methods.contract import check_requests
 from easyedit_nmke.methods.keys import Contexts, attribution_inputs, subject_states
+from easyedit_nmke.methods.nmke import neuron_masks
 from easyedit_nmke.methods.values import target_values
 from easyedit_nmke.models import prompts
 from easyedit_nmke.models.arch import ModelView
@@ -172,6 +173,18 @@ def test_an_edit_of_a_chat_prompt_is_read_back_in_full(chatty):
     assert generation.greedy_texts(model, tok, [prompt], len(target_tokens(tok, prompt, "Rome"))) == ["Rome"]
 
 
+def test_a_prompt_in_the_format_is_edited_as_one_that_is_put_into_it(chatty, nmke_hparams):
+    found = []
+    for by_hand in (True, False):
+        model, tok = chatty()
+        prompt = "The birthplace of Mara Vosk is"
+        editor = LifelongEditor(nmke_hparams(model, tok, use_chat_template=not by_hand))
+        asked = as_chat(tok, prompt) if by_hand else prompt
+        (result,), _, _ = editor.edit(asked, "Rome", subject="Mara Vosk", verbose=False)
+        found.append((result["requested_rewrite"], result["post"], editor.state.reports[-1].value_loss))
+    assert found[0] == found[1] and found[0][0]["prompt"].endswith("<s>assistant\n")
+
+
 # ---- chat templates
 
 
@@ -197,6 +210,11 @@ def test_a_format_without_special_tokens_is_known_by_what_stands_around_the_word
     assert in_chat(tok, request) == request
     assert request.fill("So. {}", tok)[0] == "A talk. USER: So. The birthplace of Mara Vosk is ASSISTANT:"
     assert joined(request.prompt, "Rome", tok=tok) == request.prompt + " Rome"
+    tok.chat_template = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}{{ 'ASSISTANT: ' }}"
+    request = in_chat(tok, Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome"))
+    for kept in (request, Request.from_dict(request.to_dict())):  # which strips the space at its end
+        assert in_chat(tok, kept) == kept
+        assert kept.fill("So. {}", tok)[0].rstrip() == "USER: So. The birthplace of Mara Vosk is ASSISTANT:"
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_in_one_sentence(tiny, nmke_hparams):
@@ -269,7 +287,7 @@ def test_values_and_keys_are_of_texts_in_the_format(chatty, nmke_hparams):
         assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id and tok.decode(ids).endswith("Mara Vosk")
 
 
-def test_a_lifelong_editor_asks_in_the_format_wherever_requests_enter(chatty, nmke_hparams, requests):
+def test_a_lifelong_editor_asks_in_the_format_wherever_requests_enter(chatty, nmke_hparams, requests, tmp_path):
     from easyedit_nmke.experiments.stream import stream
 
     model, tok = chatty()
@@ -286,6 +304,9 @@ def test_a_lifelong_editor_asks_in_the_format_wherever_requests_enter(chatty, nm
     told = [request["prompt"] for event in editor.state.events for request in event.requests]
     assert told == [as_chat(tok, record["prompt"]) for record in requests(3)]
     assert all(request.prompt.startswith("<s>user\n") for request in stream(editor, "atlas", 3, 0).requests)
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(records))
+    assert [request.prompt for request in stream(editor, str(path), None, 0).requests] == told[:2]
 
 
 # ---- the separator
@@ -324,6 +345,32 @@ def test_check_requests_counts_the_tokens_of_the_joined_text(tiny):
         check_requests(ModelView(model), tok, [Request(prompt, "Mara Vosk", "Rome")], separator="\n" * 200)
     with pytest.raises(ValueError, match="adds no token"):
         check_requests(ModelView(model), tok, [Request(prompt, "Mara Vosk", " ")])
+
+
+def test_spaces_at_a_prompts_end_change_no_mask_no_edit_and_no_answer(tiny, nmke_hparams):
+    model, tok = tiny("llama")
+    prompt, chosen = "The birthplace of Mara Vosk is", nmke_hparams(model, tok)
+    masks, rows, said = [], [], []
+    for text in (prompt, prompt + "  "):
+        request = Request(text, "Mara Vosk", "Rome")
+        masks.append(neuron_masks(ModelView(model), tok, [request], ["{}", "So. {}"], chosen)[1].mask)
+        rows.append(prepared(model, tok, request, ["{}", "So. {}"], chosen))
+        said.append(generation.judge(model, tok, [(text, "Rome")]))
+    assert torch.equal(*masks) and rows[0] == rows[1] and said[0] == said[1]
+
+
+def test_an_alias_that_shares_a_token_with_the_prompt_is_judged_all_the_same(tiny):
+    class Crossing(Slow):
+        """No text's tokens are the beginning of a longer text's."""
+
+        def __call__(self, texts, add_special_tokens=True):
+            return {"input_ids": [[len(text), 5] for text in texts]}
+
+    model, tok = tiny("llama")
+    crossing = Crossing(tok)
+    with pytest.raises(ValueError, match="one token for the end of the prompt"):
+        target_tokens(crossing, "Tirana is", "Anna")
+    assert generation.judge(model, crossing, [("Tirana is", ["Anna", "Ann"])])[0].exact is False
 
 
 # ---- one tokenisation

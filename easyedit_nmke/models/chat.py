@@ -58,7 +58,7 @@ def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
     headers = rf"(?:{mark})(?:\s*{_NAME}?\s*(?:{mark}))*(?:[ \t]*{_NAME}[ \t]*\n)?\s*"
     found = list(re.finditer(headers, prompt))
     if not found and (frame := _frame(tok)) and _framed(prompt, frame):
-        return len(frame[0]), len(prompt) - len(frame[1])
+        return len(frame[0]), len(prompt.rstrip(" ")) - len(frame[1])
     before = [header for header in found if header.start() < end]
     after = [header for header in found if header.start() >= end]
     stop = len(prompt[: after[0].start()].rstrip()) if after else len(prompt)
@@ -71,13 +71,13 @@ def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
 
 
 def _frame(tok) -> tuple[str, str] | None:
-    """What the tokenizer's chat format puts before and after a user's words."""
+    """What the tokenizer's chat format puts before and after a user's words, without spaces at its end."""
     if not getattr(tok, "chat_template", None):
         return None
-    parts = as_chat(tok, _PROBE).split(_PROBE)
+    parts = as_chat(tok, _PROBE).rstrip(" ").split(_PROBE)
     return tuple(parts) if len(parts) == 2 else None
 
 
 def _framed(prompt: str, frame: tuple[str, str]) -> bool:
     long_enough = len(prompt) > len(frame[0]) + len(frame[1]) > 0
-    return long_enough and prompt.startswith(frame[0]) and prompt.endswith(frame[1])
+    return long_enough and prompt.startswith(frame[0]) and prompt.rstrip(" ").endswith(frame[1])
