@@ -5,12 +5,15 @@ import torch
 
 from easyedit_nmke import methods
 from easyedit_nmke.attribution import neuron_scores
+from easyedit_nmke.attribution.masks import neuron_mask
 from easyedit_nmke.methods import rome
 from easyedit_nmke.methods.keys import attribution_inputs, subject_states
 from easyedit_nmke.methods.located import edit_layers
+from easyedit_nmke.methods.nmke import neuron_masks
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models.arch import FAMILIES, ModelView
 from easyedit_nmke.models.post_norm import PostNorm
+from easyedit_nmke.models.prompts import open_end
 from easyedit_nmke.models.requests import Request
 
 METHOD_SETTINGS = {
@@ -162,3 +165,20 @@ def test_attribution_is_of_what_the_stream_gets(tiny, kind, strategy):
     expected = {"lps": after - now, "psa": after.exp() - now.exp(), "mpc": share.norm(dim=1)}[strategy]
     assert expected.abs().max() > 1e-3
     assert torch.allclose(found.float(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", POST_NORM)
+def test_masks_are_those_of_the_streams_values(tiny, nmke_hparams, kind):
+    model, tok = tiny(kind)
+    few = dict(neurons="specific", ratio="fixed", specific_ratio=0.7)
+    view, chosen = ModelView(model), nmke_hparams(model, tok, attribution_strategy="mpc", layers=[1], **few)
+    found = neuron_masks(view, tok, [REQUEST], ["{}"], chosen)[1].mask
+    text = open_end(REQUEST.prompt, chosen.target_separator, tok)[0]
+    seen = attribution_inputs(view, tok, [text], [1])
+
+    def mask(values):
+        return neuron_mask(seen.coefficients[1].abs() * values.norm(dim=0), chosen).mask
+
+    scale = view.addend(1).weight.data + (1 if "gemma" in kind else 0)
+    assert torch.equal(found, mask(scale[:, None] * view.w_out(1)))
+    assert not torch.equal(found, mask(view.w_out(1))), "so the comparison can fail"
