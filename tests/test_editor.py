@@ -6,13 +6,13 @@ import dataclasses
 import pytest
 import torch
 
-from easyedit_nmke import LifelongEditor, apply_nmke_to_model, methods
+from easyedit_nmke import LifelongEditor, apply_nmke_to_model, facts, methods
 from easyedit_nmke.history.state import LifelongState
 from easyedit_nmke.methods import located as editor
 from easyedit_nmke.methods import nmke
 from easyedit_nmke.methods.keys import Ascent, Contexts, key_and_value, keys_of
 from easyedit_nmke.methods.solver import NullSpaceSolver
-from easyedit_nmke.methods.values import CALIBRATION, Value, target_values
+from easyedit_nmke.methods.values import Value, target_values
 from easyedit_nmke.models.arch import FAMILIES, ModelView
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance
@@ -405,8 +405,8 @@ def test_anchored_values_have_the_norm_that_the_unedited_model_gives_them(tiny, 
     settings = nmke_hparams(model, tok, neurons="all", value_norm="anchored", value_norm_factor=0.5)
     view, state = ModelView(model), methods.open_state(model, tok, settings)
     solved = [
-        target_values(view, tok, [Request(p.format(subject), subject, new)], state.flat_templates, 1, settings)[0].z.norm()
-        for p, subject, new in CALIBRATION
+        target_values(view, tok, [Request(prompt, subject, new)], state.flat_templates, 1, settings)[0].z.norm()
+        for prompt, subject, new in facts.calibration()
     ]
     assert state.value_norm == pytest.approx(0.5 * torch.stack(solved).mean().item(), rel=1e-3)
     seen, write = [], LifelongState.write

@@ -13,7 +13,7 @@ ROOT = Path(easyedit_nmke.__file__).parent
 FLOORS = (
     {"files", "messages", "extensions"},
     {"hparams"},
-    {"atlas"},
+    {"atlas", "facts"},
     {"models"},
     {"data", "statistics", "attribution", "history", "scores"},
     {"methods"},

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import atlas, data
+from .. import facts as known
 from ..editor import LifelongEditor
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
@@ -31,12 +32,15 @@ class Stream:
 
 
 def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Sequence[int] = ()) -> Stream:
-    """The first `edits` (None: all) facts of the embedded model's test half, or records of a file, in an order that the seed
+    """The first `edits` (None: all) facts of the test half of `atlas` or `facts`, or records of a file, in an order that the seed
     decides (0: as they are), without those that this model and its templates cannot be edited with or scored on. checkpoints: where
     batches end, besides after `batch_size` requests."""
-    if source in atlas.SOURCES:
-        facts = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
-        requests = [_asked(editor, Request.from_dict(r)) for r in facts]
+    if source in atlas.SOURCES or source == known.SOURCE:
+        if source == known.SOURCE:
+            records = known.requests(edits or 200, "test", seed)
+        else:
+            records = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
+        requests = [_asked(editor, Request.from_dict(r)) for r in records]
         return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
     method = getattr(editor, "method", None)
     loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)

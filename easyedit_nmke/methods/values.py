@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
+from .. import facts
 from ..models.arch import ModelView
 from ..models.chat import in_chat
 from ..models.hooks import only_at, record, record_calls, repeated
@@ -24,21 +25,6 @@ from ..models.requests import Request
 
 KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05
-# (prompt, subject, a new answer) of well-known facts of several kinds.
-CALIBRATION = (
-    ("{} was born in the city of", "Albert Einstein", "Lisbon"),
-    ("The mother tongue of {} is", "Victor Hugo", "Swedish"),
-    ("{} plays the", "Louis Armstrong", "violin"),
-    ("{} works as a", "Serena Williams", "painter"),
-    ("The capital of {} is", "Japan", "Madrid"),
-    ("{} is located in the country of", "The Eiffel Tower", "Canada"),
-    ("The headquarters of {} is in", "Toyota", "Chicago"),
-    ("{} was founded by", "Microsoft", "Walt Disney"),
-    ("{} was written by", "Hamlet", "Jane Austen"),
-    ("The official language of {} is", "Brazil", "Turkish"),
-    ("{} died in", "Napoleon", "Vienna"),
-    ("{} is a citizen of", "Marie Curie", "Mexico"),
-)
 REQUESTS_AT_A_TIME = 16  # in one batch; its activations are kept for the backward pass
 
 
@@ -117,7 +103,7 @@ def target_values(
 def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int, hparams) -> float:
     """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
     value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
-    requests = [Request(prompt.format(subject), subject, target) for prompt, subject, target in CALIBRATION]
+    requests = [Request(prompt, subject, target) for prompt, subject, target in facts.calibration()]
     if hparams.use_chat_template:
         requests = [in_chat(tok, request) for request in requests]
     values = target_values(view, tok, requests, templates, z_layer, hparams)
