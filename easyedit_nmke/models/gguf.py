@@ -89,6 +89,14 @@ def find(name: str) -> Source | None:
     return Source(name, (path.resolve() / files[0],))
 
 
+def is_gguf(name: str) -> bool:
+    """Whether `name` stands for a GGUF file (or several), installed or not."""
+    try:
+        return find(name) is not None
+    except ValueError:
+        return True
+
+
 def plain_folder(name: str) -> Path:
     """The folder of the model, dequantised, that `find` finds by `name`; made by the first call for a file. ValueError when it
     finds none, for a file that cannot be read, and when there is no room."""
@@ -135,8 +143,11 @@ def _cache() -> Path:
 
 
 def _check_magic(source: Source) -> None:
-    with open(source.pieces[0], "rb") as file:
-        first = file.read(4)
+    try:
+        with open(source.pieces[0], "rb") as file:
+            first = file.read(4)
+    except OSError as error:
+        raise ValueError(f"{source.pieces[0]} cannot be read ({error.strerror})") from None
     if first != b"GGUF":
         raise ValueError(f"{source.pieces[0]} is not a GGUF file: it begins with {first!r}, expected b'GGUF'")
 
@@ -146,7 +157,7 @@ def _digest(source: Source) -> str:
     memory, key = _cache() / "hashes.json", os.pathsep.join(map(str, source.pieces))
     stamps = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, source.pieces)]
     known = {}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, LookupError, TypeError):  # none yet, damaged, or another file's
         known = json.loads(memory.read_text(encoding="utf-8"))
         if known[key]["stamps"] == stamps:
             return known[key]["sha256"]
@@ -257,8 +268,8 @@ def _explained(folder: Path) -> Iterator[None]:
             near = next(place for place in folder.parents if place.is_dir())
             free = f", {shutil.disk_usage(near).free / 2**30:.1f} GiB free"
         raise ValueError(
-            f"the dequantised model cannot be written to {folder} ({_line(error)}{free}); make room there (4 bytes a parameter), or "
-            "set XDG_CACHE_HOME to another place"
+            f"the dequantised model cannot be written to {folder} ({_line(error)}{free}); make room there (4 bytes a parameter) "
+            "or set XDG_CACHE_HOME to another place"
         ) from None
 
 

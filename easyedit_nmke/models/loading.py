@@ -49,8 +49,8 @@ def load_model(hparams: HyperParams):
 
 
 def base_folder(name: str, revision: str | None = None) -> Path | None:
-    """Where the files lie of a model that `load_model` opens by `name`: a folder, what a GGUF file was dequantised to, or a snapshot
-    in the hub's cache. None when they are not on this machine; nothing is downloaded or dequantised."""
+    """Where the files lie of a model that `load_model` opens by `name`: a folder, what a GGUF file was dequantised to, or a
+    snapshot in the hub's cache. None when they are not on this machine; nothing is downloaded or dequantised."""
     if name == "atlas":
         return atlas.DIRECTORY
     try:
