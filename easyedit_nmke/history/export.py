@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..files import whole_folder
+from ..models import gguf
 from ..models.arch import ModelView
+from ..models.loading import base_folder
 from ..models.updates import LowRank, Update
 from .checkpoint import Base, ModelReport, write_checkpoint
 from .delta import FILE, joined, save_delta, short
@@ -242,6 +244,10 @@ def _base(base: str, kind: str) -> str:
     """Code that loads the base model, and its tokenizer."""
     if base == "atlas":
         return "from easyedit_nmke import atlas\n\nmodel, tok = atlas.load()\n"
+    if gguf.is_gguf(base):
+        return (
+            f"{_AUTO}from easyedit_nmke.models.gguf import plain_folder\n\nbase = plain_folder({base!r})\n{_loaded('base', kind)}\n"
+        )
     return f"{_AUTO}\n{_loaded(repr(base), kind)}\n"
 
 
@@ -250,15 +256,20 @@ def _serving(base: str, name: str, rank: int) -> str:
         return f"vLLM serves adapters up to rank {_SERVED_RANKS[-1]}: export with `--rank {_SERVED_RANKS[-1]}` for it."
     allowed = next(each for each in _SERVED_RANKS if each >= rank)
     options = f"--enable-lora --max-lora-rank {allowed} --lora-modules edited={name}"
-    return f"With vLLM, for the architectures whose adapters it takes:\n\n```bash\nvllm serve {base} {options}\n```"
+    where = ""
+    if gguf.is_gguf(base):
+        base, where = "BASE", f" (BASE is the folder that `easyedit_nmke.models.gguf.plain_folder({base!r})` gives)"
+    return f"With vLLM, for the architectures whose adapters it takes{where}:\n\n```bash\nvllm serve {base} {options}\n```"
 
 
 def _write_card(folder: Path, card: Card, library: str, what: str, code: str, checked: str, more: str = "") -> None:
     head = [f"library_name: {library}", "tags: [knowledge-editing]"]
-    if card.base != "atlas" and not Path(card.base).exists():
+    made = gguf.origin(base_folder(card.base))
+    if card.base != "atlas" and not gguf.is_gguf(card.base) and not Path(card.base).exists():
         head.append(f"base_model: {card.base}")
     facts = {
         "Base model": card.base,
+        **({"Dequantised from": ", ".join(f"{name} {value}" for name, value in made.items())} if made else {}),
         "Hash of its weights": card.weights,
         "Method": card.method,
         "Edits": card.edits,
