@@ -66,6 +66,7 @@ class HyperParams:
     model_name: Any  # a path, a hub name, "atlas", or a (model, tokenizer) tuple
     alg_name: str = setting("", state=True)
     device: Any = 0  # a CUDA index, or any torch device name
+    revision: str | None = None  # of a hub name; null: the newest
     model_parallel: bool = False
     dtype: str = setting("float32", choices=("float32", "bfloat16", "float16", "auto"))  # of a named model; "auto": as it is stored
     fp16: bool = False  # EasyEdit's name for dtype: float16
@@ -141,6 +142,8 @@ class HyperParams:
             found.append(f"device must be a CUDA index or the name of a torch device, got {self.device!r}")
         if not is_int(self.seed):
             found.append(f"seed must be a whole number, got {self.seed!r}")
+        if self.revision is not None and not isinstance(self.revision, str):
+            found.append(f"revision must be a text or null, got {self.revision!r}")
         if self.target_separator is not None and not isinstance(self.target_separator, str):
             found.append(f"target_separator must be a text or null, got {self.target_separator!r}")
         if self.state_dir is not None and not isinstance(self.state_dir, (str, Path)):

@@ -30,8 +30,7 @@ def load_model(hparams: HyperParams):
         if (Path(folder) / "adapter_config.json").is_file():
             raise ValueError(f"model {name!r} is the folder of a PEFT adapter: {MERGE}")
         spread = "auto" if hparams.model_parallel and name != "atlas" else None
-        revision = getattr(hparams, "revision", None)
-        at = {"revision": revision} if revision else {}
+        at = {"revision": hparams.revision} if hparams.revision else {}
         try:
             tok = AutoTokenizer.from_pretrained(folder, **at)
             dtype = "float16" if hparams.fp16 else hparams.dtype
