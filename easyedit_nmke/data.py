@@ -191,7 +191,10 @@ def _records(path: Path, content: bytes, formats: Mapping[str, Format]) -> list:
             raise ValueError(f"{path} is not JSON ({where}); give a JSON list of edit records, or JSON lines") from None
         records = _json_lines(path, text)
     if isinstance(records, dict):
-        rows = _table(records) or ()
+        try:
+            rows = _table(records) or ()
+        except ValueError as problem:
+            raise ValueError(f"{path}: {problem}") from None
         single = [records] if _format_of(records, formats) else records
         records = rows if any(_format_of(row, formats) for row in rows) else single
     if not isinstance(records, list):
@@ -218,6 +221,9 @@ def _table(content: Mapping) -> list[dict] | None:
     """The rows of an object of columns: lists of one length, or objects with the same keys (pandas' `to_json`); None for others."""
     columns = [list(column.values()) if isinstance(column, dict) else column for column in content.values()]
     kinds, lengths = {type(column) for column in content.values()}, {len(c) for c in columns if isinstance(c, list)}
+    if kinds == {list} and len(lengths) > 1:
+        sizes = ", ".join(f"{name} {len(column)}" for name, column in content.items())
+        raise ValueError(f"the columns have different lengths ({sizes}); give one value for each record")
     if kinds not in ({dict}, {list}) or len(lengths) != 1:
         return None
     if kinds == {dict} and len({tuple(column) for column in content.values()}) > 1:

@@ -257,6 +257,11 @@ def test_an_object_of_columns_is_a_table(written, kind):
     assert (dataset.format, dataset.refused) == ("counterfact", [])
 
 
+def test_columns_of_different_lengths_are_no_table(written):
+    with pytest.raises(ValueError, match=r"the columns have different lengths \(prompt 2, target_new 1, subject 2\)"):
+        load(written({"prompt": ["a b", "c d"], "target_new": ["e"], "subject": ["a", "c"]}))
+
+
 def test_a_refusal_of_mquakes_records_is_true(written):
     mquake = {"case_id": 1, "requested_rewrite": [ROME["requested_rewrite"]] * 2, "questions": ["Where?"], "new_answer": "There"}
     with pytest.raises(ValueError, match="MQuAKE's records, of several rewrites each, which are not read yet"):
