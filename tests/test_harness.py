@@ -1,7 +1,9 @@
 """The LM Evaluation Harness on the embedded model, offline. Skipped where lm-eval is not installed, but for its absence itself."""
 
 import copy
+import importlib
 import random
+import re
 import sys
 
 import pytest
@@ -50,6 +52,13 @@ def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install -e .\.\[harness\]") as caught:
         harness.check_tasks(["atlas_exercises"])
     assert "\n" not in str(caught.value)
+
+
+def test_the_task_files_name_functions_that_there_are():
+    named = [name for file in harness.TASKS.glob("*.yaml") for name in re.findall(r"!function (\S+)", file.read_text())]
+    assert len(named) == 2
+    for module, _, function in (name.rpartition(".") for name in named):
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_unknown_names_are_reported_together(lm_eval):

@@ -157,7 +157,7 @@ def find_easyedit() -> Path:
 def text_only() -> Iterator[None]:
     """Inside it, EasyEdit's own files may import the packages of its image and video part although they are missing.
 
-        from easyedit_nmke.register import text_only
+        from easyedit_nmke.easyedit.register import text_only
         with text_only():
             import easyeditor
 
