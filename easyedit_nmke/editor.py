@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,8 +15,9 @@ from .hparams import HyperParams
 from .methods import apply_to_model, method_of, undo
 from .methods.contract import Method, carried_state, check_requests
 from .models.arch import ModelView
-from .models.chat import in_chat
+from .models.chat import as_asked
 from .models.loading import load_model
+from .models.passes import chunks
 from .models.requests import Request, is_hole
 from .models.weights import check_model
 from .scores import metrics
@@ -106,7 +107,7 @@ class LifelongEditor:
             )
         checked = self._asked(requests)
         separator = self.hparams.target_separator
-        for batch in _chunks(checked, self.hparams.batch_size):
+        for batch in chunks(checked, self.hparams.batch_size):
             check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates, separator)
         metrics.check(self.model, self.tok, checked, separator)
         return self._edit(checked, sequential_edit, verbose)
@@ -116,9 +117,9 @@ class LifelongEditor:
         return self.edit(prompts, target_new, *args, sequential_edit=sequential_edit, **kwargs)
 
     def _asked(self, requests: Sequence[Request | Mapping]) -> list[Request]:
-        """The requests as they are asked of the model: with `use_chat_template` in its chat format."""
+        """See `chat.as_asked`."""
         found = [_request(self.method, number, record) for number, record in enumerate(requests)]
-        return [in_chat(self.tok, request) for request in found] if self.hparams.use_chat_template else found
+        return as_asked(self.tok, found, self.hparams)
 
     def _quality(self, requests: Sequence[Request]) -> list[dict]:
         return metrics.quality(self.model, self.tok, requests, separator=self.hparams.target_separator)
@@ -131,7 +132,7 @@ class LifelongEditor:
             for i, (request, pre) in enumerate(zip(requests, before, strict=True))
         ]
         originals: dict[str, torch.Tensor] = {}
-        batches = list(_chunks(results, self.hparams.batch_size))
+        batches = list(chunks(results, self.hparams.batch_size))
         for batch in tqdm(batches, desc="editing", unit="edit", disable=not verbose):
             asked = [requests[result["case_id"]] for result in batch]
             started = time.perf_counter()
@@ -194,8 +195,3 @@ def _request(method: Method, number: int, record: Mapping | Request) -> Request:
         return Request.from_dict(record, method.needs_subject, note=partial(logger.warning, "request %d: %s", number))
     except ValueError as error:
         raise ValueError(f"request {number}: {error}") from None
-
-
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

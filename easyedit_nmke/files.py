@@ -17,6 +17,11 @@ from pathlib import Path
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would write each \n as two bytes
 
 
+def user_cache() -> Path:
+    """Where what is made once for every run is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyedit_nmke"
+
+
 @contextmanager
 def whole(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not.

@@ -112,11 +112,9 @@ class HyperParams:
         problems = [f"unknown name {name!r}{did_you_mean(name, names)}" for name in content if name not in names]
         problems += [f"{name!r} is missing" for name in ("layers", "model_name") if name not in content]
         known = {name: value for name, value in content.items() if name in names}
-        draft = {"layers": [0], "model_name": "atlas", **known}
         bare = cls.__new__(cls)
-        for f in dataclasses.fields(cls):
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            setattr(bare, f.name, draft.get(f.name, default))
+        for name, value in {**defaults(cls), "layers": [0], "model_name": "atlas", **known}.items():
+            setattr(bare, name, value)
         problems += bare.problems()
         if problems:
             raise ValueError(report(source, problems))
@@ -228,9 +226,9 @@ def shipped(method: str = "NMKE") -> dict[str, Path]:
     return {}
 
 
-def find(path_or_name: str | Path, method: str, methods: Collection[str] = ()) -> Path:
+def find(path_or_name: str | Path, method: str, methods: Collection[str] = (), of: str = "") -> Path:
     """A hyperparameter file by its path, or by the name of one that comes with the package: "name", or "method/name" for one of
-    `methods`. FileNotFoundError when there is none."""
+    `methods`. FileNotFoundError when there is none; of: what it says the file is for."""
     path = Path(path_or_name)
     if path.suffix not in (".yaml", ".yml"):
         path = path.with_name(path.name + ".yaml")
@@ -238,7 +236,8 @@ def find(path_or_name: str | Path, method: str, methods: Collection[str] = ()) -
         method = method if path.parent == Path(".") else str(path.parent)
         path = shipped(method).get(path.stem, path)
     if not path.is_file():
-        raise FileNotFoundError(f"no hyperparameter file {path}; those that come with the package: {', '.join(shipped(method))}")
+        known = ", ".join(shipped(method)) or "none"
+        raise FileNotFoundError(f"no hyperparameter file {path}{of}; those that come with the package: {known}")
     return path
 
 

@@ -25,7 +25,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from .. import atlas
-from ..hparams import shipped
+from ..hparams import find
 from ..models.arch import ModelView
 from ..models.hooks import record
 from ..models.requests import Request
@@ -79,7 +79,7 @@ class EasyEditMethod:
         """
         self.alg_name, self._write, settings = easyedit_method(name)
         _check_suited(self.alg_name)
-        self.hparams = _read(settings, _find(hparams_path, self.alg_name))
+        self.hparams = _read(settings, find(hparams_path, f"easyedit/{self.alg_name}", of=f" for EasyEdit's {self.alg_name}"))
         named = self.hparams.model_name
         if model_and_tok is None and named != "atlas":
             raise ValueError(f"the hyperparameters are for the model {named!r}; give it as model_and_tok=(model, tokenizer)")
@@ -326,19 +326,6 @@ def _check_suited(alg_name: str) -> None:
         reason = "it needs a model quantised to 4 bits, on a CUDA device"
     if reason:
         raise ValueError(f"EasyEdit's {alg_name} cannot be run here: {reason}")
-
-
-def _find(path_or_name: str | Path, method: str) -> Path:
-    path = Path(path_or_name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = path.with_name(path.name + ".yaml")
-    known = shipped(f"easyedit/{method}")
-    if not path.is_file():
-        path = known.get(str(path_or_name), path)
-    if not path.is_file():
-        names = ", ".join(known) or "none"
-        raise FileNotFoundError(f"no hyperparameter file {path} for EasyEdit's {method}; those that come with the package: {names}")
-    return path
 
 
 def _read(settings: type, path: Path):

@@ -13,7 +13,7 @@ from .. import facts as known
 from ..editor import LifelongEditor
 from ..methods.contract import check_requests
 from ..models.arch import ModelView
-from ..models.chat import in_chat
+from ..models.chat import as_asked
 from ..models.requests import Request
 from ..scores import metrics
 from .protocol import batches
@@ -40,7 +40,7 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
             records = known.requests(edits or 200, "test", seed)
         else:
             records = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
-        requests = [_asked(editor, Request.from_dict(r)) for r in records]
+        requests = as_asked(editor.tok, [Request.from_dict(r) for r in records], editor.hparams)
         return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
     method = getattr(editor, "method", None)
     loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)
@@ -53,7 +53,7 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
     starts = [start for start, _ in batches(len(order), size, checkpoints)]
     for place in order:
         try:
-            asked[place] = _asked(editor, loaded.requests[place])
+            (asked[place],) = as_asked(editor.tok, [loaded.requests[place]], editor.hparams)
             begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
             check_requests(view, editor.tok, [*begun, asked[place]], templates, separator)
             metrics.check(editor.model, editor.tok, [asked[place]], separator)
@@ -69,8 +69,3 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
     facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
     told = {**facts, "edits": len(chosen)}
     return Stream([asked[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, told, loaded.notes)
-
-
-def _asked(editor, request: Request) -> Request:
-    """The request as it is asked of the editor's model: with `use_chat_template` in its chat format."""
-    return in_chat(editor.tok, request) if getattr(editor.hparams, "use_chat_template", False) else request

@@ -79,8 +79,7 @@ def apply_to_model(
     Raises ValueError, before anything changes, for requests, hyperparameters or models that cannot be edited. When anything
     fails on the way, weights and state are as before the call, bit for bit.
     """
-    hparams_method = method_of(hparams)
-    return apply_method(hparams_method, model, tok, requests, hparams, copy, return_orig_weights, state)
+    return apply_method(method_of(hparams), model, tok, requests, hparams, copy, return_orig_weights, state)
 
 
 def open_state(model, tok, hparams: HyperParams, progress: bool = True) -> LifelongState:

@@ -20,7 +20,7 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..models.arch import ModelView, editing
-from ..models.chat import in_chat
+from ..models.chat import as_asked
 from ..models.device import peak_memory, synchronise
 from ..models.prompts import SUBJECT, tokenised_all
 from ..models.requests import Request
@@ -117,8 +117,7 @@ def apply_method(
     view = ModelView(model)
     requests = [r if isinstance(r, Request) else Request.from_dict(r, method.needs_subject) for r in requests]
     check_model(view, hparams)
-    if hparams.use_chat_template:
-        requests = [in_chat(tok, request) for request in requests]
+    requests = as_asked(tok, requests, hparams)
     check_requests(view, tok, requests, separator=hparams.target_separator)
     if copy:
         _check_copy(hparams, state)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
+from ..models.passes import chunks
 from ..models.products import frozen
 from ..models.prompts import Tokens, encode, pad, reworded, tokenised_all
 from ..models.requests import Request
@@ -27,7 +28,7 @@ def subject_states(
     """
     distinct, index = _distinct(tok, texts)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
-    for chunk in _chunks(distinct, ROWS_AT_A_TIME):
+    for chunk in chunks(distinct, ROWS_AT_A_TIME):
         batch = pad(chunk, view.device)
         with record(wanted, stop=True) as seen:
             view.model.base_model(**batch.inputs(), use_cache=False)
@@ -44,10 +45,6 @@ def _distinct(tok, texts: Sequence[Sequence[tuple[str, int]]]) -> tuple[list[tup
     rows = [tuple(found.ids[: found.subject + 1]) for found in read]
     distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return list(distinct), [distinct[row] for row in rows]
-
-
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Ascent:
         self.view, self.z_layer, self.count = view, z_layer, len(requests)
         distinct, self.index = _distinct(tok, [contexts.texts(request, tok) for request in requests])
         self.contexts = contexts
-        self.parts = [_Part(view, pad(chunk, view.device), z_layer) for chunk in _chunks(distinct, ROWS_AT_A_TIME)]
+        self.parts = [_Part(view, pad(chunk, view.device), z_layer) for chunk in chunks(distinct, ROWS_AT_A_TIME)]
 
     @torch.no_grad()
     def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

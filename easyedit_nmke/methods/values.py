@@ -17,8 +17,9 @@ from transformers import DynamicCache
 
 from .. import facts
 from ..models.arch import ModelView
-from ..models.chat import in_chat
+from ..models.chat import as_asked
 from ..models.hooks import only_at, record, record_calls, repeated
+from ..models.passes import chunks
 from ..models.products import frozen
 from ..models.prompts import reworded, tokenised
 from ..models.requests import Request
@@ -59,8 +60,8 @@ def target_values(
     comparison. FloatingPointError when a loss is not finite.
     """
     if len(requests) > REQUESTS_AT_A_TIME:
-        chunks = (requests[i : i + REQUESTS_AT_A_TIME] for i in range(0, len(requests), REQUESTS_AT_A_TIME))
-        return [v for chunk in chunks for v in target_values(view, tok, chunk, templates, z_layer, hparams, part, whole_texts)]
+        parts = chunks(requests, REQUESTS_AT_A_TIME)
+        return [v for some in parts for v in target_values(view, tok, some, templates, z_layer, hparams, part, whole_texts)]
     batch = _prepare(view, tok, requests, templates, hparams, whole_texts)
     above = _Above(view, batch, z_layer)
     loss_layer = max(view.depth - 1 if hparams.v_loss_layer is None else hparams.v_loss_layer, z_layer)
@@ -104,9 +105,7 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
     """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
     value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
     requests = [Request(prompt, subject, target) for prompt, subject, target in facts.calibration()]
-    if hparams.use_chat_template:
-        requests = [in_chat(tok, request) for request in requests]
-    values = target_values(view, tok, requests, templates, z_layer, hparams)
+    values = target_values(view, tok, as_asked(tok, requests, hparams), templates, z_layer, hparams)
     return sum(value.z.norm().item() for value in values) / len(values)
 
 

@@ -28,6 +28,10 @@ class Family:
     post_norm: str | None = None  # RMS norm of the FFN output, inside a block, before it is added to the stream
     unit_offset: bool = False  # norms scale by 1 + weight
 
+    def weight_name(self, layer: int) -> str:
+        """The name of a block's FFN output weight."""
+        return f"{self.blocks}.{layer}.{self.down}.weight"
+
 
 _LLAMA = Family("model.layers", "mlp.down_proj", "model.norm", "rms", "post_attention_layernorm")
 _GEMMA = Family(
@@ -77,9 +81,8 @@ PLAIN_ATTENTION = ("eager", "sdpa")
 
 
 def down_projection(model_type: str, layer: int) -> str:
-    """The name of a block's FFN output weight."""
-    family = row("architectures", FAMILIES, model_type)
-    return f"{family.blocks}.{layer}.{family.down}.weight"
+    """`Family.weight_name` of a model's type."""
+    return row("architectures", FAMILIES, model_type).weight_name(layer)
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ class ModelView:
         return self.blocks[layer].get_submodule(self.family.down.rpartition(".")[0])
 
     def weight_name(self, layer: int) -> str:
-        return f"{self.family.blocks}.{layer}.{self.family.down}.weight"
+        return self.family.weight_name(layer)
 
     def weight(self, layer: int) -> torch.nn.Parameter:
         return self.down(layer).weight

@@ -29,6 +29,11 @@ def as_chat(tok, prompt: str) -> str:
     return tok.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
 
 
+def as_asked(tok, requests, hparams) -> list:
+    """The `Request`s as they are asked of a model: with `use_chat_template` in its chat format."""
+    return [in_chat(tok, request) for request in requests] if getattr(hparams, "use_chat_template", False) else list(requests)
+
+
 def in_chat(tok, request):
     """The `Request` with its prompt, rephrases and probes in the tokenizer's chat format; those that are in it stay as they are."""
     frame, special = _frame(tok), special_texts(tok)

@@ -23,7 +23,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ..files import whole_folder, write_json
+from ..files import user_cache, whole_folder, write_json
 from ..messages import how_to_install
 
 ORIGIN = "dequantised.json"  # in a plain folder: the GGUF file it was made from
@@ -139,7 +139,7 @@ def _packaged(name: str) -> Source:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyedit_nmke" / "models"
+    return user_cache() / "models"
 
 
 def _check_magic(source: Source) -> None:

@@ -7,6 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Consecutive ones, `size` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
 def batches(model, lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Indices in order of length, in groups whose padded size (rows x longest) is within the budget, or of one row.
 

@@ -50,9 +50,7 @@ def check_model(view: ModelView, hparams: HyperParams) -> None:
             raise ValueError(f"{name} is {what}, expected a plain matrix: {_UNQUANTISED}")
     for name, weight in {**edited, **dict(view.model.named_parameters())}.items():
         _check_weight(name, weight)
-    for name, weight in edited.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} holds NaN or infinite values; load a sound copy of the model")
+    _check_finite(edited)
 
 
 _UNQUANTISED = "quantised weights cannot be edited; load the model in bfloat16 or float32"
@@ -91,6 +89,10 @@ def _elsewhere(what: str) -> str:
 
 def check_finite(model) -> None:
     """ValueError when any parameter holds NaN or infinite values; reads the whole model, so once per state."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+    _check_finite(dict(model.named_parameters()))
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise ValueError(f"{name} holds NaN or infinite values; load a sound copy of the model")

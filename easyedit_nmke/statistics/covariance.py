@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from ..files import user_cache
 from ..files import whole as whole_file
 from ..models.arch import ModelView, evaluating
 from ..models.device import free_memory
@@ -272,9 +272,7 @@ def read_moment(file: Path, neurons: int) -> torch.Tensor:
 
 def cache_directory(hparams) -> Path:
     """`stats_dir`, else the user's cache."""
-    if hparams.stats_dir:
-        return Path(hparams.stats_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyedit_nmke"
+    return Path(hparams.stats_dir) if hparams.stats_dir else user_cache()
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
