@@ -281,6 +281,38 @@ def test_the_answer_ends_at_a_full_stop_or_a_line_end(text, expected):
         ("axb", "a.b", False, False),
         ("...", "...", True, True),
         ("", "Kenya", False, False),
+        # in every script, and with abbreviations
+        ("巴黎。法国的首都", "巴黎", True, True),
+        ("是巴黎的一部分", "巴黎", False, True),
+        ("「巴黎」！是的", "巴黎", True, True),
+        ("巴黎，法国", "巴黎", False, True),
+        ("首都是Paris的", "Paris", False, True),
+        ("1998年", "1998", False, True),
+        ("1998年", "199", False, False),
+        ("東京です。", "東京", False, True),
+        ("ＴＯＫＹＯ。", "Tokyo", True, True),
+        ("กรุงเทพมหานคร", "กรุงเทพ", False, True),
+        ("서울입니다.", "서울", False, True),
+        ("दिल्ली। भारत", "दिल्ली", True, True),
+        ("दिल्लीवाला", "दिल्ली", False, False),
+        ("दिल्ली।", "दिल", False, False),
+        ("القاهرة؟ نعم", "القاهرة", True, True),
+        ("لاہور۔ پاکستان", "لاہور", True, True),
+        ("Москва. Да", "Москва", True, True),
+        ("Московский", "Москов", False, False),
+        ("አዲስ አበባ። ነው", "አዲስ አበባ", True, True),
+        ("¿París? Sí", "París", True, True),
+        ("Pari\u0301s.", "París", True, True),
+        ("„Wien“. Ja", "Wien", True, True),
+        ("Kenya! The", "Kenya", True, True),
+        ("St. Helier. It is", "St. Helier", True, True),
+        ("St. Helier, Jersey", "St. Helier", False, True),
+        ("the U.S. It", "U.S.", False, True),
+        ("U.S. It is", "U.S.", True, True),
+        ("U.S.A. It is", "U.S.", False, True),
+        ("3.5 percent", "3", False, True),
+        ("3.5. It", "3.5", True, True),
+        ("3. It", "3", True, True),
     ],
 )
 def test_says(text, target, exact, contains):
@@ -316,46 +348,6 @@ def test_an_empty_target_is_an_error():
     for truths in (["Kenya", ""], []):
         with pytest.raises(ValueError, match="has no text"):
             says("Kenya", truths)
-
-
-@pytest.mark.parametrize(
-    "text, target, exact, contains",
-    [
-        ("巴黎。法国的首都", "巴黎", True, True),
-        ("是巴黎的一部分", "巴黎", False, True),
-        ("「巴黎」！是的", "巴黎", True, True),
-        ("巴黎，法国", "巴黎", False, True),
-        ("首都是Paris的", "Paris", False, True),
-        ("1998年", "1998", False, True),
-        ("1998年", "199", False, False),
-        ("東京です。", "東京", False, True),
-        ("ＴＯＫＹＯ。", "Tokyo", True, True),
-        ("กรุงเทพมหานคร", "กรุงเทพ", False, True),
-        ("서울입니다.", "서울", False, True),
-        ("दिल्ली। भारत", "दिल्ली", True, True),
-        ("दिल्लीवाला", "दिल्ली", False, False),
-        ("दिल्ली।", "दिल", False, False),
-        ("القاهرة؟ نعم", "القاهرة", True, True),
-        ("لاہور۔ پاکستان", "لاہور", True, True),
-        ("Москва. Да", "Москва", True, True),
-        ("Московский", "Москов", False, False),
-        ("አዲስ አበባ። ነው", "አዲስ አበባ", True, True),
-        ("¿París? Sí", "París", True, True),
-        ("Pari\u0301s.", "París", True, True),
-        ("„Wien“. Ja", "Wien", True, True),
-        ("Kenya! The", "Kenya", True, True),
-        ("St. Helier. It is", "St. Helier", True, True),
-        ("St. Helier, Jersey", "St. Helier", False, True),
-        ("the U.S. It", "U.S.", False, True),
-        ("U.S. It is", "U.S.", True, True),
-        ("U.S.A. It is", "U.S.", False, True),
-        ("3.5 percent", "3", False, True),
-        ("3.5. It", "3.5", True, True),
-        ("3. It", "3", True, True),
-    ],
-)
-def test_says_in_every_script_and_with_abbreviations(text, target, exact, contains):
-    assert says(text, target) == (exact, contains)
 
 
 def test_any_of_several_truths_counts():
