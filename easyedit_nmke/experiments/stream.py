@@ -55,7 +55,7 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         try:
             (asked[place],) = as_asked(editor.tok, [loaded.requests[place]], editor.hparams)
             begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
-            check_requests(view, editor.tok, [*begun, asked[place]], templates, separator)
+            check_requests(view, editor.tok, [asked[place]], templates, separator, begun)
             metrics.check(editor.model, editor.tok, [asked[place]], separator)
             accepted.append(place)
         except ValueError as error:

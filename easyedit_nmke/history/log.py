@@ -172,7 +172,7 @@ class Log:
     @property
     def last(self) -> int:
         """The last edit; 0 before the first. Edits are counted from 1, every request of a call is one."""
-        return max((edit.ids[-1] for edit in self), default=0)
+        return next((event.ids[-1] for event in reversed(self.events) if isinstance(event, Edit)), 0)
 
     @property
     def claimed(self) -> int:

@@ -151,13 +151,21 @@ def _check_copy(hparams: HyperParams, state: LifelongState | None) -> None:
 
 
 def check_requests(
-    view: ModelView, tok, requests: Sequence[Request], templates: Sequence[str] = ("{}",), separator: str | None = None
+    view: ModelView,
+    tok,
+    requests: Sequence[Request],
+    templates: Sequence[str] = ("{}",),
+    separator: str | None = None,
+    beside: Sequence[Request] = (),
 ) -> None:
     """ValueError for a batch that cannot be edited: empty, contradictory, longer in some template than the model's context, or with
-    a subject or a target that has no tokens of its own. separator: between prompt and target (`target_separator`)."""
+    a subject or a target that has no tokens of its own.
+
+    separator: between prompt and target (`target_separator`). beside: others of the batch, which have been checked.
+    """
     if not requests:
         raise ValueError("there is no request to edit")
-    targets: dict[str, str] = {}
+    targets = {request.prompt: request.target_new for request in beside}
     for request in requests:
         other = targets.setdefault(request.prompt, request.target_new)
         if other != request.target_new:
