@@ -165,6 +165,12 @@ class HyperParams:
         content["device"] = self.device if isinstance(self.device, (int, str)) or self.device is None else str(self.device)
         return content
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        """What `nmke tune` tries for a model of `depth` blocks, besides the settings of target values: name -> the values of a list,
+        or any number between two, evenly by its logarithm. "blocks": how many blocks are edited, the value's own and those right below
+        it; methods without target values name "layers". Empty: there is nothing to try."""
+        return {}
+
     @property
     def keeps_updates(self) -> bool:
         """Whether every edit's update is kept, so that it can be told, undone and gone back to."""

@@ -34,6 +34,10 @@ class AlphaEditHyperParams(KeyValueHyperParams):
     layer_selection: str = "all"
     mom2_update_weight: float = setting(15000.0, above=0)
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        """A share of the directions suits models of any size of keys; the published threshold is one of the values."""
+        return {"blocks": [1, 2, 3, 5, 7], "nullspace_fraction": [None, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98], "L2": (0.01, 100.0)}
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.P_loc is not None and not isinstance(self.P_loc, str):

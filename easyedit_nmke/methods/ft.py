@@ -37,6 +37,15 @@ class FTHyperParams(HyperParams):
     # Each edit's whole difference, float32: 1.2 GB an edit at 8B with 5 layers. Without it nothing can be undone or kept on disk.
     keep_updates: bool = setting(False, state=True)
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        return {
+            "layers": [[layer] for layer in range(depth // 10, depth, max(depth // 10, 1))],
+            "lr": (1e-5, 1e-2),
+            "num_steps": [10, 25, 50],
+            "norm_constraint": [False, 1e-3, 1e-2],
+            "objective_optimization": ["prompt_last", "target_new"],
+        }
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.state_dir is not None and self.keep_updates is False:

@@ -25,6 +25,9 @@ class MEMITHyperParams(KeyValueHyperParams):
     template_length: int = setting(10, least=2, whole=True, state=True)  # tokens, prefix included
     layer_selection: str = "all"  # accepted for EasyEdit's files
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        return {"blocks": [1, 2, 3, 5, 7], "mom2_update_weight": (1.0, 30000.0)}
+
 
 def measure(view: ModelView, tok, hparams: MEMITHyperParams, progress: bool) -> Ground:
     """Context templates, and the covariance of each layer's keys, of the model as it is now."""

@@ -91,6 +91,17 @@ class NMKEHyperParams(AlphaEditHyperParams):
         defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in PRESETS[preset].items()}
         return super().from_dict({**defaults, **content}, source)
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        """As AlphaEdit; in a soft null space the weight of the covariance, and L2 relative to the keys where it is so. Of the mask, how
+        many neurons it lets through (not the published rule by which)."""
+        found = super().searched(depth)
+        if self.regularizer == "covariance":
+            found |= {"nullspace_fraction": [0.1, 0.3, 0.5, 0.7], "mom2_update_weight": (0.1, 30000.0), "L2": (0.001, 30.0)}
+        if self.neurons != "all":
+            shares = [0.2, 0.3, 0.5, 0.7]
+            found |= {"general_bias": shares, "specific_bias": shares}
+        return found
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.solve == "restricted" and self.mask == "soft":
@@ -172,12 +183,21 @@ def _solver(space: RowSpace, hparams: NMKEHyperParams) -> NullSpaceSolver | Rest
 
 
 def edit(
-    view: ModelView, tok, requests: Sequence[Request], hparams: NMKEHyperParams, state: LifelongState, z: torch.Tensor | None = None
+    view: ModelView,
+    tok,
+    requests: Sequence[Request],
+    hparams: NMKEHyperParams,
+    state: LifelongState,
+    z: torch.Tensor | None = None,
+    scores: Mapping[int, torch.Tensor] | None = None,
 ) -> EditReport:
-    """`edit_layers` with masks."""
+    """`edit_layers` with masks. scores: layer -> what attribution gave before (`attributed`)."""
 
     def masks(report: EditReport) -> dict[int, NeuronMask]:
-        found = neuron_masks(view, tok, requests, state.flat_templates, hparams, state, report)
+        if scores is None:
+            found = neuron_masks(view, tok, requests, state.flat_templates, hparams, state, report)
+        else:
+            found = {layer: neuron_mask(scores[layer], hparams) for layer in hparams.layers if hparams.neurons != "all"}
         if hparams.control == "random":
             found = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in found.items()}
         _note(found, state, report)
@@ -235,6 +255,20 @@ def neuron_masks(
     attribution can use again, `report` takes note of how it was done."""
     if hparams.neurons == "all":
         return {}
+    found = attributed(view, tok, requests, templates, hparams, state, report)
+    return {layer: neuron_mask(scores, hparams) for layer, scores in found.items()}
+
+
+def attributed(
+    view: ModelView,
+    tok,
+    requests: Sequence[Request],
+    templates: Sequence[str],
+    hparams: NMKEHyperParams,
+    state: LifelongState | None = None,
+    report: EditReport | None = None,
+) -> dict[int, torch.Tensor]:
+    """layer -> scores [requests x templates, F] (Eqs. 2, 3)."""
     cache, backend = _attribution_backend(view, hparams, state, report)
     filled = [(request, request.fill(template, tok)[0]) for request in requests for template in templates]
     texts = [open_end(text, hparams.target_separator, tok)[0] for _, text in filled]
@@ -243,19 +277,18 @@ def neuron_masks(
     if hparams.attribution_target == "target_new":
         read = tokenised_all(tok, [(text, None, request.target_new) for request, text in filled], hparams.target_separator)
         targets = torch.tensor([found.labels[0] for found in read])
-    masks, readout = {}, view.readout
+    found, readout = {}, view.readout
     for layer in hparams.layers:
         coefficients = seen.coefficients[layer]
         device, w_out = coefficients.device, view.values(layer)
         here = readout.to(device)
-        scores = neuron_scores(
+        found[layer] = neuron_scores(
             coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),
             strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
             final_hidden=seen.final_hidden.to(device), backend=backend,
             projection=cache.projection(layer, w_out, here) if backend == "cached" else None,
         )  # fmt: skip
-        masks[layer] = neuron_mask(scores, hparams)
-    return masks
+    return found
 
 
 def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:

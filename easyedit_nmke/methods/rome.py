@@ -31,6 +31,9 @@ class ROMEHyperParams(KeyValueHyperParams):
     # [tokens, texts] pairs; the texts are shared out over template_prefixes
     context_template_length_params: list[list[int]] = setting(factory=lambda: [[5, 10], [10, 10]], state=True)
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        return {"blocks": [1], "mom2_adjustment": [True, False]}
+
     def problems(self) -> list[str]:
         found, pairs = super().problems(), self.context_template_length_params
         fewest = max(len(self.template_prefixes), 1) if isinstance(self.template_prefixes, (list, tuple)) else 1

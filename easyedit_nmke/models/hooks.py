@@ -1,5 +1,5 @@
-"""The only ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`), and leave out
-what nobody will read (`only_at`)."""
+"""The only ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`), leave out what
+nobody will read (`only_at`), and move what a module puts out (`shifted`)."""
 
 from __future__ import annotations
 
@@ -111,3 +111,20 @@ def only_at(places: Mapping[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def shifted(module: torch.nn.Module, columns: torch.Tensor, delta: torch.Tensor) -> Iterator[None]:
+    """Inside the block, the module's output [B, T, D] has `delta` [B, D] added in each row's column of `columns` [B]."""
+
+    def add(_module, _args, output):
+        states = first_tensor(output)
+        rows = torch.arange(len(states), device=states.device)
+        moved = states.index_put((rows, columns.to(states.device)), delta.to(states), accumulate=True)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
