@@ -108,7 +108,9 @@ def test_an_interrupted_search_keeps_the_best_and_goes_on(plan):
 def test_values_are_shared_by_methods(plan, monkeypatch):
     solved = []
     plain = stage.target_values
-    monkeypatch.setattr(stage, "target_values", lambda view, tok, some, *rest: solved.append(len(some)) or plain(view, tok, some, *rest))
+    monkeypatch.setattr(
+        stage, "target_values", lambda view, tok, some, *rest: solved.append(len(some)) or plain(view, tok, some, *rest)
+    )
     tune(plan("AlphaEdit", trials=(1, 1, 0)))
     assert sum(solved) == 4  # two for the trial of values, two more for the stream
     tune(plan("MEMIT", trials=(None, 1, 0)))
@@ -162,7 +164,9 @@ def test_a_values_effect_is_what_the_model_says_with_it(atlas, requests, tmp_pat
     values, block = Values(bed, ["{}"], tmp_path), 1
     view = bed.view
     with editing(model):
-        states = [stage.subject_states(view, tok, [[r.fill("{}", tok)]], {"z": (view.blocks[block], "output")}) for r in bed.requests]
+        states = [
+            stage.subject_states(view, tok, [[r.fill("{}", tok)]], {"z": (view.blocks[block], "output")}) for r in bed.requests
+        ]
         z0 = torch.cat([state["z"][:, 0] for state in states])
         nothing = values.effect(bed.requests, z0, block)
         pairs = [(r.prompt, r.target_new) for r in bed.requests]

@@ -78,7 +78,9 @@ class _Bar:
     """The budget as a progress bar: seconds that have passed, the stage, and the latest score."""
 
     def __init__(self, seconds: float):
-        self.bar = tqdm(total=round(seconds), unit="s", bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} of the budget{postfix}")
+        self.bar = tqdm(
+            total=round(seconds), unit="s", bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} of the budget{postfix}"
+        )
         self.started = time.monotonic()
 
     def tell(self, stage: str, note: str) -> None:

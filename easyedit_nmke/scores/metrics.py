@@ -41,13 +41,18 @@ def read_targets(
     text is longer than the model's context.
     """
     rows = _rows(tok, pairs, context_length(model), separator)
+    return [(found, row.labels) for found, row in zip(read_rows(model, rows, read, token_budget), rows, strict=True)]
+
+
+def read_rows(model, rows: Sequence[Tokenised], read: Reader, token_budget: int = TOKEN_BUDGET) -> list[list]:
+    """What `read` gives for each label of each text (see `read_targets`); the texts fit the model's context."""
     values: list[list] = [[] for _ in rows]
     with evaluating(model), torch.no_grad(), frozen(input_device(model)):
         for batch in batches(model, [len(row.ids) for row in rows], token_budget):
             tokens = pad([rows[i].ids for i in batch], input_device(model))
             for i, found in zip(batch, _read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):
                 values[i] = found
-    return [(found, row.labels) for found, row in zip(values, rows, strict=True)]
+    return values
 
 
 def predicted_tokens(
@@ -202,12 +207,12 @@ def _read_labels(model, tokens: Tokens, starts: Sequence[int], read: Reader) -> 
     rows = torch.tensor([b for b, (s, e) in enumerate(zip(starts, ends, strict=True)) for _ in range(s, e)])
     places = torch.tensor([p for s, e in zip(starts, ends, strict=True) for p in range(s, e)])
     labels = tokens.ids.cpu()[rows, places].split(HEAD_ROWS)
-    chunks = zip(_logits(model, tokens, rows, places - 1), labels, strict=True)
+    chunks = zip(logits_at(model, tokens, rows, places - 1), labels, strict=True)
     values = torch.cat([read(logits, some.to(logits.device)) for logits, some in chunks]).cpu()
     return [found.tolist() for found in values.split([e - s for s, e in zip(starts, ends, strict=True)])]
 
 
-def _logits(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> Iterator[torch.Tensor]:
+def logits_at(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> Iterator[torch.Tensor]:
     """The logits at (row, place), in order, at most HEAD_ROWS of them at a time: [<= HEAD_ROWS, V]."""
     parts = body_and_head(model)
     if parts is None:
@@ -219,5 +224,9 @@ def _logits(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> 
     hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state
     chosen = hidden[rows.to(hidden.device), places.to(hidden.device)].to(head.weight.device)
     for some in chosen.split(HEAD_ROWS):
-        logits = head(some)
-        yield logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        yield softcapped(head(some), softcap)
+
+
+def softcapped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """c·tanh(logits / c), or as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

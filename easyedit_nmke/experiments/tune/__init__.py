@@ -30,6 +30,7 @@ from ...models.loading import load_model
 from ...models.requests import Request
 from ...models.updates import fingerprint
 from ...scores import metrics
+from ...scores.kept import own_text
 from ...statistics.covariance import each_moment, moment_files
 from ..methods import changed
 from .bed import Bed
@@ -42,6 +43,7 @@ REAL = 30  # other facts, edited in earnest by the best few
 FINALISTS = 3  # blocks whose values go on to the second stage
 BEST = 3  # settings that edit in earnest, as far as the time allows
 TOKENS_PER_NEURON = 64  # of the text for the covariance
+KEPT = 5000  # characters of text on which a trial is compared with the unedited model
 WORKED = 0.5  # Rel below it: nothing worked
 
 
@@ -91,11 +93,13 @@ def tune(plan: Plan, tell: Callable[[str, str], None] = lambda stage, note: None
     view, own = ModelView(model), method_of(plan.base)
     space = plan.base.searched(view.depth)
     if not space:
-        raise ValueError(f"{plan.label} names nothing to search ({type(plan.base).__name__}.searched is empty); edit its file by hand")
+        raise ValueError(
+            f"{plan.label} names nothing to search ({type(plan.base).__name__}.searched is empty); edit its file by hand"
+        )
     requests = _requests(plan, view, tok, own.needs_subject)
     base = changed(plan.base, {"model_name": (model, tok), **_statistics(plan, view, tok)})
     with editing(model):
-        bed = Bed(model, tok, requests)
+        bed = Bed(model, tok, requests, (atlas.text() if plan.source in atlas.SOURCES else own_text())[:KEPT])
         search = _Tuning(plan, bed, base, space, outcome, tell, started)
         try:
             search.run()
@@ -321,4 +325,3 @@ def _digest(bed: Bed, plan: Plan, templates: Sequence[str]) -> str:
 
 def _hash(content) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
-

@@ -31,7 +31,7 @@ class Search:
         with _quiet(optuna):
             self.study = optuna.create_study(
                 study_name=name, storage=f"sqlite:///{file.resolve()}", load_if_exists=True, direction="maximize",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=1),
             )  # fmt: skip
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=seed + len(self.study.trials), multivariate=True, n_startup_trials=STARTUP
@@ -114,7 +114,8 @@ class Search:
     def _chosen(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of a trial; numbers with three digits, which is what a file then holds."""
         return {
-            name: float(f"{value:.3g}") if isinstance(self.space[name], tuple) else json.loads(value) for name, value in params.items()
+            name: float(f"{value:.3g}") if isinstance(self.space[name], tuple) else json.loads(value)
+            for name, value in params.items()
         }
 
 

@@ -28,7 +28,7 @@ from ...models.requests import Request
 from ...models.subjects import find_subject
 from .bed import Bed
 
-FACTS = 16  # whose values a trial of this stage looks at
+FACTS = 12  # whose values a trial of this stage looks at
 AT_A_TIME = 4
 OTHERS = 6  # relations of a subject that should stay
 # Where EasyEdit's files are for most models, and its values for those with larger ones: a search is never worse than these.
