@@ -166,9 +166,9 @@ class HyperParams:
         return content
 
     def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
-        """What `nmke tune` tries for a model of `depth` blocks, besides the settings of target values: name -> the values of a list,
-        or any number between two, evenly by its logarithm. "blocks": how many blocks are edited, the value's own and those right below
-        it; methods without target values name "layers". Empty: there is nothing to try."""
+        """What `nmke tune` tries for a model of `depth` blocks, besides the settings of target values: name -> the values of a
+        list, or any number between two, evenly by its logarithm. "blocks": how many are edited, the value's own and those right
+        below it; methods without target values name "layers". Empty: there is nothing to try."""
         return {}
 
     @property

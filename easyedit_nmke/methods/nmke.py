@@ -92,8 +92,8 @@ class NMKEHyperParams(AlphaEditHyperParams):
         return super().from_dict({**defaults, **content}, source)
 
     def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
-        """As AlphaEdit; in a soft null space the weight of the covariance, and L2 relative to the keys where it is so. Of the mask, how
-        many neurons it lets through (not the published rule by which)."""
+        """As AlphaEdit; in a soft null space the weight of the covariance, and L2 relative to the keys where it is so. Of the mask,
+        how many neurons it lets through (not the published rule by which)."""
         found = super().searched(depth)
         if self.regularizer == "covariance":
             found |= {"nullspace_fraction": [0.1, 0.3, 0.5, 0.7], "mom2_update_weight": (0.1, 30000.0), "L2": (0.001, 30.0)}

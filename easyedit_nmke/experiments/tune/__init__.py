@@ -85,9 +85,11 @@ class Outcome:
 
 
 def tune(plan: Plan, tell: Callable[[str, str], None] = lambda stage, note: None) -> Outcome:
-    """Search until the budget is spent; `tell(stage, note)` is called whenever something is done. Ctrl-C ends it with the best so far;
-    the same plan goes on from there. The trials are kept in `plan.directory`, values in the user's cache. ValueError for a method
-    without anything to search, a model or records that cannot be used."""
+    """Search until the budget is spent; `tell(stage, note)` is called whenever something is done.
+
+    Ctrl-C ends it with the best so far; the same plan goes on from there. The trials are kept in `plan.directory`, values in the
+    user's cache. ValueError for a method without anything to search, a model or records that cannot be used.
+    """
     started, outcome = time.monotonic(), Outcome()
     model, tok = load_model(plan.base)
     view, own = ModelView(model), method_of(plan.base)
@@ -288,7 +290,7 @@ def _requests(plan: Plan, view: ModelView, tok, needs_subject: bool) -> list[Req
         if len(usable) == STREAM + REAL:
             return list(usable.values())
     raise ValueError(
-        f"{plan.source} has {len(usable)} records that this model can be edited with, each with a rephrase and with locality prompts; "
+        f"{plan.source} has {len(usable)} records that this model can be edited with, with a rephrase and locality prompts each; "
         f"a search needs {STREAM + REAL}"
     )
 

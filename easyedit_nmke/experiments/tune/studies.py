@@ -65,8 +65,8 @@ class Search:
         ]  # fmt: skip
 
     def run(self, measure: Callable[[dict, Callable[[float, int], bool]], dict | None], deadline: float, most: int | None) -> None:
-        """Trials until `deadline` (of time.monotonic) or `most` of them, at least one whole one. measure(chosen, go_on) gives what was
-        measured, with "score"; None when go_on(score so far, step) said no."""
+        """Trials until `deadline` (of time.monotonic) or `most` of them, at least one whole one. measure(chosen, go_on) gives what
+        was measured, with "score"; None when go_on(score so far, step) said no."""
         made = 0
         while (time.monotonic() < deadline and (most is None or made < most)) or not self.done():
             made += 1

@@ -1,5 +1,5 @@
-"""The first stage of a search: target values. No weight is touched: z is optimised for some facts, put at the subject of their other
-wordings (does it carry over?) and of other relations (what does it spoil?), and kept for the trials that write."""
+"""The first stage of a search: target values. No weight is touched: z is optimised for some facts, put at the subject of their
+other wordings (does it carry over?) and of other relations (what does it spoil?), and kept for the trials that write."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Values:
         self.others = rng_order[:OTHERS]
 
     def tried(self, chosen: Mapping[str, Any], go_on: Callable[[float, int], bool]) -> dict[str, float] | None:
-        """What the values of the first FACTS requests do (`effect`), with their mean number of steps and their "score": the harmonic
-        mean of the target's probability on the prompt itself and in other wordings and of exp(-KL) at other relations, where the
-        means are of logarithms. None when `go_on`, asked with the score so far, says no."""
+        """What the values of the first FACTS requests do (`effect`), with their mean number of steps and their "score": the
+        harmonic mean of the target's probability on the prompt itself and in other wordings and of exp(-KL) at other relations,
+        where the means are of logarithms. None when `go_on`, asked with the score so far, says no."""
         view, tok = self.bed.view, self.bed.tok
         block, settings = chosen["block"], self._settings(chosen)
         values, means, found = [], [], {}
@@ -81,8 +81,8 @@ class Values:
         return found
 
     def of(self, chosen: Mapping[str, Any], settings: KeyValueHyperParams, count: int, tick: Callable[[], None]) -> torch.Tensor:
-        """z [D, count] of the first requests: from the folder as far as they are there, the rest solved now. chosen: "block" and the
-        settings of values; `settings` says the rest."""
+        """z [D, count] of the first requests: from the folder as far as they are there, the rest solved now. chosen: "block" and
+        the settings of values; `settings` says the rest."""
         settings = self._settings(chosen, settings)
         file = self._file(chosen["block"], settings)
         z = load_file(file)["z"] if file.is_file() else torch.zeros(0)
@@ -115,9 +115,12 @@ class Values:
     @torch.no_grad()
     def effect(self, requests: Sequence[Request], z: torch.Tensor, block: int) -> dict[str, float]:
         """With z [requests, D] in place of what block `block` puts out at the subject of the prompt, and the same difference
-        elsewhere: mean over requests of the target's mean NLL after the prompt ("own") and after its other wordings ("wordings"), and
-        of KL(unedited || now) at the end of other relations ("others"), in nats. Wordings without the subject do not count; a relation
-        whose unedited answer is the prompt's own asks for the edited fact itself, and does not either."""
+        elsewhere: mean over requests of the target's mean NLL after the prompt ("own") and after its other wordings ("wordings"),
+        and of KL(unedited || now) at the end of other relations ("others"), in nats.
+
+        Wordings without the subject do not count; a relation whose unedited answer is the prompt's own asks for the edited fact
+        itself, and does not either.
+        """
         view, tok = self.bed.view, self.bed.tok
         bare = [[request.fill("{}", tok)] for request in requests]
         now = subject_states(view, tok, bare, {"z": (view.blocks[block], "output")})["z"][:, 0]

@@ -27,7 +27,12 @@ def write(plan: Plan, outcome: Outcome, file: Path, command: str, surroundings: 
     content = {"alg_name": settings.alg_name}
     if plan.label == "NMKE+":
         content["preset"] = "plus"
-    content |= {"model_name": base.model_name, "device": base.device, "dtype": base.dtype, "layers": list(settings.layers)}
+    content |= {
+        "model_name": base.to_dict()["model_name"],
+        "device": base.device,
+        "dtype": base.dtype,
+        "layers": list(settings.layers),
+    }
     defaults = type(base).from_dict({**content, "layers": [0]})
     same = {f.name for f in dataclasses.fields(base) if getattr(settings, f.name) == getattr(defaults, f.name)}
     named = {name: value for name, value in settings.to_dict().items() if name not in same and name not in content}
