@@ -121,6 +121,7 @@ class _Tuning:
         self.has_values = isinstance(base, KeyValueHyperParams) and "blocks" in space
         self.replays = self.has_values and method_of(base).replay is not None
         self.values: Values | None = None
+        self.first: dict[str, Any] | None = None  # the published starting point of values
         self.scores: list[dict[int, torch.Tensor]] = [{} for _ in range(STREAM)]
         self.writes: Search | None = None
 

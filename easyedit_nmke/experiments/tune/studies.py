@@ -87,16 +87,33 @@ class Search:
                 trial.set_user_attr("measured", found)
                 self.study.tell(trial, found["score"])
 
+    def points(self) -> list[tuple[dict[str, Any], float, bool]]:
+        """(what was chosen, the score it came to, whether it came to its end) of every trial that has a score."""
+        return [(self._chosen(trial.params), score, trial.state.name == "COMPLETE") for trial, score in self._scored()]
+
     def importances(self) -> dict[str, float]:
-        """How much each setting matters among the trials (PED-ANOVA), the most first; {} when there are too few of them."""
-        if len(self.done()) < 2 * STARTUP:
+        """How much each setting matters among the trials, by the scores they came to (PED-ANOVA), the most first; {} when there are
+        too few of them."""
+        scored = self._scored()
+        if len(scored) < 2 * STARTUP:
             return {}
         with _quiet(self.optuna):
-            found = self.optuna.importance
+            again, found = self.optuna.create_study(direction="maximize"), self.optuna.importance
+            again.add_trials(
+                self.optuna.trial.create_trial(params=trial.params, distributions=trial.distributions, value=score)
+                for trial, score in scored
+            )
             try:
-                return dict(found.get_param_importances(self.study, evaluator=found.PedAnovaImportanceEvaluator()))
+                return dict(found.get_param_importances(again, evaluator=found.PedAnovaImportanceEvaluator()))
             except (ValueError, RuntimeError):  # one value of everything
                 return {}
+
+    def _scored(self) -> list[tuple[Any, float]]:
+        found = [
+            (trial, trial.value if trial.value is not None else trial.intermediate_values.get(trial.last_step))
+            for trial in self.study.trials
+        ]
+        return [(trial, score) for trial, score in found if score is not None and trial.state.is_finished()]
 
     def _go_on(self, trial, score: float, step: int) -> bool:
         trial.report(score, step)

@@ -78,7 +78,8 @@ def write_lines(file: Path, lines: Sequence[Mapping]) -> None:
 
 @rc_context(RC)
 def figure(searches: Sequence[Search]) -> Figure | None:
-    """A row for each stage: its trials' scores against every setting, what matters most first; the best trial is marked."""
+    """A row for each stage: its trials' scores against every setting, what matters most first. Hollow: trials that fell behind,
+    with the score they had then; the best one is a star."""
     rows = [(search, names) for search in searches if (names := _ordered(search)) and search.done()]
     if not rows:
         return None
@@ -86,9 +87,9 @@ def figure(searches: Sequence[Search]) -> Figure | None:
     drawn = Figure((2.3 * width + 0.4, 2.5 * len(rows) + 0.3), layout="constrained")
     axes = drawn.subplots(len(rows), width, squeeze=False, sharey="row")
     for (search, names), places in zip(rows, axes, strict=True):
-        matters, done = search.importances(), search.done()
+        matters, points = search.importances(), search.points()
         for ax, name in zip(places, names, strict=False):
-            _against(ax, done, name, isinstance(search.space[name], tuple))
+            _against(ax, points, name, isinstance(search.space[name], tuple))
             ax.set_title(f"{name} ({matters[name]:.0%})" if name in matters else name, fontsize=8)
         for ax in places[len(names) :]:
             ax.remove()
@@ -101,8 +102,8 @@ def _ordered(search: Search) -> list[str]:
     return sorted((name for name in search.space), key=lambda name: -matters.get(name, 0.0))
 
 
-def _against(ax, done: Sequence[tuple[Mapping, Mapping]], name: str, logarithmic: bool) -> None:
-    values, scores = [chosen[name] for chosen, _ in done], [measured["score"] for _, measured in done]
+def _against(ax, points: Sequence[tuple[Mapping, float, bool]], name: str, logarithmic: bool) -> None:
+    values = [chosen[name] for chosen, *_ in points]
     if logarithmic:
         ax.set_xscale("log")
         places = values
@@ -111,8 +112,11 @@ def _against(ax, done: Sequence[tuple[Mapping, Mapping]], name: str, logarithmic
         places = [labels.index(json.dumps(value)) for value in values]
         ax.set_xticks(range(len(labels)), [_short(json.loads(label)) for label in labels], fontsize=7)
         ax.set_xlim(-0.5, max(len(labels) - 0.5, 0.5))
-    ax.scatter(places, scores, s=14, color=COLOURS[0], alpha=0.7, linewidths=0)
-    ax.scatter(places[:1], scores[:1], s=60, marker="*", color=COLOURS[1], zorder=3)
+    for whole, face in ((False, "none"), (True, COLOURS[0])):
+        drawn = [(place, score) for place, (_, score, ended) in zip(places, points, strict=True) if ended == whole]
+        ax.scatter(*zip(*drawn, strict=True) if drawn else ([], []), s=14, facecolors=face, edgecolors=COLOURS[0], linewidths=0.8)
+    place, (_, score, _) = max(zip(places, points, strict=True), key=lambda one: (one[1][2], one[1][1]))
+    ax.scatter([place], [score], s=70, marker="*", color=COLOURS[1], zorder=3)
 
 
 def _order(label: str) -> tuple:
