@@ -7,7 +7,8 @@ import torch
 
 from easyedit_nmke.methods.values import target_values
 from easyedit_nmke.models.arch import FAMILIES, ModelView
-from easyedit_nmke.models.prompts import position_before, target_tokens
+from easyedit_nmke.models.hooks import record, shifted
+from easyedit_nmke.models.prompts import position_before, target_tokens, tokenised
 from easyedit_nmke.models.requests import Request
 
 TEMPLATES = ["{}", "I say this. {}", "Because of what you know by now. {}"]
@@ -111,6 +112,40 @@ def test_only_a_target_that_is_not_yet_the_likelier_answer_gets_extra_steps(atla
     assert torch.equal(easy.z, plain[1].z) and hard.loss < plain[0].loss
     (alone,) = target_values(view, tok, requests[:1], TEMPLATES, 1, nmke_hparams(model, tok, **few, v_extra_steps=30))
     assert alone.steps == hard.steps and torch.allclose(alone.z, hard.z, rtol=1e-3, atol=1e-3)
+
+
+def test_a_value_may_stop_once_every_template_gives_the_whole_target_a_probability(atlas, requests, nmke_hparams):
+    model, tok = atlas
+    view, block = ModelView(model), 1
+    known = Request.from_dict(requests(1)[0])
+    request = dataclasses.replace(known, target_new=known.target_new + ".")  # two tokens
+    settings = dict(v_lr=0.7, v_num_grad_steps=40, clamp_norm_factor=5, kl_factor=3.0)
+
+    def least(value):
+        """The least probability of the whole target under any template, with the value in its place."""
+        found = []
+        for template in TEMPLATES:
+            text, end = request.fill(template, tok)
+            row = tokenised(tok, text, end, request.target_new)
+            assert len(row.labels) > 1
+            at = tokenised(tok, *request.fill("{}", tok)).subject
+            with torch.no_grad(), record({"z": (view.blocks[block], "output")}) as bare:
+                model(torch.tensor([tokenised(tok, request.prompt).ids]))
+            delta = value.z - bare["z"][0, at]
+            with torch.no_grad(), shifted(view.blocks[block], torch.tensor([row.subject]), delta[None]):
+                said = model(torch.tensor([row.ids])).logits[0, row.target - 1 : -1].log_softmax(-1)
+            found.append(said.gather(1, torch.tensor(row.labels)[:, None]).sum().exp().item())
+        return min(found)
+
+    def solved(**more):
+        (value,) = target_values(view, tok, [request], TEMPLATES, block, nmke_hparams(model, tok, **{**settings, **more}))
+        return value
+
+    early = solved(v_stop_probability=0.3)
+    assert 1 < early.steps < solved().steps
+    assert least(early) >= 0.3
+    assert least(solved(v_num_grad_steps=early.steps - 1)) < 0.3
+    assert torch.equal(early.z, solved(v_num_grad_steps=early.steps).z)
 
 
 def test_a_loss_layer_below_the_last_is_read_through_the_final_norm(tiny, nmke_hparams):

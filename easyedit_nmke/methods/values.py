@@ -55,8 +55,9 @@ def target_values(
     Loss of a request: mean NLL of the target under all templates + kl_factor · KL(now || unedited) at the subject of
     "{subject} is a" + locality_factor · mean KL(unedited || now) at the end of the `locality_prompts` that ask something else
     + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||. Stops under 0.05, or after v_num_grad_steps; a target
-    that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. All requests share one batch and
-    none changes another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
+    that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. With `v_stop_probability` also as
+    soon as the whole target has at least that probability under every template. All requests share one batch and none changes
+    another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
     comparison. FloatingPointError when a loss is not finite.
     """
     if len(requests) > REQUESTS_AT_A_TIME:
@@ -71,7 +72,7 @@ def target_values(
     longest = hparams.clamp_norm_factor * z0.norm(dim=1, keepdim=True)
     reached: list[Value | None] = [None] * len(requests)
     kept = None
-    enough = hparams.v_num_grad_steps
+    enough, stop = hparams.v_num_grad_steps, hparams.v_stop_probability or math.inf
     last = enough + hparams.v_extra_steps
     for step in range(1, last + 1):
         with torch.enable_grad():
@@ -79,18 +80,19 @@ def target_values(
             said, subject, other = _log_probs(view, batch, outputs[loss_layer - z_layer], outputs[-1])
             if kept is None:
                 kept = _Kept(view, batch, outputs[-1].detach(), subject.detach(), other.detach(), hparams)
-            nll = _nll(batch, said).to(delta.device)
+            nll, least = (found.to(delta.device) for found in _nll(batch, said))
             losses = nll + kept.loss(subject, other).to(delta.device)
             losses = losses + hparams.v_weight_decay * delta.norm(dim=1) / z0.norm(dim=1) ** 2
             total = losses.sum()
         likelier = (nll < math.log(2)).tolist()
+        sure = (least >= stop).tolist()
         for i, loss in enumerate(losses.tolist()):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise FloatingPointError(
                     f"the loss of the target value for {requests[i].prompt!r} is {loss} at step {step}; check v_lr "
                     f"({hparams.v_lr}) and that the model's weights are finite"
                 )
-            if reached[i] is None and (loss < LOSS_TO_STOP or step == last or (step >= enough and likelier[i])):
+            if reached[i] is None and (loss < LOSS_TO_STOP or sure[i] or step == last or (step >= enough and likelier[i])):
                 reached[i] = Value((z0 + delta.detach())[i], loss, step)
         if all(reached):
             break
@@ -324,11 +326,14 @@ def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one.exp() * (one - other)).sum(-1)
 
 
-def _nll(batch: _Batch, log_probs: torch.Tensor) -> torch.Tensor:
-    """[R]: mean over a request's prompts of the mean over target tokens of -log p."""
+def _nll(batch: _Batch, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R] each: mean over a request's prompts of the mean over target tokens of -log p; the least probability that any of its prompts
+    gives the whole target."""
     device, rows = log_probs.device, batch.target[0].to(log_probs.device)
     each = -log_probs.gather(1, batch.labels[:, None].to(device))[:, 0]
     tokens = torch.bincount(rows, minlength=len(batch.owner)).to(each)
     owner = batch.owner.to(device)
     prompts = torch.bincount(owner[tokens > 0]).to(each)
-    return torch.zeros_like(prompts).index_add(0, owner[rows], each / tokens[rows]) / prompts
+    mean = torch.zeros_like(prompts).index_add(0, owner[rows], each / tokens[rows]) / prompts
+    whole = torch.zeros_like(tokens).index_add(0, rows, each.detach())
+    return mean, torch.zeros_like(prompts).scatter_reduce(0, owner, whole, "amax").neg().exp()
