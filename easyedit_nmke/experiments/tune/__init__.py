@@ -40,7 +40,7 @@ from .values import SEARCHED, Values, blocks, starts
 SHARES = {"values": 0.4, "writes": 0.35, "streams": 0.25}  # of the budget
 STREAM = 32  # facts of a trial that writes
 REAL = 30  # other facts, edited in earnest by the best few
-FINALISTS = 3  # blocks whose values go on to the second stage
+FINALISTS = 2  # blocks whose values go on to the second stage
 BEST = 3  # settings that edit in earnest, as far as the time allows
 TOKENS_PER_NEURON = 64  # of the text for the covariance
 KEPT = 5000  # characters of text on which a trial is compared with the unedited model
