@@ -15,6 +15,11 @@ from easyedit_nmke.scores.kept import KeptText
 TEXT = " ".join(kept.own_text().split()[:150])
 
 
+@pytest.fixture
+def short_kept_text():
+    """The whole of it here."""
+
+
 def windows(tok, context):
     """The text's windows as they are documented."""
     front = encode(tok, "")
