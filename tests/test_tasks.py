@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import tiny_model
 
+from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli
 from easyedit_nmke.methods.nmke import NMKEHyperParams
 from easyedit_nmke.models.loading import load_model
-from easyedit_nmke.scores import harness, tasks
+from easyedit_nmke.scores import harness, kept, tasks
 from easyedit_nmke.scores.table import task_scores
 from easyedit_nmke.scores.tasks import Given, Question, Questions
 
@@ -293,3 +296,31 @@ def test_a_model_is_asked_from_the_shell(tmp_path, capsys):
     found = content["scores"]["questions"]
     assert found["questions"] == 5 and f"{found['right']:.3f} ± " in printed and content["model"]["name"] == "atlas"
     assert "--limit 5" in content["command"] and found["sha256"] == tasks.read([SAMPLE])[0].sha256
+
+
+def test_a_run_scores_its_text_and_its_questions(tmp_path, requests, capsys):
+    model, (_, tok) = tiny_model("llama", 2048), embedded.load()
+    for part in (model, tok):
+        part.save_pretrained(tmp_path / "model")
+    values = dict(
+        alg_name="NMKE", model_name=str(tmp_path / "model"), layers=[0], device="cpu", v_num_grad_steps=3, v_lr=0.5, L2=0.1,
+        mom2_dataset="atlas", mom2_n_samples=50, stats_dir=str(tmp_path / "stats"), template_prefixes=["The"],
+        nullspace_fraction=0.9,
+    )  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "data.json").write_text(json.dumps(requests(2)))
+    (tmp_path / "text.txt").write_text("Copy a b c. The sum of two and two is four.")
+    argv = ["run", "--hparams", str(tmp_path / "mine.yaml"), "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")]
+    argv += ["--checkpoints", "1,2", "--text-eval", str(tmp_path / "text.txt"), "--tasks", str(SAMPLE), "--tasks-limit", "4"]
+    assert cli.main([*argv, "--tasks-at", "each"]) == 0
+    printed = capsys.readouterr().out
+    assert "Questions from files" in printed and "questions" in printed and "KL" in printed
+    lines = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["scores"]["kept_kl"] > 0 for line in lines] == [False, True, True]
+    assert all({"tasks.questions", "tasks.questions.same"} <= set(line["scores"]) for line in lines)
+    marks = lines[0]["protocol"]["scored_with"]
+    assert marks["kept text"] == kept.digest((tmp_path / "text.txt").read_text()) and marks["tasks.questions"]["questions"] == 4
+    (tmp_path / "text.txt").write_text("Another text that is long enough.")
+    assert cli.main([*argv, "--edits", "2"]) == 0  # nothing was left to do
+    (tmp_path / "out" / "results.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    assert cli.main(argv) == 1 and "other settings (kept text" in capsys.readouterr().err
