@@ -95,3 +95,11 @@ def weights():
         return {layer: view.weight(layer).detach().clone() for layer in hparams.layers}
 
     return take
+
+
+@pytest.fixture(autouse=True)
+def short_kept_text(monkeypatch):
+    """Of the text that every scorer reads, so few tokens that tests of other things do not wait for it."""
+    from easyedit_nmke.scores import kept
+
+    monkeypatch.setattr(kept, "TOKENS", 200)

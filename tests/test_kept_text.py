@@ -6,13 +6,22 @@ import pytest
 import torch
 from conftest import TINY
 
+from easyedit_nmke import LifelongEditor, NMKEHyperParams, facts
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke import facts
+from easyedit_nmke.experiments import compare, protocol
+from easyedit_nmke.experiments.protocol import Scorer
 from easyedit_nmke.models.prompts import encode
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import kept
 from easyedit_nmke.scores.kept import KeptText
+from easyedit_nmke.scores.tasks import read
 
 TEXT = " ".join(kept.own_text().split()[:150])
+
+
+@pytest.fixture
+def short_kept_text():
+    """The whole of it here."""
 
 
 def windows(tok, context):
@@ -166,3 +175,42 @@ def test_the_packages_text_is_of_a_size_and_about_nothing_that_is_edited():
     words = set(text.replace(",", " ").replace(".", " ").split())
     subjects = {record["subject"] for half in ("tune", "test") for record in facts.requests(150, half)}
     assert len(subjects) > 150 and not [s for s in subjects if s in text] and "France" not in words
+
+
+# ---- in a comparison
+
+
+def test_the_text_is_scored_at_every_checkpoint_and_questions_from_one_on(tiny, nmke_hparams, requests, tmp_path):
+    model, tok = tiny("llama")
+    editor = LifelongEditor.from_hparams(nmke_hparams(model, tok, v_num_grad_steps=2))
+    (tmp_path / "q.jsonl").write_text('{"question": "Is it?", "choices": ["yes", "no"], "answer": 1}\n')
+    asked, mine = [Request.from_dict(r) for r in requests(2)], KeptText(model, tok, TEXT)
+    scorer = Scorer(model, tok, asked, text=TEXT, questions=read([tmp_path / "q.jsonl"]), questions_from=2)
+    before = scorer.unedited(model, tok)
+    assert before["kept_kl"] == 0.0 and before["tasks.q.same"] == 1.0
+    segment, lines = protocol.Segment(editor, scorer, "NMKE", 0, protocol.stamp(editor)), []
+    for event in segment.run([1, 2]):
+        if isinstance(event, protocol.Result):
+            lines.append(event.line["scores"])
+            assert mine.score(model, tok).items() <= lines[-1].items()
+    assert 0 < lines[0]["kept_kl"] != lines[1]["kept_kl"]
+    assert "tasks.q" not in lines[0] and {"tasks.q", "tasks.q.norm", "tasks.q.same"} <= set(lines[1])
+
+
+def test_results_of_another_text_are_not_mixed_and_those_that_name_none_are_taken():
+    stamp = {"method": "NMKE", "data": {}, "model": {}, "hparams": {}}
+    one, other = ({**stamp, "scored_with": {"kept text": digest}} for digest in ("a", "b"))
+    assert protocol.settings_differ(one, other) == ["kept text 'a' -> 'b'"]
+    assert protocol.settings_differ(stamp, other) == protocol.settings_differ(one, stamp) == []
+    more = {**stamp, "scored_with": {"kept text": "a", "tasks.q": {"questions": 3}}}
+    assert protocol.settings_differ(one, more) == []
+
+
+def test_the_embedded_model_is_scored_on_its_own_text():
+    def text(source, model_name, given=None):
+        method = compare.Method("NMKE", NMKEHyperParams(model_name=model_name, layers=[0]))
+        return compare._text(compare.Plan((method,), source, 1, (1,), (0,), None, text=given), method)
+
+    assert text("atlas", "mine") == text("records.json", "atlas") == embedded.text() != embedded.text("large")
+    assert text("atlas-large", "mine") == embedded.text("large")
+    assert text("records.json", "mine") == kept.own_text() and text("atlas", "atlas", "given") == "given"

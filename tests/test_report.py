@@ -45,6 +45,7 @@ def line(method, seed, t, portability=True, layers=("0", "1", "2")):
         "rel_contains": share(rel - 0.02), "gen_exact": share(rel - 0.12), "gen_contains": share(rel - 0.1),
         "rel_preferred": share(rel + 0.03), "gen_preferred": share(rel), "fluency": 4.6 - 2 * (1 - loc) + noise.normal(0, 0.05),
         "general": share(0.91 - (1 - loc) * 0.6), "immediate": share(start), "surprise": 3,
+        "kept_kl": 0.4 * (1 - loc) + 0.001, "perplexity": 31 + 40 * (1 - loc),
     }  # fmt: skip
     scores = {name: value if value is None else float(value) for name, value in scores.items()}
     tenths = [None] * (10 - t) + [rel] * t if t < 10 else [share(rel - 0.004 * rel_loss * t * (4.5 - i)) for i in range(10)]
@@ -88,6 +89,8 @@ def unedited(seed):
         "loc": 1.0,
         "same_subject": 1.0,
         "general": 0.91 + 0.005 * seed,
+        "kept_kl": 0.0,
+        "perplexity": 31.0,
         "fluency": 4.7,
         "rel_exact": 0.0,
     }
@@ -149,16 +152,27 @@ def expected(lines, method, t, score):
     """Independently: mean and standard error over the seeds' lines, as printed."""
     found = [entry for entry in lines if entry["method"] == method and entry["checkpoint"] == t]
     values = [entry["seconds"]["total"] / t if score == "s/edit" else entry["scores"].get(score) for entry in found]
-    values = [value for value in values if value is not None]
+    values, digits = [value for value in values if value is not None], 3 if score == "kept_kl" else 2
     if not values:
         return "-"
     if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-KEYS = ["rel", "gen", "loc", "same_subject", "portability", "general", "rel_exact", "fluency", "s/edit"]
-HEADINGS = ["Rel ↑", "Gen ↑", "Loc ↑", "Same subject ↑", "Port ↑", "General ↑", "Generated exact ↑", "Fluency ↑", "s/edit ↓"]
+KEYS = ["rel", "gen", "loc", "same_subject", "portability", "general", "kept_kl", "rel_exact", "fluency", "s/edit"]
+HEADINGS = [
+    "Rel ↑",
+    "Gen ↑",
+    "Loc ↑",
+    "Same subject ↑",
+    "Port ↑",
+    "General ↑",
+    "Kept KL ↓",
+    "Generated exact ↑",
+    "Fluency ↑",
+    "s/edit ↓",
+]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +197,7 @@ def test_the_best_method_of_every_column_is_bold_and_what_may_equal_it_is_marked
     _, lines, text, tables = full
     means = {key: {name: float(expected(lines, name, 400, key).split()[0]) for name in METHODS} for key in KEYS}
     for place, key in enumerate(KEYS, 1):
-        wanted = (min if key == "s/edit" else max)(means[key].values())
+        wanted = (min if key in ("kept_kl", "s/edit") else max)(means[key].values())
         bold = {row[0][0] for row in tables[0][1:] if row[place][1] == "best"}
         assert bold == {name for name, mean in means[key].items() if mean == wanted}, key
     assert re.search(r"td\.best \{[^}]*font-weight: 700", text)
@@ -321,6 +335,9 @@ def test_figures_draw_the_numbers():
     ]
     assert drawn["FT"] == pytest.approx(wanted) and set(drawn) == {"NMKE", "FT"}
     assert {curve.get_label() for curve in axes["General ↑"].get_lines()} == {"NMKE", "FT", "unedited"}
+    kept = {curve.get_label(): curve.get_ydata() for curve in axes["Kept text: KL ↓"].get_lines()}
+    wanted = [np.mean([e["scores"]["kept_kl"] for e in lines if (e["method"], e["checkpoint"]) == ("FT", t)]) for t in CHECKPOINTS]
+    assert kept["FT"] == pytest.approx(wanted) and "Kept text: perplexity ↓" in axes
     old = figures.retention(lines, names, 400).axes[0].get_lines()[0].get_ydata()
     found = [e["retention"]["rel"] for e in lines if (e["method"], e["checkpoint"]) == ("NMKE", 400)]
     assert old == pytest.approx(np.mean(found, axis=0))

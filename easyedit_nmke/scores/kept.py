@@ -69,7 +69,7 @@ class KeptText:
                 total += self._window(model, ids, states if known else None)
         kl, nll = (total / sum(map(len, self._states))).tolist()
         perplexity = math.exp(nll) if nll < math.log(1e300) else math.inf  # which no nan is below either
-        return {"kept_kl": (kl if math.isfinite(kl) else math.inf) if known else None, "perplexity": perplexity}
+        return {"kept_kl": (max(kl, 0.0) if math.isfinite(kl) else math.inf) if known else None, "perplexity": perplexity}
 
     def _window(self, model, ids: list[int], states: torch.Tensor | None) -> torch.Tensor:
         """[2] sums over a window's predicted tokens: KL (0 without `states`) and NLL."""

@@ -50,7 +50,7 @@ def read_rows(model, rows: Sequence[Tokenised], read: Reader, token_budget: int 
     with evaluating(model), torch.no_grad(), frozen(input_device(model)):
         for batch in batches(model, [len(row.ids) for row in rows], token_budget):
             tokens = pad([rows[i].ids for i in batch], input_device(model))
-            for i, found in zip(batch, _read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):
+            for i, found in zip(batch, read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):
                 values[i] = found
     return values
 
@@ -201,19 +201,20 @@ def _rows(tok, pairs: Sequence[Pair], context: int | None, separator: str | None
 # ---- model
 
 
-def _read_labels(model, tokens: Tokens, starts: Sequence[int], read: Reader) -> list[list]:
-    """For each row what `read` gives for its labels, which begin at `starts` and end with the row."""
+def read_labels(model, tokens: Tokens, starts: Sequence[int], read: Reader, past=None) -> list[list]:
+    """For each row what `read` gives for its labels, which begin at `starts` and end with the row. past: as of `logits_at`."""
     ends = tokens.mask.sum(1).tolist()
     rows = torch.tensor([b for b, (s, e) in enumerate(zip(starts, ends, strict=True)) for _ in range(s, e)])
     places = torch.tensor([p for s, e in zip(starts, ends, strict=True) for p in range(s, e)])
     labels = tokens.ids.cpu()[rows, places].split(HEAD_ROWS)
-    chunks = zip(logits_at(model, tokens, rows, places - 1), labels, strict=True)
+    chunks = zip(logits_at(model, tokens, rows, places - 1, past), labels, strict=True)
     values = torch.cat([read(logits, some.to(logits.device)) for logits, some in chunks]).cpu()
     return [found.tolist() for found in values.split([e - s for s, e in zip(starts, ends, strict=True)])]
 
 
-def logits_at(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The logits at (row, place), in order, at most HEAD_ROWS of them at a time: [<= HEAD_ROWS, V]."""
+def logits_at(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor, past=None) -> Iterator[torch.Tensor]:
+    """The logits at (row, place), in order, at most HEAD_ROWS of them at a time: [<= HEAD_ROWS, V]. past: cached keys and values of
+    what stands before each row, without padding; of a model that has a body and a head."""
     parts = body_and_head(model)
     if parts is None:
         out = model(**tokens.inputs())
@@ -221,7 +222,11 @@ def logits_at(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -
         return
     body, head = parts
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state
+    inputs = {**tokens.inputs(), "use_cache": past is not None}
+    if past is not None:
+        before = tokens.mask.new_ones(len(tokens.mask), past.get_seq_length())
+        inputs |= {"attention_mask": torch.cat((before, tokens.mask), 1), "past_key_values": past}
+    hidden = body(**inputs).last_hidden_state
     chosen = hidden[rows.to(hidden.device), places.to(hidden.device)].to(head.weight.device)
     for some in chosen.split(HEAD_ROWS):
         yield softcapped(head(some), softcap)

@@ -19,8 +19,8 @@ import numpy as np
 from ..models.arch import context_length
 from ..models.prompts import Tokenised, encode
 from .answers import answer, says
+from .endings import read_endings
 from .generation import greedy_texts, log_probs
-from .metrics import read_rows
 
 FREE_TOKENS = 256  # of a free answer at most, the harness' own number
 LISTED = 5  # broken records in one message
@@ -118,14 +118,15 @@ def given(model, tok, task: Task) -> list[Given]:
 
 
 def likelihoods(model, tok, questions: Sequence[Question]) -> list[list[float]]:
-    """log p(" choice" | prompt) of each choice, in nats, summed over its tokens. Questions of like length share forward passes, and
-    choices that are the same tokens are read once."""
-    rows = [row for question in questions for row in _rows(tok, question)]
-    keys = [tuple(row.ids) for row in rows]
-    unique = {key: row for key, row in zip(keys, rows, strict=True)}
-    sums = dict(zip(unique, map(sum, read_rows(model, list(unique.values()), log_probs)), strict=True))
-    values = iter(sums[key] for key in keys)
-    return [[next(values) for _ in question.choices] for question in questions]
+    """log p(" choice" | prompt) of each choice, in nats, summed over its tokens. A prompt is read once for all its choices, and so
+    are choices that are the same tokens."""
+    asked = [_rows(tok, question) for question in questions]
+    unique = [list({tuple(row.ids): row for row in rows}.values()) for rows in asked]
+    found = []
+    for rows, different, values in zip(asked, unique, read_endings(model, unique, log_probs), strict=True):
+        sums = {tuple(row.ids): sum(read) for row, read in zip(different, values, strict=True)}
+        found.append([sums[tuple(row.ids)] for row in rows])
+    return found
 
 
 def _rows(tok, question: Question) -> list[Tokenised]:
@@ -154,7 +155,8 @@ def _free(question: Question, text: str) -> Given:
     text contains it as whole words."""
     wanted = _number(question.answer)
     if wanted is None:
-        return Given(answer(text, question.answer), says(text, question.answer).contains)
+        _, contains = says(text, question.answer)
+        return Given(answer(text, question.answer), contains)
     said = [_number(number) for number in _NUMBER.findall(text)]
     return Given(said[-1] if said else "", bool(said) and said[-1] == wanted)
 
