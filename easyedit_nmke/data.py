@@ -145,6 +145,8 @@ def load(path: str | Path, limit: int | None = None, needs_subject: bool = True)
             indices.append(index)
         except ValueError as problem:
             refused.append(Refusal(index, str(problem)))
+        except RecursionError:
+            refused.append(Refusal(index, "is nested too deep"))
     notes += odd(requests, indices)
     return Dataset(requests, indices, refused, name, hashlib.sha256(content).hexdigest(), notes)
 
@@ -185,6 +187,8 @@ def _records(path: Path, content: bytes, formats: Mapping[str, Format]) -> list:
         raise ValueError(f"{path} is not UTF-8 text (byte {problem.start}); save it as a UTF-8 JSON file") from None
     try:
         records = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep to be read; give a JSON list of edit records, or JSON lines") from None
     except json.JSONDecodeError as problem:
         if not text.lstrip().startswith("{"):
             where = f"line {problem.lineno}, column {problem.colno}: {problem.msg}"
@@ -214,6 +218,8 @@ def _json_lines(path: Path, text: str) -> list:
             except json.JSONDecodeError as problem:
                 where = f"line {number}: {problem.msg}"
                 raise ValueError(f"{path} is neither JSON nor JSON lines ({where}); give a list of edit records") from None
+            except RecursionError:
+                raise ValueError(f"{path}, line {number} is nested too deep to be read; give one edit record a line") from None
     return records
 
 

@@ -251,11 +251,22 @@ def load(path: Path) -> Mapping[str, Any]:
     """What a YAML file holds; ValueError when that is no mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {_yaml_problem(error)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold one mapping of names to values, got {type(content).__name__}")
     return content
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What PyYAML says in several lines, in one, with the line of the file."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    context = f" {error.context}" if error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
 
 
 # Attributes that EasyEdit's evaluation reads from any hyperparameter object and its users assign.

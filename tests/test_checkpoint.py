@@ -1,5 +1,6 @@
 """A whole model's export is its base's folder with the edited tensors in it; what was written is loaded again before it counts."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -280,13 +281,15 @@ def test_tensors_that_cannot_be_told_are_refused(base, tmp_path):
 # ---- where the base lies
 
 
-def test_a_hub_name_is_found_in_the_hubs_cache(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_hub_name_is_found_in_the_hubs_cache(base, tmp_path, monkeypatch, revision):
+    """At the revision that was edited; of another there is nothing here."""
     from huggingface_hub import constants
 
     folder, cache = base(), tmp_path / "hub"
     place = cache / "models--some--llama" / "snapshots" / ("a" * 40)
     (cache / "models--some--llama" / "refs").mkdir(parents=True)
-    (cache / "models--some--llama" / "refs" / "main").write_text("a" * 40)
+    (cache / "models--some--llama" / "refs" / (revision or "main")).write_text("a" * 40)
     place.mkdir(parents=True)
     (cache / "models--some--llama" / "blobs").mkdir()
     for number, file in enumerate(sorted(folder.iterdir())):
@@ -294,8 +297,16 @@ def test_a_hub_name_is_found_in_the_hubs_cache(base, tmp_path, monkeypatch):
         (place / file.name).symlink_to(f"../../blobs/{number}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     model, tok = loaded(folder)
-    some_updates(model)
-    export.export_model(model, tok, tmp_path / "out", card("some/llama"))
+    originals, updates = before(model), some_updates(model)
+    about = dataclasses.replace(card("some/llama"), revision=revision)
+    export.export_model(model, tok, tmp_path / "out", about)
+    export.export_delta(model, updates, originals, tmp_path / "delta", about)
+    export.export_lora(model, updates, tmp_path / "lora", about)
+    for name in ("delta", "lora"):
+        told = (tmp_path / name / "README.md").read_text()
+        assert "onto the base model loaded anew" in told or "into the base model loaded anew" in told
+        assert ("| Revision | v1 |" in told and told.count("'some/llama', revision='v1'") == 2) == (revision == "v1")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["revision"] == revision
     for name in OTHERS:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
         assert not (tmp_path / "out" / name).is_symlink()

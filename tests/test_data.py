@@ -331,13 +331,24 @@ def test_most_records_decide_the_format(written):
         (3, "holds a number, not a list"),
         ([{"question": "?", "answer": "!"}], "no known format: the first has fields question, answer; known formats: multi_"),
         (["a"], "no known format: the first has text"),
+        (b"[" * 100_000, "is nested too deep"),
+        (b'{"src": 1}\n' + b"[" * 100_000, "line 2 is nested too deep"),
     ],
+    ids=range(12),
 )
 def test_a_file_that_cannot_be_used(written, content, message):
     path = written(content)
     with pytest.raises(ValueError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_record_that_is_nested_too_deep_is_refused(written):
+    deep = "Rome"
+    for _ in range(600):
+        deep = [deep]
+    dataset = load(written([ZSRE, changed(ZSRE, alt=deep)]))
+    assert [str(refusal) for refusal in dataset.refused] == ["record 1: is nested too deep"] and len(dataset.requests) == 1
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -283,7 +283,7 @@ Path("found.json").write_text(json.dumps(found))
 
 
 def test_an_edited_model_is_exported_and_answers_in_a_fresh_process(small, requests, nmke_hparams, tmp_path):
-    pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")
     model, tok = load_model(named(small))
     asked, down = requests(2), [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
     prompts = [request["prompt"] for request in asked]
@@ -297,6 +297,10 @@ def test_an_edited_model_is_exported_and_answers_in_a_fresh_process(small, reque
     export.export_lora(model, updates, tmp_path / "lora", card)
     after = generation.greedy_texts(model, tok, prompts)
     assert unedited != after
+    config = peft.PeftConfig.from_pretrained(tmp_path / "lora")
+    assert config.base_model_name_or_path == str(base_folder(str(small)))
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert generation.greedy_texts(adapted, tok, prompts) == after, "by the name of its base alone"
     for kind in ("model", "delta", "lora"):
         text = (tmp_path / kind / "README.md").read_text()
         assert f"| Dequantised from | file small.F32.gguf, sha256 {gguf.origin(base_folder(str(small)))['sha256']}" in text

@@ -28,7 +28,7 @@ def test_defaults_are_the_published_codes():
 
 
 def test_the_shipped_files_are_sound_and_open_with_the_command_that_runs_them():
-    expected = {"atlas", "llama3-8b", "llama3.1-8b", "qwen2.5-7b", "mistral-7b", "gpt2-xl", "gpt-j-6B"}
+    expected = {"atlas", "llama3-8b", "llama3.1-8b", "qwen2.5-7b", "mistral-7b", "gpt2-xl", "gpt-j-6B", "smollm2"}
     plus = {"atlas-plus", "llama3-8b-plus", "qwen2.5-7b-plus", "gpt2-xl-plus"}
     assert set(shipped()) == expected | plus
     for name, path in shipped().items():
@@ -57,11 +57,20 @@ def test_every_problem_is_reported_in_one_message(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("layers: [0", "is not YAML"), ("- 1\n- 2", "one mapping"), ("", "one mapping")],
+    [
+        ("layers: [0", r"is not YAML: line 1, column 11: expected ',' or '\]'.*while parsing a flow sequence"),
+        ("layers: [0]\nmodel_name: a: b", "is not YAML: line 2, column 14: mapping values are not allowed here"),
+        ("layers: \0", "is not YAML: unacceptable character"),
+        ("[" * 5000, "is not YAML: it is nested too deep"),
+        ("- 1\n- 2", "one mapping"),
+        ("", "one mapping"),
+    ],
+    ids=["open", "colons", "character", "deep", "list", "empty"],
 )
 def test_a_file_that_is_no_mapping(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         NMKEHyperParams.from_hparams(write(tmp_path, content))
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_names_the_shipped_ones():
@@ -131,6 +140,7 @@ BASELINES = ["AlphaEdit", "MEMIT", "ROME", "FT"]
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_shipped_files_of_the_other_methods(method):
     expected = {"atlas", "gpt2-xl", "qwen2.5-7b"} | ({"llama3-8b"} if method != "MEMIT" else set())  # EasyEdit has no such file
+    expected |= {"smollm2"} if method == "AlphaEdit" else set()
     assert set(shipped(method)) == expected
     for name, path in shipped(method).items():
         assert path.read_text().startswith(f"# nmke run --hparams {method}/{name} ")

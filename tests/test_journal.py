@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -484,6 +485,16 @@ def test_another_format_version_is_refused(sound, tmp_path, number):
     with pytest.raises(ValueError, match=f"format version {number!r}, expected 2; open it with the release"):
         Journal.open(folder)
     assert files(folder) == before
+
+
+def test_what_is_nested_too_deep_is_damage(sound, tmp_path):
+    deep = b'{"record": ' + b"[" * 100_000
+    folder = copy(sound, tmp_path)
+    (folder / "header.json").write_bytes(deep)
+    with pytest.raises(ValueError, match=r"header\.json"):
+        Journal.open(folder)
+    mark = hashlib.sha256(deep).hexdigest()  # even where it was sealed
+    assert disk.unseal(deep + f', "checksum": "{mark}"}}'.encode(), "") == (None, "")
 
 
 def test_a_journal_starts_only_in_an_empty_directory(sound, tmp_path):

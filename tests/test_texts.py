@@ -217,6 +217,38 @@ def test_a_format_without_special_tokens_is_known_by_what_stands_around_the_word
         assert kept.fill("So. {}", tok)[0].rstrip() == "USER: So. The birthplace of Mara Vosk is ASSISTANT:"
 
 
+VICUNA = {
+    "beginning": "{{ bos_token }}A talk. {% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:",
+    "end": "{% for m in messages %}USER: {{ m['content'] }}</s>{% endfor %}ASSISTANT:",
+    "headings": "{{ bos_token }}{% for m in messages %}### Instruction:\n{{ m['content'] }}\n\n{% endfor %}### Response:\n",
+}
+
+
+@pytest.mark.parametrize("name", VICUNA)
+def test_contexts_go_inside_a_turn_that_begins_with_words_alone(chatty, name):
+    """The format's special tokens stand elsewhere."""
+    _, tok = chatty()
+    tok.chat_template = VICUNA[name]
+    request = in_chat(tok, Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome"))
+    assert request.fill("So. {}", tok)[0] == as_chat(tok, "So. The birthplace of Mara Vosk is")
+    text, end = prompts.reworded(request.prompt, "Mara Vosk", "{} lives in", tok)
+    assert text == as_chat(tok, "Mara Vosk lives in") and text[:end].endswith("Mara Vosk")
+    system = Request(as_chat(tok, "Who is it?").replace("talk", "talk of Mara Vosk"), "Mara Vosk", "Rome")
+    if "Mara" in system.prompt:
+        assert system.fill("So. {}", tok)[0].count("So.") <= 1
+
+
+@pytest.mark.parametrize(("end", "space"), [("\n    ", "    "), ("\n\t  ", "  "), ("\n\t", ""), ("\n", ""), (" ", " ")])
+def test_the_indentation_of_a_last_line_stays(tiny, end, space):
+    _, tok = tiny("llama")
+    request = Request.from_dict({"prompt": "def home(Mara Vosk):" + end, "subject": "Mara Vosk", "target_new": "return Rome"})
+    asked, left = open_end(request.prompt, None, tok)
+    assert (asked + left).startswith("def home(Mara Vosk):" + end.rstrip(" ")) and left == space
+    assert joined(request.prompt, request.target_new, tok=tok) == "def home(Mara Vosk):" + end + "return Rome"
+    row = prompts.tokenised(tok, request.prompt, None, request.target_new)
+    assert tok.decode(row.labels).strip() == "return Rome"
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused_in_one_sentence(tiny, nmke_hparams):
     model, tok = tiny("llama")
     with pytest.raises(ValueError, match="the tokenizer has no chat template; set one") as error:
@@ -545,6 +577,7 @@ def test_ids_are_the_joined_texts_own_and_subject_and_target_are_where_they_stan
     asked, space = open_end(prompt, separator, tok)
     text = joined(prompt, target, separator, tok)
     assert text == asked + space + target and asked == (prompt.rstrip(" ") + (separator or "")).rstrip(" ")
+    assert separator is not None or not prompt[: len(asked)].endswith("\n") or asked + space == prompt
     complete = any(special in prompt for special in SPECIAL)
     own = tok(text, add_special_tokens=not complete, return_offsets_mapping=True)
     ids, offsets = own["input_ids"], own["offset_mapping"]

@@ -138,6 +138,7 @@ def _card(editor: LifelongEditor) -> Card:
         for line in lines
         if "undone" not in now
     ]
-    name = editor.hparams.to_dict()["model_name"]
+    settings = editor.hparams.to_dict()
     digest = hashlib.sha256(weights.encode()).hexdigest()[:16]
-    return Card(name, digest, editor.alg_name, now.count("effective"), date.today().isoformat(), scores)
+    today, revision = date.today().isoformat(), settings["revision"]
+    return Card(settings["model_name"], digest, editor.alg_name, now.count("effective"), today, scores, revision)

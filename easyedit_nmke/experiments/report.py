@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
+from typing import Any
 
+from ..hparams import is_int, is_number
 from ..messages import how_to_install
+from ..models.requests import called
 from ..scores import table as scores
 from .protocol import failed_edits
 
@@ -22,8 +25,8 @@ except ModuleNotFoundError as missing:
 def read(directory: Path) -> tuple[list[dict], list[str]]:
     """(lines, notes) of DIR/results.jsonl: one line per (method, seed, checkpoint), the last where there are several.
 
-    A last line that is cut short is left out, with a note. ValueError for any other line that cannot be read, and where no edited
-    model has a result.
+    A last line that is cut short is left out, with a note. ValueError for any other line that cannot be read or holds what is no
+    result (see `_wrong`), and where no edited model has a result.
     """
     path, found, notes = Path(directory) / "results.jsonl", {}, []
     if not path.is_file():
@@ -32,14 +35,73 @@ def read(directory: Path) -> tuple[list[dict], list[str]]:
     for number, text in enumerate(written, 1):
         try:
             line = json.loads(text)
-            found[line["method"], line["seed"], int(line["checkpoint"])] = {**line, "scores": dict(line["scores"])}
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(written):
-                raise ValueError(f"line {number} of {path} is no result ({error!r}); remove it and try again") from None
-            notes.append(f"The last line of {path.name} is cut short and was left out: that run is still going, or was stopped.")
+            problem = _wrong(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(written) and isinstance(error, ValueError):
+                notes.append(
+                    f"The last line of {path.name} is cut short and was left out: that run is still going, or was stopped."
+                )
+                continue
+            problem = "it is nested too deep" if isinstance(error, RecursionError) else f"it is not JSON: {error}"
+        if problem:
+            raise ValueError(f"line {number} of {path} is no result ({problem}); remove it and try again")
+        found[line["method"], line["seed"], line["checkpoint"]] = line
     if all(method == UNEDITED for method, *_ in found):
         raise ValueError(f"{path} has no result of an edited model yet")
     return list(found.values()), notes
+
+
+def _wrong(line) -> str:
+    """Why a line's content is no result, in words; "" where it is one. What is not known here may be anything."""
+    if not isinstance(line, dict):
+        return f"it is {called(line)}, not an object"
+    for name, fits, expected in _SHAPES:
+        if name not in line and name in _NEEDED:
+            return f"{name} is missing"
+        value = line.get(name)
+        if not fits(value) and (value is not None or name in _NEEDED):
+            return f"{name} is not {expected}"
+    return ""
+
+
+def _number(value) -> bool:
+    """None: nothing was measured. A whole number may be too large for what comes after."""
+    return value is None or (is_number(value) and not (is_int(value) and value.bit_length() > 1023))
+
+
+def _named(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _layer(value) -> bool:
+    """Of `drift`: numbers by name, and how many neurons changed by how much."""
+    histogram = value.get("histogram") if isinstance(value, dict) else None
+    numbers = isinstance(value, dict) and all(_number(entry) for name, entry in value.items() if name != "histogram")
+    return numbers and (histogram is None or (_named(_list(is_number))(histogram) and {"edges", "counts"} <= set(histogram)))
+
+
+def _protocol(value) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("data") or {}, dict)
+
+
+_NEEDED = ("method", "seed", "checkpoint", "scores")
+_SHAPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("method", lambda value: isinstance(value, str), "a text"),
+    ("seed", is_int, "a whole number"),
+    ("checkpoint", lambda value: is_int(value) and 0 <= value < 2**63, "a whole number of edits"),
+    ("scores", _named(_number), "numbers by name"),
+    ("seconds", _named(_number), "numbers by name"),
+    ("peak_memory_mb", _named(_number), "numbers by name"),
+    ("mask", _named(lambda value: value is None or _named(_number)(value)), "numbers by layer, by name"),
+    ("retention", _named(lambda value: value is None or _list(_number)(value)), "lists of numbers by name"),
+    ("drift", _named(_layer), "numbers and a histogram by layer"),
+    ("protocol", _protocol, "an object"),
+    ("failed", lambda value: is_int(value) or _list(is_int)(value), "a list of edits"),
+)
 
 
 def methods(lines: Iterable[Mapping]) -> list[str]:

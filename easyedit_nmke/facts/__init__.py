@@ -6,6 +6,7 @@ import json
 import random
 import zlib
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,9 +128,10 @@ def calibration() -> list[tuple[str, str, str]]:
     return [(known[subject, relation].prompt(0), subject, new) for subject, relation, new in CALIBRATION]
 
 
-def texts(seed: int = 0) -> list[str]:
-    """True sentences: every fact in each of its wordings, shuffled."""
-    sentences = [f"{fact.prompt(wording)} {fact.object}." for fact in facts() for wording in range(len(fact.wordings))]
+def texts(seed: int = 0, without: Collection[str] = ()) -> list[str]:
+    """True sentences: every fact in each of its wordings, shuffled; none of a fact that a prompt in `without` asks for."""
+    told = [[fact.prompt(wording) for wording in range(len(fact.wordings))] + [fact.object] for fact in facts()]
+    sentences = [f"{prompt} {thing}." for *prompts, thing in told if not set(prompts) & set(without) for prompt in prompts]
     random.Random(seed).shuffle(sentences)
     return sentences
 

@@ -57,9 +57,10 @@ class Base:
     pickled: bool
 
     @classmethod
-    def of(cls, name: str) -> Base | None:
-        """Of the model that `load_model` opens by `name`; None when its weights are not on this machine, or in another format."""
-        folder = base_folder(name)
+    def of(cls, name: str, revision: str | None = None) -> Base | None:
+        """Of the model that `load_model` opens by `name` (of a hub name: at `revision`); None when its weights are not on this
+        machine, or in another format."""
+        folder = base_folder(name, revision)
         return cls.find(folder) if folder else None
 
     @classmethod

@@ -26,8 +26,9 @@ _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 
 @dataclass(frozen=True)
 class Card:
-    """What a reader of an export must know: the base model (hub name, folder, or "atlas"), the hash of its weights before any
-    edit, and scores after the last one (rows of a table: column -> value)."""
+    """What a reader of an export must know: the base model (hub name, folder, GGUF file, or a name that comes with this package; of
+    a hub name the revision), the hash of its weights before any edit, and scores after the last one (rows of a table: column ->
+    value)."""
 
     base: str
     weights: str
@@ -35,6 +36,7 @@ class Card:
     edits: int
     date: str
     evaluation: Sequence[Mapping[str, object]] = ()
+    revision: str | None = None
 
 
 class LoraReport(NamedTuple):
@@ -61,7 +63,7 @@ def export_model(
     masters: name -> matrix [out, in] float32, where the model's own weights are these, rounded. ValueError when
     `folder` holds anything; RuntimeError, and no folder, when what was written does not come back as the edited model.
     """
-    base = Base.of(card.base)
+    base = Base.of(card.base, card.revision)
     if base is None and dtype is not None:
         raise ValueError(f"dtype is {short(dtype)}, but the files of {card.base!r} are not here; cast the model instead")
     report, written, name = None, {}, Path(folder).name
@@ -87,9 +89,9 @@ def export_delta(model, updates: Sequence[Update], originals: Mapping[str, torch
     with whole_folder(folder) as temporary:
         about = {"base": card.base, "weights": card.weights, "method": card.method, "edits": card.edits, "date": card.date}
         save_delta(temporary / FILE, model, updates, originals, about)
-        checked = check_delta(temporary, model, originals, card.base)
+        checked = check_delta(temporary, model, originals, Base.of(card.base, card.revision))
         code = (
-            f"{_base(card.base, short(model.dtype))}\nimport easyedit_nmke\n\n"
+            f"{_base(card, short(model.dtype))}\nimport easyedit_nmke\n\n"
             f"folder = {Path(folder).name!r}  # where this file lies\n"
             "originals = easyedit_nmke.load_delta(model, folder)  # the parameters as they were, by name"
         )
@@ -122,18 +124,19 @@ def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card
     report = LoraReport(rank, errors, total)
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(_lora_config(view, labels, rank, card.base), indent=2)
+        config = json.dumps(_lora_config(view, labels, rank, card), indent=2)
         (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        checked = check_lora(temporary, model, tensors, updates, {name: errors[label] for name, label in labels.items()}, card.base)
+        lost, base = {name: errors[label] for name, label in labels.items()}, Base.of(card.base, card.revision)
+        checked = check_lora(temporary, model, tensors, updates, lost, base)
         layers = all(isinstance(label, int) for label in labels.values())
         where = f"{'the down projections of layers ' if layers else ''}{', '.join(map(str, labels.values()))}"
         what = f"a LoRA adapter of rank {rank} on {where}"
         left_out = f"; it leaves out {report.total:.2%} of the updates (Frobenius norm)" if report.total else ""
         code = (
-            f"{_base(card.base, short(model.dtype))}\nfrom peft import PeftModel\n\n"
+            f"{_base(card, short(model.dtype))}\nfrom peft import PeftModel\n\n"
             f"folder = {Path(folder).name!r}  # where this file lies\nmodel = PeftModel.from_pretrained(model, folder)"
         )
-        _write_card(temporary, card, "peft", what + left_out, code, checked, _serving(card.base, Path(folder).name, rank))
+        _write_card(temporary, card, "peft", what + left_out, code, checked, _serving(card, Path(folder).name, rank))
     return report
 
 
@@ -180,13 +183,15 @@ def _labels(view: ModelView, names: Iterable[str]) -> dict[str, int | str]:
     return {name: layers.get(name, name) for name in names}
 
 
-def _lora_config(view: ModelView, labels: Mapping[str, int | str], rank: int, base: str) -> dict:
+def _lora_config(view: ModelView, labels: Mapping[str, int | str], rank: int, card: Card) -> dict:
     """adapter_config.json. Down projections go by the last word of the module's name where that is enough to find them in a block:
-    servers look it up."""
+    servers look it up. A base that was a GGUF file goes by the folder it was dequantised to: that is what can be opened."""
+    folder = base_folder(card.base) if gguf.is_gguf(card.base) else None
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(folder or card.base),
+        "revision": card.revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -234,41 +239,44 @@ def _changed(report: ModelReport, base: Base) -> str:
 _AUTO = "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
 
 
-def _loaded(source: str, kind: str) -> str:
+def _loaded(source: str, kind: str, at: str = "") -> str:
     return (
-        f"model = AutoModelForCausalLM.from_pretrained({source}, dtype=torch.{kind})\ntok = AutoTokenizer.from_pretrained({source})"
+        f"model = AutoModelForCausalLM.from_pretrained({source}{at}, dtype=torch.{kind})\n"
+        f"tok = AutoTokenizer.from_pretrained({source}{at})"
     )
 
 
-def _base(base: str, kind: str) -> str:
+def _base(card: Card, kind: str) -> str:
     """Code that loads the base model, and its tokenizer."""
+    base, at = card.base, f", revision={card.revision!r}" if card.revision else ""
     if base == "atlas":
         return "from easyedit_nmke import atlas\n\nmodel, tok = atlas.load()\n"
     if gguf.is_gguf(base):
         return (
             f"{_AUTO}from easyedit_nmke.models.gguf import plain_folder\n\nbase = plain_folder({base!r})\n{_loaded('base', kind)}\n"
         )
-    return f"{_AUTO}\n{_loaded(repr(base), kind)}\n"
+    return f"{_AUTO}\n{_loaded(repr(base), kind, at)}\n"
 
 
-def _serving(base: str, name: str, rank: int) -> str:
+def _serving(card: Card, name: str, rank: int) -> str:
     if rank > _SERVED_RANKS[-1]:
         return f"vLLM serves adapters up to rank {_SERVED_RANKS[-1]}: export with `--rank {_SERVED_RANKS[-1]}` for it."
     allowed = next(each for each in _SERVED_RANKS if each >= rank)
     options = f"--enable-lora --max-lora-rank {allowed} --lora-modules edited={name}"
-    where = ""
-    if gguf.is_gguf(base):
-        base, where = "BASE", f" (BASE is the folder that `easyedit_nmke.models.gguf.plain_folder({base!r})` gives)"
+    base, where = f"{card.base} --revision {card.revision}" if card.revision else card.base, ""
+    if gguf.is_gguf(card.base):
+        base, where = "BASE", f" (BASE is the folder that `easyedit_nmke.models.gguf.plain_folder({card.base!r})` gives)"
     return f"With vLLM, for the architectures whose adapters it takes{where}:\n\n```bash\nvllm serve {base} {options}\n```"
 
 
 def _write_card(folder: Path, card: Card, library: str, what: str, code: str, checked: str, more: str = "") -> None:
     head = [f"library_name: {library}", "tags: [knowledge-editing]"]
-    made = gguf.origin(base_folder(card.base))
+    made, packaged = gguf.origin(base_folder(card.base, card.revision)), gguf.PACKAGED.get(card.base)
     if card.base != "atlas" and not gguf.is_gguf(card.base) and not Path(card.base).exists():
         head.append(f"base_model: {card.base}")
     facts = {
-        "Base model": card.base,
+        "Base model": f"{card.base}, which `{packaged.command}` brings" if packaged else card.base,
+        **({"Revision": card.revision} if card.revision else {}),
         **({"Dequantised from": ", ".join(f"{name} {value}" for name, value in made.items())} if made else {}),
         "Hash of its weights": card.weights,
         "Method": card.method,

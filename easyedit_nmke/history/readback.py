@@ -41,18 +41,18 @@ def check_checkpoint(folder: Path, model, tok, written: Mapping[str, torch.Tenso
     return f"from this folder; every parameter equal to the bit, {_compare_logits(fresh, fresh_tok, model, tok, written)}"
 
 
-def check_delta(folder: Path, model, originals: Mapping[str, torch.Tensor], base: str) -> str:
+def check_delta(folder: Path, model, originals: Mapping[str, torch.Tensor], base: Base | None) -> str:
     """A delta's folder, on its base loaded anew. A base that is in no folder cannot be: then on the model itself, which has its
     original weights (name -> matrix [out, in]) for that long."""
-    view, known = ModelView(model), Base.of(base)
+    view = ModelView(model)
     try:
-        if known is None:
+        if base is None:
             with _holding(model, {name: view.oriented(name, weight) for name, weight in originals.items()}) as edited:
                 load_delta(model, folder)
                 if any(not torch.equal(model.get_parameter(name), tensor) for name, tensor in edited.items()):
                     raise ValueError("it gives other weights than the edited ones")
             return "into the model in memory with its original weights: equal to the bit (the base lies in no folder here)"
-        fresh, _ = _loaded(known.folder, model)
+        fresh, _ = _loaded(base.folder, model)
         load_delta(fresh, folder)
     except ValueError as error:
         raise RuntimeError(f"the delta read back is not the edited model; nothing was exported: {error}") from error
@@ -61,7 +61,12 @@ def check_delta(folder: Path, model, originals: Mapping[str, torch.Tensor], base
 
 
 def check_lora(
-    folder: Path, model, written: Mapping[str, torch.Tensor], updates: Sequence[Update], errors: Mapping[str, float], base: str
+    folder: Path,
+    model,
+    written: Mapping[str, torch.Tensor],
+    updates: Sequence[Update],
+    errors: Mapping[str, float],
+    base: Base | None,
 ) -> str:
     """An adapter's folder: its factors, those `written`, against the updates, of which they leave out `errors` (by parameter); then
     what PEFT makes of it on the base loaded anew, where there are both."""
@@ -77,13 +82,13 @@ def check_lora(
             told = f"{lost:.2%} of the updates of {name}, not {errors[name]:.2%}"
             raise RuntimeError(f"the adapter read back leaves out {told}; nothing was exported")
     factors = "its factors are those of the updates"
-    if (known := Base.of(base)) is None:
+    if base is None:
         return f"{factors}; not by PEFT, as the base model lies in no folder here, but by arithmetic"
     if importlib.util.find_spec("peft") is None:
         return f"{factors}; not by PEFT, which is not installed here, but by arithmetic"
     from peft import PeftModel
 
-    fresh, _ = _loaded(known.folder, model)
+    fresh, _ = _loaded(base.folder, model)
     fresh_view, merged = ModelView(fresh), {}
     for name, product in products.items():
         weight = fresh_view.matrix(name)

@@ -55,15 +55,18 @@ def in_chat(tok, request):
 
 
 def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
-    """The user's words around prompt[start:end]: what stands between the marks of a chat format; a text without marks is all
-    words. None when somebody else says them (the system, the assistant). tok: whose special tokens are marks as well."""
+    """The user's words around prompt[start:end]: what the tokenizer's chat format frames, if that has no marks in it; else what
+    stands between the marks of a chat format; a text without marks is all words. None when somebody else says them (the system,
+    the assistant). tok: whose special tokens are marks as well."""
     special = sorted((text for text in special_texts(tok) if text in prompt), key=len, reverse=True)
     mark = "|".join([_MARK, *map(re.escape, special)])
     # Marks that follow each other with no more than a role between them, and the role's name where it ends the line.
     headers = rf"(?:{mark})(?:\s*{_NAME}?\s*(?:{mark}))*(?:[ \t]*{_NAME}[ \t]*\n)?\s*"
     found = list(re.finditer(headers, prompt))
-    if not found and (frame := _frame(tok)) and _framed(prompt, frame):
-        return len(frame[0]), len(prompt.rstrip(" ")) - len(frame[1])
+    if (frame := _frame(tok)) and _framed(prompt, frame):
+        first, last = len(frame[0]), len(prompt.rstrip(" ")) - len(frame[1])
+        if not re.search(mark, prompt[first:last]):
+            return (first, last) if first <= start and end <= last else None
     before = [header for header in found if header.start() < end]
     after = [header for header in found if header.start() >= end]
     stop = len(prompt[: after[0].start()].rstrip()) if after else len(prompt)

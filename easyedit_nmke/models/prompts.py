@@ -84,9 +84,9 @@ def joined(prompt: str, target: str, separator: str | None = None, tok=None) -> 
 def open_end(prompt: str, separator: str | None = None, tok=None) -> tuple[str, str]:
     """(the text that the model is asked, the space that it leaves between it and the answer).
 
-    Spaces at the prompt's end are no part of what is asked. Without a `separator` there is no space after a line end, after a
-    special token, and where the last letter is of a script that writes none; otherwise one. A separator is asked with the prompt,
-    but for the spaces at its end.
+    Spaces at the prompt's end are no part of what is asked. Without a `separator` those that indent its last line are left between
+    it and the answer; else there is no space after a line end, after a special token, and where the last letter is of a script that
+    writes none; otherwise one. A separator is asked with the prompt, but for the spaces at its end.
     """
     return _open_end(prompt, separator, special_texts(tok))
 
@@ -101,7 +101,9 @@ def _open_end(prompt: str, separator: str | None, special: tuple[str, ...]) -> t
         asked = text.rstrip(" ")
         return asked, text[len(asked) :]
     asked = prompt.rstrip(" ")
-    if not asked or asked[-1].isspace() or asked.endswith(special) or CLOSED.search(asked):
+    if asked and asked[-1].isspace():
+        return asked, prompt[len(asked) :]
+    if not asked or asked.endswith(special) or CLOSED.search(asked):
         return asked, ""
     letter = next((char for char in reversed(asked) if char.isalpha()), "")
     return asked, "" if letter and spaceless(letter) else " "

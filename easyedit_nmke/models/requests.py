@@ -107,11 +107,13 @@ class Request:
 
 def texts(value: Any) -> tuple[str, ...]:
     """All texts of a value, a text or a (nested) list of them, without holes and without spaces around them; line ends stay, since
-    a chat format may end with one. ValueError for anything that is no text."""
+    a chat format may end with one, and so does the indentation of a last line. ValueError for anything that is no text."""
     if is_hole(value):
         return ()
     if isinstance(value, str):
-        return (value.strip(" \t"),) if value.strip() else ()
+        text = value.strip(" \t")
+        indented = text.endswith(("\n", "\r"))
+        return (value.lstrip(" \t") if indented else text,) if value.strip() else ()
     if isinstance(value, (list, tuple)):
         return tuple(text for part in value for text in texts(part))
     raise ValueError(f"is {called(value)}, not text")
