@@ -33,8 +33,8 @@ def _analyze(args, console: Console) -> int:
     lines, files = conduct(analysis, args)
     for table in analysis.tables(lines):
         shown = Table(title=table.title, title_justify="left", box=SIMPLE)
-        for number, heading in enumerate(table.headings):
-            shown.add_column(heading, overflow="fold", justify="left" if number == 0 else "right")
+        for heading, numeric in zip(table.headings, table.numeric, strict=True):
+            shown.add_column(heading, overflow="fold", justify="right" if numeric else "left")
         for row in table.rows:
             shown.add_row(*map(Text, row))
         console.print(shown)

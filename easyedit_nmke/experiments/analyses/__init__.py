@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ...extensions import with_extensions
-from . import trace
+from . import explain, trace
 from .record import Analysis, Notebook, read
 
-OWN: Mapping[str, Analysis] = MappingProxyType({each.name: each for each in (trace.ANALYSIS,)})
+OWN: Mapping[str, Analysis] = MappingProxyType({each.name: each for each in (trace.ANALYSIS, explain.ANALYSIS)})
 
 
 def analyses() -> dict[str, Analysis]:

@@ -21,6 +21,11 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """For each column whether it holds numbers."""
+        return [all(cell[:1] in "+-.0123456789" for cell in column) for column in zip(*self.rows, strict=True)]
+
 
 @dataclass(frozen=True)
 class Analysis:
