@@ -202,12 +202,12 @@ def _read_labels(model, tokens: Tokens, starts: Sequence[int], read: Reader) -> 
     rows = torch.tensor([b for b, (s, e) in enumerate(zip(starts, ends, strict=True)) for _ in range(s, e)])
     places = torch.tensor([p for s, e in zip(starts, ends, strict=True) for p in range(s, e)])
     labels = tokens.ids.cpu()[rows, places].split(HEAD_ROWS)
-    chunks = zip(_logits(model, tokens, rows, places - 1), labels, strict=True)
+    chunks = zip(logits_at(model, tokens, rows, places - 1), labels, strict=True)
     values = torch.cat([read(logits, some.to(logits.device)) for logits, some in chunks]).cpu()
     return [found.tolist() for found in values.split([e - s for s, e in zip(starts, ends, strict=True)])]
 
 
-def _logits(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> Iterator[torch.Tensor]:
+def logits_at(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> Iterator[torch.Tensor]:
     """The logits at (row, place), in order, at most HEAD_ROWS of them at a time: [<= HEAD_ROWS, V]."""
     parts = body_and_head(model)
     if parts is None:
@@ -219,5 +219,9 @@ def _logits(model, tokens: Tokens, rows: torch.Tensor, places: torch.Tensor) -> 
     hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state
     chosen = hidden[rows.to(hidden.device), places.to(hidden.device)].to(head.weight.device)
     for some in chosen.split(HEAD_ROWS):
-        logits = head(some)
-        yield logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        yield softcapped(head(some), softcap)
+
+
+def softcapped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """c·tanh(logits / c), or as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
