@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ...extensions import with_extensions
-from . import ablate, explain, roles, trace
+from . import ablate, drift, explain, roles, trace
 from .record import Analysis, Notebook, read
 
-OWN: Mapping[str, Analysis] = MappingProxyType({each.name: each for each in (roles.ANALYSIS, ablate.ANALYSIS, trace.ANALYSIS, explain.ANALYSIS)})
+OWN: Mapping[str, Analysis] = MappingProxyType({each.name: each for each in (roles.ANALYSIS, ablate.ANALYSIS, drift.ANALYSIS, trace.ANALYSIS, explain.ANALYSIS)})
 
 
 def analyses() -> dict[str, Analysis]:

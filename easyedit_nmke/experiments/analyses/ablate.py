@@ -199,6 +199,8 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 
 def figure(lines: Sequence[Mapping]):
     """For each kind of set, by its size: what the right choice loses on its own and on other tasks, and kept text."""
+    from matplotlib.ticker import MaxNLocator
+
     from .drawing import COLOURS, np
     from .drawing import figure as made
 
@@ -214,13 +216,16 @@ def figure(lines: Sequence[Mapping]):
             at = places + (i - (len(tops) - 1) / 2) * width
             heights = [cell[0] if cell else 0 for cell in cells]
             ax.barh(at, heights, width * 0.92, color=COLOURS[i], label=f"{top} neurons", alpha=0.9)
-            errors = [cell[1] if cell else 0 for cell in cells]
+            several = [len(found[top].get(row, [])) > 1 for row in rows]
+            errors = [cell[1] if cell and more else np.nan for cell, more in zip(cells, several, strict=True)]
             ax.errorbar(heights, at, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         ax.axvline(0, color="#666666", linewidth=0.8)
         ax.set_yticks(places, [ROWS[row] for row in rows])
         ax.grid(axis="y", visible=False)
         ax.set_title(title, fontsize=8.5)
-        ax.margins(x=0.12)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        low, high = ax.dataLim.intervalx
+        ax.set_xlim(min(1.1 * low, -0.05 if name != "kept_kl" else 0), max(1.1 * high, 0.05))  # no magnified nothing
     drawn.axes[0].invert_yaxis()
     drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(tops))
     drawn.suptitle(f"What silencing neurons changes: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")

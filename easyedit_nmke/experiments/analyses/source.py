@@ -32,9 +32,9 @@ def model_arguments(sub: argparse.ArgumentParser, edits: bool = True) -> None:
     sub.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16, float16, auto (default float32)")
 
 
-def data_arguments(sub: argparse.ArgumentParser, default: int) -> None:
+def data_arguments(sub: argparse.ArgumentParser, default: int, which: str = "") -> None:
     sub.add_argument("--data", metavar="FILE", help="records to take prompts from; or atlas, facts (default: what fits the model)")
-    sub.add_argument("--facts", type=positive, default=default, metavar="N", help=f"how many (default {default})")
+    sub.add_argument("--facts", type=positive, default=default, metavar="N", help=f"how many {which} (default {default})")
 
 
 def seed_argument(sub: argparse.ArgumentParser, what: str) -> None:
@@ -61,20 +61,20 @@ def name(args: argparse.Namespace) -> str:
     return f"{args.model} with the edits in {args.edits}" if getattr(args, "edits", None) else args.model
 
 
-def requests(data: str | None, model: str, count: int, seed: int = 0) -> list:
-    """The first `count` `Request`s of a file, or of the facts that the embedded model or one of real text may know (without the
-    target's half that is edited in examples). ValueError when there are fewer."""
+def requests(data: str | None, model: str, count: int | None, seed: int = 0) -> list:
+    """The first `count` (None: 500, or as many as there are) `Request`s of a file, or of the facts that the embedded model or one of
+    real text may know. ValueError when there are fewer than `count`."""
     from ...data import load as read
     from ...models.requests import Request
 
     data = data or ("atlas" if model == "atlas" else known.SOURCE)
     if data in atlas.SOURCES:
-        found = [Request.from_dict(record) for record in atlas.requests(count, "tune", seed, atlas.SOURCES[data])]
+        found = [Request.from_dict(record) for record in atlas.requests(count or 500, "tune", seed, atlas.SOURCES[data])]
     elif data == known.SOURCE:
         found = [Request.from_dict(record) for record in known.requests(count, "tune", seed)]
     else:
-        found = read(Path(data)).requests[:count]
-    if len(found) < count:
+        found = read(Path(data)).requests[: count or 500]
+    if count and len(found) < count:
         raise ValueError(f"{data} has {len(found)} records that can be used; ask for as many, or fewer")
     return found
 

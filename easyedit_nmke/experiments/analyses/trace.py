@@ -15,7 +15,7 @@ def arguments(sub) -> None:
     source.model_arguments(sub)
     sub.add_argument("--prompt", metavar="TEXT", help="one prompt in place of facts; with --subject")
     sub.add_argument("--subject", metavar="TEXT", help="the words of the prompt that are noised")
-    source.data_arguments(sub, 10)
+    source.data_arguments(sub, 10, "that the model knows")
     sub.add_argument("--draws", type=source.positive, default=3, metavar="N", help="of noise (default 3)")
     sub.add_argument("--window", type=source.positive, metavar="N", help="blocks whose FFNs go back together (default a fifth)")
     sub.add_argument("--hparams", metavar="FILE", help="mark the blocks that this file of settings edits, as `nmke tune` wrote it")
@@ -35,7 +35,7 @@ def run(args, begin) -> None:
     view = ModelView(model)
     window, marked = args.window or max(1, view.depth // 5), list(read(args.hparams).layers) if args.hparams else []
     view.check_layers(marked)
-    asked = _asked(args, tok)
+    asked = _asked(args, view, tok)
     noise = subject_noise(view, [ids[place.start : place.stop] for _, ids, place in asked])
     settings = {
         "prompts": [prompt for prompt, *_ in asked], "draws": args.draws, "window": window, "seed": args.seed, "noise": noise,
@@ -59,21 +59,39 @@ def rounded(values) -> list[list[float]]:
     return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
 
 
-def _asked(args, tok) -> list[tuple[str, list[int], range]]:
-    """(prompt, its ids, where in them the subject is)."""
+def _asked(args, view, tok) -> list[tuple[str, list[int], range]]:
+    """(prompt, its ids, where in them the subject is): the one prompt, or the first facts that the model knows."""
+    if args.prompt:
+        return [_placed(tok, args.prompt, args.subject)]
+    found = source.requests(args.data, args.model, None, args.seed)
+    known = _known(view, tok, [request for request in found if request.ground_truth], args.facts)
+    if len(known) < args.facts:
+        raise ValueError(f"of {len(found)} facts the model knows {len(known)}, {args.facts} were asked for; ask for fewer (--facts)")
+    return [_placed(tok, request.prompt, request.subject) for request in known]
+
+
+def _known(view, tok, requests: Sequence, count: int) -> list:
+    """The first `count` whose old answer begins with the model's own next token."""
+    from ...models.passes import chunks
+    from ...scores.metrics import predicted_tokens
+
+    known: list = []
+    for some in chunks(requests, 64):
+        said = predicted_tokens(view.model, tok, [(request.prompt, request.ground_truth) for request in some])
+        known += [request for request, (guess, label) in zip(some, said, strict=True) if guess[0] == label[0]]
+        if len(known) >= count:
+            break
+    return known[:count]
+
+
+def _placed(tok, prompt: str, subject: str) -> tuple[str, list[int], range]:
     from ...models.prompts import open_end, tokenised
     from ...models.subjects import find_subject
 
-    pairs = [(args.prompt, args.subject)] if args.prompt else []
-    if not pairs:
-        pairs = [(request.prompt, request.subject) for request in source.requests(args.data, args.model, args.facts, args.seed)]
-    asked = []
-    for prompt, subject in pairs:
-        text, (start, end) = open_end(prompt, None, tok)[0], find_subject(prompt, subject)
-        found = tokenised(tok, text, end)
-        before = tokenised(tok, text, start).subject + 1 if text[:start].strip() else found.subject + 1 - _tokens(tok, text, end)
-        asked.append((text, found.ids, range(min(before, found.subject), found.subject + 1)))
-    return asked
+    text, (start, end) = open_end(prompt, None, tok)[0], find_subject(prompt, subject)
+    found = tokenised(tok, text, end)
+    before = tokenised(tok, text, start).subject + 1 if text[:start].strip() else found.subject + 1 - _tokens(tok, text, end)
+    return text, found.ids, range(min(before, found.subject), found.subject + 1)
 
 
 def _tokens(tok, text: str, end: int) -> int:
@@ -160,10 +178,11 @@ def figure(lines: Sequence[Mapping]):
         shown = list(range(len(names)))
     else:
         names, shown = list(PLACES), [i for i in range(len(PLACES)) if not np.isnan(values["state"][i]).all()]
+    high = max(np.nanmax(of_part[shown]) for of_part in values.values())
     drawn = made(0.28 * len(shown) + 1.9)
     for ax, (part, what), colour in zip(drawn.subplots(1, 2, sharey=True), PARTS.items(), ("Purples", "Greens"), strict=True):
         image = heat(ax, values[part][shown], [names[i] for i in shown], list(map(str, range(head["depth"]))),
-                     cmap=colour, low=0, every=max(1, head["depth"] // 10))  # fmt: skip
+                     cmap=colour, low=0, high=high, every=max(1, head["depth"] // 10))  # fmt: skip
         together = f", {head['window']} blocks together" if part == "ffn" and head["window"] > 1 else ""
         ax.set(title=f"put back: {what}{together}", xlabel="block")
         drawn.colorbar(image, ax=ax, shrink=0.9, pad=0.01)
