@@ -27,7 +27,7 @@ SCORES = {"rel": "Rel", "gen": "Gen", "loc": "Loc", "same_subject": "Same subjec
 def run(settings, dtype: str, masters: bool, edits: int, seed: int) -> dict:
     editor = LifelongEditor.from_hparams(methods.changed(settings, {"dtype": dtype}))
     requests = [Request.from_dict(record) for record in atlas.requests(edits, "test", seed)]
-    scorer = protocol.Scorer(editor.model, editor.tok, requests, atlas.exercises())
+    scorer = protocol.Scorer(editor.model, editor.tok, requests, atlas.exercises(), text=atlas.text())
     for request in tqdm(requests, desc=f"{dtype}, seed {seed}", unit="edit", leave=False):
         editor.apply([request])
         if not masters:

@@ -97,11 +97,11 @@ def corpus(samples: int, seed: int = 0, world: str = "small") -> list[str]:
 
 
 def text(world: str = "small", seed: int = 0) -> str:
-    """Sentences to see by how much a model of this world has moved (`scores.kept`): 200 facts of the tuning half in one of their
-    trained wordings each, and 100 exercises that were held out of training: about 2,000 words, in one line as in training."""
+    """Sentences to see by how much a model of this world has moved (`scores.kept`): 100 facts of the tuning half in one of their
+    trained wordings each, and 50 exercises that were held out of training: about 1,000 words, in one line as in training."""
     rng = random.Random(seed)
-    known = rng.sample([fact for fact in make_world(world)[0] if fact.half == "tune"], 200)
-    told = [*(rng.choice(fact.sentences()) for fact in known), *exercises(100, seed)]
+    known = rng.sample([fact for fact in make_world(world)[0] if fact.half == "tune"], 100)
+    told = [*(rng.choice(fact.sentences()) for fact in known), *exercises(50, seed)]
     rng.shuffle(told)
     return " ".join(f"{prompt} {answer}." for prompt, answer in told)
 

@@ -44,7 +44,7 @@ def _demo(args, console: Console) -> int:
     for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit", "all")):
         editor = LifelongEditor.from_hparams(dataclasses.replace(settings, neurons=neurons))
         model, tok = editor.model, editor.tok
-        scorer = Scorer(model, tok, requests, atlas.exercises())
+        scorer = Scorer(model, tok, requests, atlas.exercises(), text=atlas.text())
         if not answers:
             answers.append(_answers(model, tok, requests[:5]))
             results["unedited"] = {"general": scorer.unedited(model, tok)["general"]}

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .verb import Verb
+from ..scores.table import task_scores
+from .verb import Verb, task_table
 
 
 def _arguments(report: argparse.ArgumentParser) -> None:
@@ -47,6 +48,8 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
     for label, cells in body:
         table.add_row(Text(label), *(Text(text.replace(" ± ", "\n±"), styles[mark]) for text, mark in cells))
     console.print(table)
+    if asked := task_scores(lines, last):
+        console.print(task_table(asked))
     said = [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines), *report.failures(lines)]
     for sentence in said:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..scores.table import task_scores
 from .report import comparison
-from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table
+from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table, task_table
 
 NOTES = 5  # on odd records that are shown
 
@@ -50,6 +51,10 @@ def _shared_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--checkpoints", type=numbers, metavar="LIST", help="score after so many edits, 1,100,400 (default: all)")
     sub.add_argument("--device", metavar="NAME", help="instead of the file's device")
     sub.add_argument("--dtype", metavar="NAME", help="instead of the file's dtype: float32, bfloat16, float16, auto")
+    sub.add_argument("--text-eval", type=Path, metavar="FILE", help="text to see how far the model moves (default: the package's)")
+    sub.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="JSON lines: question, choices, answer")
+    sub.add_argument("--tasks-at", choices=("last", "each"), default="last", help="which checkpoints they are asked at (last)")
+    sub.add_argument("--tasks-limit", type=positive, metavar="N", help="only the first N questions of each file")
     sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
     sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
     sub.add_argument("--harness-limit", type=positive, metavar="N", help="only N items of each task")
@@ -64,7 +69,7 @@ def _run(args, console: Console) -> int:
     from ..methods import read
 
     quiet_libraries(args)
-    tasks = _tasks(args)
+    scored_with = _scored_with(args)
     settings = changed(read(args.hparams), _overrides(args, args.model))
     if settings.keeps_updates:
         settings.state_dir = str(state_directory(args.out, settings.alg_name, args.seed))
@@ -72,10 +77,12 @@ def _run(args, console: Console) -> int:
     try:
         stream = chosen(editor, args.data, args.edits, args.seed, args.checkpoints or ())
         method = Method(settings.alg_name, settings, loaded=editor)
-        lines = _compared(args, tasks, [method], len(stream.requests), (args.seed,), keep_weights=True)
+        lines = _compared(args, scored_with, [method], len(stream.requests), (args.seed,), keep_weights=True)
     finally:
         editor.close()
     console.print(_table(lines))
+    if asked := task_scores(lines, max(line["checkpoint"] for line in lines)):
+        console.print(task_table(asked))
     for refusal in stream.refused:
         console.print(f"refused {refusal}", highlight=False, markup=False, soft_wrap=True)
     for note in stream.notes[:NOTES]:
@@ -106,14 +113,14 @@ def _compare(args, console: Console) -> int:
     from ..experiments import methods as known
 
     quiet_libraries(args)
-    tasks = _tasks(args)
+    scored_with = _scored_with(args)
     overrides = _overrides(args, args.model_path)
     if args.ablation:
         (base,) = known.methods(args.base or "NMKE", args.model, args.hparams_dir, overrides)
         methods = known.ablation(args.ablation, base.settings)
     else:
         methods = known.methods(args.methods or ", ".join(known.METHODS), args.model, args.hparams_dir, overrides)
-    lines = _compared(args, tasks, methods, args.edits, tuple(range(args.seeds)))
+    lines = _compared(args, scored_with, methods, args.edits, tuple(range(args.seeds)))
     try:
         comparison(lines, [], console)
     except ImportError as error:
@@ -127,8 +134,12 @@ def _overrides(args, model: str | None) -> dict[str, str]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _tasks(args) -> tuple[str, ...]:
-    """The harness' tasks; an error before any model is loaded when they, or the folder for the results, cannot be used."""
+def _scored_with(args) -> dict:
+    """A `Plan`'s text, questions and tasks of the harness; an error before any model is loaded when they, or the folder for the
+    results, cannot be used."""
+    from ..scores import kept
+    from ..scores import tasks as questions
+
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder for the results")
     tasks = tuple(name.strip() for name in (args.harness or "").split(",") if name.strip())
@@ -136,16 +147,21 @@ def _tasks(args) -> tuple[str, ...]:
         from ..scores import harness
 
         harness.check_tasks(tasks, args.harness_tasks, args.harness_allow_code)
-    return tasks
+    return {
+        "text": None if args.text_eval is None else kept.read(args.text_eval),
+        "questions": questions.read(args.tasks, args.tasks_limit),
+        "questions_each": args.tasks_at == "each",
+        "tasks": tasks,
+    }
 
 
-def _compared(args, tasks, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
+def _compared(args, scored_with: dict, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
     """Run a comparison under a progress bar; its lines."""
     from ..experiments.compare import Plan, compare
     from ..experiments.protocol import Event, Progress
 
     plan = Plan(
-        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, tasks=tasks,
+        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, **scored_with,
         task_folder=args.harness_tasks, task_limit=args.harness_limit, allow_code=args.harness_allow_code,
         command=args.command, keep_weights=keep_weights,
     )  # fmt: skip

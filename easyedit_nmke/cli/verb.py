@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from ..scores.table import table as metrics
 
 
 @dataclass(frozen=True)
@@ -63,4 +66,17 @@ def score_table(headings: Mapping[str, str], extra: list[str]) -> Table:
 
 def cells(headings: Mapping[str, str], scores: Mapping[str, float | None]) -> list[str]:
     """The scores under the headings."""
-    return ["-" if scores.get(name) is None else f"{scores[name]:.2f}" for name in headings]
+    digits = {name: row.digits for name, row in metrics().items()}
+    return ["-" if scores.get(name) is None else f"{scores[name]:.{digits[name]}f}" for name in headings]
+
+
+def task_table(rows: Sequence[tuple[str, str, Sequence[float | None]]]) -> Table:
+    """`scores.table.task_scores` as a table."""
+    table = Table(title="Questions from files", title_justify="left")
+    for name in ("Task", "Method"):
+        table.add_column(name)
+    for name in ("Right", "Right by length", "As unedited"):
+        table.add_column(name, justify="right")
+    for task, method, values in rows:
+        table.add_row(Text(task), Text(method), *("-" if value is None else f"{value:.3f}" for value in values))
+    return table

@@ -16,6 +16,8 @@ from pathlib import Path
 from .. import atlas
 from ..editor import LifelongEditor
 from ..files import whole, write_json
+from ..scores import kept
+from ..scores.tasks import Task
 from .methods import Method
 from .processes import in_processes, warn_if_oversubscribed
 from .protocol import Event, Progress, Result, Scorer, Segment, hparams_differ, save_edited, settings_differ, stamp
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a comparison does. source: "atlas" or a file of records; tasks: of the LM Evaluation Harness."""
+    """Everything that a comparison does. source: "atlas" or a file of records; tasks: of the LM Evaluation Harness; text: what is
+    kept an eye on, None for the package's own; questions: of files, asked at the last checkpoint or (`questions_each`) at all."""
 
     methods: tuple[Method, ...]
     source: str
@@ -40,6 +43,9 @@ class Plan:
     allow_code: bool = False
     command: str | None = None
     keep_weights: bool = False
+    text: str | None = None
+    questions: tuple[Task, ...] = ()
+    questions_each: bool = False
 
     def __post_init__(self):
         beyond = [c for c in self.checkpoints if not 0 < c <= self.edits]
@@ -133,11 +139,15 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) 
     try:
         with editor.state.as_of(0) if ours else nullcontext():
             asked = stream(editor, plan.source, plan.edits, seed, plan.checkpoints)
-            mark = {**stamp(editor, asked.facts, plan.command), "seed": seed}
+            text = _text(plan, method)
+            mark = {**stamp(editor, asked.facts, plan.command), "seed": seed, "scored_with": _scored_with(plan, text)}
             _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
             exercises = atlas.exercises() if plan.source in atlas.SOURCES else ()
             separator = getattr(editor.hparams, "target_separator", None)
-            scorer = Scorer(editor.model, editor.tok, asked.requests, exercises, _tasks(plan), separator)
+            first = 0 if plan.questions_each else max(plan.checkpoints)
+            scorer = Scorer(
+                editor.model, editor.tok, asked.requests, exercises, _tasks(plan), separator, text, plan.questions, first
+            )
             if method is plan.methods[0] and not earlier:
                 scores = scorer.unedited(editor.model, editor.tok)
                 yield Result({"method": "unedited", "seed": seed, "checkpoint": 0, "scores": scores, "protocol": mark})
@@ -156,6 +166,21 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping]) 
     finally:
         if ours:
             editor.close()
+
+
+def _text(plan: Plan, method: Method) -> str:
+    """The kept text: the plan's, a world's own for the embedded models, which have never seen another, or the package's."""
+    settings = method.settings or method.base
+    if plan.text is not None:
+        return plan.text
+    if plan.source in atlas.SOURCES or (settings and settings.model_name == "atlas"):
+        return atlas.text(atlas.SOURCES.get(plan.source, "small"))
+    return kept.own_text()
+
+
+def _scored_with(plan: Plan, text: str) -> dict:
+    """For the stamp: what the scores depend on besides the requests."""
+    return {"kept text": kept.digest(text), **{f"tasks.{task.name}": task.mark for task in plan.questions}}
 
 
 def _tasks(plan: Plan) -> Callable | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..messages import how_to_install
-from ..scores.table import in_report
+from ..scores.table import in_report, task_scores
 from . import figures, report
 
 try:
@@ -79,6 +79,7 @@ def html(lines: Sequence[Mapping], notes: Sequence[str], pictures: Mapping[str, 
         methods=names,
         table=_scores(lines, last),
         legend=_legend(lines, last),
+        questions=_questions(lines, last),
         others=[_scores(lines, t) for t in report.checkpoints(lines) if t != last],
         pictures=[_picture(name, picture) for name, picture in pictures.items()],
         costs=_costs(lines, last),
@@ -114,6 +115,12 @@ def _legend(lines: Sequence[Mapping], checkpoint: int) -> str:
     return ". ".join(f"{row.column}: {row.what}" for row in shown if row.what)
 
 
+def _questions(lines: Sequence[Mapping], checkpoint: int) -> list[tuple[str, str, list[str]]]:
+    """Questions from files, as `task_scores`, in text."""
+    rows = task_scores(lines, checkpoint)
+    return [(task, method, ["-" if value is None else f"{value:.3f}" for value in values]) for task, method, values in rows]
+
+
 def _picture(name: str, picture: bytes) -> dict:
     heading, text = SECTIONS[name]
     return {"name": name, "heading": heading, "text": text, "data": base64.b64encode(picture).decode()}
@@ -134,7 +141,7 @@ def _costs(lines: Sequence[Mapping], checkpoint: int) -> dict | None:
 def _facts(lines: Sequence[Mapping], protocols: Sequence[Mapping]) -> list[tuple[str, list[str]]]:
     """What the results depend on, every value that occurs."""
     facts: dict[str, list[str]] = {"methods": report.methods(lines), "seeds": _distinct(line["seed"] for line in lines)}
-    for name in ("protocol", "data", "model", "device", "batch_size", "versions"):
+    for name in ("protocol", "data", "model", "device", "batch_size", "scored_with", "versions"):
         values = [protocol[name] for protocol in protocols if protocol.get(name) is not None]
         if any(isinstance(value, Mapping) for value in values):
             for key in dict.fromkeys(key for value in values for key in value):

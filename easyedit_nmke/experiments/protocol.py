@@ -27,7 +27,9 @@ from ..models.requests import Request
 from ..models.updates import fingerprint
 from ..scores import generation, metrics
 from ..scores.drift import weight_drift
+from ..scores.kept import KeptText
 from ..scores.table import measured
+from ..scores.tasks import Questions, Task
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +59,26 @@ class Scorer:
     """Every score of a stream of requests; holds what the unedited model says of all of them.
 
     exercises: (prompt, answer) pairs of general ability. tasks: called with (model, tok), gives more scores by name. separator:
-    between prompt and target, as the editor's `target_separator`.
+    between prompt and target, as the editor's `target_separator`. text: to see by how much the model has moved; None: the
+    package's own. questions: of files, asked of the unedited model and from `questions_from` edits on.
     """
 
     def __init__(
-        self, model, tok, requests: Sequence[Request], exercises=(), tasks: Callable | None = None, separator: str | None = None
+        self,
+        model,
+        tok,
+        requests: Sequence[Request],
+        exercises=(),
+        tasks: Callable | None = None,
+        separator: str | None = None,
+        text: str | None = None,
+        questions: Sequence[Task] = (),
+        questions_from: int = 0,
     ):
         self.requests, self.exercises, self.tasks, self.separator = list(requests), list(exercises), tasks, separator
         metrics.check(model, tok, self.requests, separator)
+        self.text = KeptText(model, tok, text)
+        self.questions, self.questions_from = Questions(model, tok, questions), questions_from
         self.before = metrics.quality(model, tok, self.requests, separator=separator)
         unknown = [request.prompt for request in self.requests if request.ground_truth is None]
         said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS, separator=separator))
@@ -74,7 +88,7 @@ class Scorer:
 
     def unedited(self, model, tok) -> dict:
         """Scores of the model before the first edit, on all requests."""
-        return self._scores(model, tok, self.requests, self.before, self.before)
+        return {**self._scores(model, tok, self.requests, self.before, self.before), **self.questions.before}
 
     def __call__(self, model, tok, edits: int) -> tuple[dict, dict]:
         """(scores, retention by age) of the first `edits` requests."""
@@ -83,7 +97,8 @@ class Scorer:
         kept = {"rel": "rewrite_acc", "gen": "rephrase_acc"}
         shares = {name: [fmean(a[key]) if key in a else None for a in after] for name, key in kept.items()}
         ages = {name: metrics.retention(values) for name, values in shares.items()}
-        return self._scores(model, tok, requests, before, after), ages
+        asked = self.questions.score(model, tok) if edits >= self.questions_from else {}
+        return {**self._scores(model, tok, requests, before, after), **asked}, ages
 
     def _scores(self, model, tok, requests: Sequence[Request], before: list[dict], after: list[dict]) -> dict:
         scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
@@ -94,6 +109,7 @@ class Scorer:
         scores["fluency"] = generation.fluency(texts)
         general = metrics.exact_match(model, tok, self.exercises, separator=self.separator)
         scores["general"] = fmean(general) if general else None
+        scores |= self.text.score(model, tok)
         scores |= measured(model, tok, requests, before)
         return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
 
@@ -287,8 +303,11 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
 
 
 def settings_differ(one: Mapping, other: Mapping) -> list[str]:
-    """What two stamps' results depend on and do not share, in words; versions, device and command aside."""
+    """What two stamps' results depend on and do not share, in words; versions, device and command aside. Of the texts and files
+    that are scored with, those that both have: older stamps name none."""
     found = [f"{key} {one[key]!r} -> {other[key]!r}" for key in ("method", "data", "model") if one[key] != other[key]]
+    ours, theirs = one.get("scored_with", {}), other.get("scored_with", {})
+    found += [f"{key} {ours[key]!r} -> {theirs[key]!r}" for key in ours if key in theirs and ours[key] != theirs[key]]
     return found + hparams_differ(one["hparams"], other["hparams"])
 
 

@@ -63,7 +63,7 @@ def frame(lines: Iterable[Mapping]) -> pd.DataFrame:
     rows, names = [], scores.table()
     for line in lines:
         known = {name: line["scores"].get(name) for name in names}
-        known |= {name: score for name, score in line["scores"].items() if name.startswith("harness.")}
+        known |= {name: score for name, score in line["scores"].items() if name.startswith(("harness.", "tasks."))}
         total, edits = (line.get("seconds") or {}).get("total"), line["checkpoint"]
         rows.append({"method": line["method"], "seed": line["seed"], "checkpoint": edits, **known})
         rows[-1]["seconds"] = total / edits if total is not None and edits else None
@@ -113,7 +113,7 @@ def _marks(score: pd.DataFrame, name: str, better: str) -> dict[str, str]:
 def _cell(name: str, mean: float, error: float) -> str:
     if isnan(mean):
         return "-"
-    digits = 3 if name == "seconds" and mean < 0.1 else 2
+    digits = 3 if name == "seconds" and mean < 0.1 else scores.table()[name].digits if name else 2
     return f"{mean:.{digits}f}" + ("" if isnan(error) else f" ± {error:.{digits}f}")
 
 

@@ -100,7 +100,7 @@ def target_log_probs(
     model, tok, pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET, separator: str | None = None
 ) -> list[float]:
     """Mean log-probability of each target's tokens after its prompt, teacher-forced, in nats; errors as `read_targets`."""
-    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, _log_probs, token_budget, separator)]
+    return [sum(values) / len(values) for values, _ in read_targets(model, tok, pairs, log_probs, token_budget, separator)]
 
 
 def fluency(texts: Sequence[str]) -> float | None:
@@ -126,7 +126,8 @@ def _entropy(items) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-def _log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of labels [S] under logits [S, V], in nats: a `Reader`."""
     logits = logits.float()
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 

@@ -99,6 +99,19 @@ def own_text() -> str:
     return OWN.read_text(encoding="utf-8")
 
 
+def read(file: Path) -> str:
+    """A text file. ValueError, in one sentence, when it is not there, not UTF-8 or empty."""
+    if not file.is_file():
+        raise ValueError(f"there is no text file {file} to see how far the model moves on")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text in UTF-8 ({error})") from None
+    if not text.strip():
+        raise ValueError(f"{file} holds no text")
+    return text
+
+
 def digest(text: str) -> str:
     """SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

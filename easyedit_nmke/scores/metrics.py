@@ -41,13 +41,18 @@ def read_targets(
     text is longer than the model's context.
     """
     rows = _rows(tok, pairs, context_length(model), separator)
+    return [(found, row.labels) for found, row in zip(read_rows(model, rows, read, token_budget), rows, strict=True)]
+
+
+def read_rows(model, rows: Sequence[Tokenised], read: Reader, token_budget: int = TOKEN_BUDGET) -> list[list]:
+    """What `read` gives for each label of each text (see `read_targets`); the texts fit the model's context."""
     values: list[list] = [[] for _ in rows]
     with evaluating(model), torch.no_grad(), frozen(input_device(model)):
         for batch in batches(model, [len(row.ids) for row in rows], token_budget):
             tokens = pad([rows[i].ids for i in batch], input_device(model))
             for i, found in zip(batch, _read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):
                 values[i] = found
-    return [(found, row.labels) for found, row in zip(values, rows, strict=True)]
+    return values
 
 
 def predicted_tokens(

@@ -5,8 +5,10 @@ A package adds one by an entry point of the group easyedit_nmke.metrics: the sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ class Metric:
     title: above its curve and in its place in the legend. short: its heading in the shell's tables, column: in the report's; None
     leaves it out there, and curve=False out of the figures. what: what the number is, under the report's table. said: what the
     leading method does, in the report's first lines; a format of the number, "gets {:.0%} of them right". share: it lies between
-    0 and 1. baseline: the unedited model's is drawn beside the curves.
+    0 and 1. baseline: the unedited model's is drawn beside the curves. digits: behind the point, in tables.
 
     measure(model, tok, requests, before), for scores that others add, is called at every checkpoint for the `requests` edited so
     far (a list of `Request`), and for all of them on the unedited model; `before` is `metrics.quality` of the same requests on the
@@ -39,6 +41,7 @@ class Metric:
     said: str | None = None
     share: bool = True
     baseline: bool = True
+    digits: int = 2
     measure: Measure | None = None
 
     @property
@@ -77,6 +80,11 @@ OWN: Mapping[str, Metric] = MappingProxyType(
         "same_subject": Metric("Same subject", "Same", "Same subject", "the same for other facts of the edited subject"),
         "portability": Metric("Portability", "Port", "Port", "portability, the same for what follows from the new answer"),
         "general": Metric("General", "General", "General", "held-out exercises answered exactly"),
+        "kept_kl": Metric(
+            "Kept text: KL", "KL", "Kept KL", "how far the model has moved on other text, in nats a token",
+            better="lower", share=False, digits=3,
+        ),
+        "perplexity": Metric("Kept text: perplexity", better="lower", share=False, digits=1),
         "fluency": Metric(
             "Fluency (bits)", column="Fluency", what="entropy of the n-grams of generated text, in bits", share=False
         ),
@@ -97,6 +105,31 @@ def table() -> dict[str, Metric]:
                 f"the metric {name!r} of an installed package is {row!r}, expected an easyedit_nmke.scores.table.Metric"
             )
     return rows
+
+
+def with_tasks(names: Iterable[str]) -> dict[str, Metric]:
+    """`table`, and rows for those of `names` that are scores of tasks: the harness' and questions' from files."""
+    asked = {name: Metric(name.removeprefix("tasks.")) for name in names if name.startswith(("harness.", "tasks."))}
+    return {**table(), **asked}
+
+
+def task_scores(lines: Sequence[Mapping], checkpoint: int) -> list[tuple[str, str, list[float | None]]]:
+    """(task, method, [right, right by length, as unedited]) of every task that any line has, at a checkpoint and unedited: means
+    over the seeds that have it."""
+    now = [line for line in lines if line["checkpoint"] in (0, checkpoint)]
+    names = dict.fromkeys(name for line in now for name in line["scores"] if name.startswith("tasks."))
+    tasks = [name for name in names if not name.endswith((".norm", ".same")) or f"{name}.same" in names]
+    found = []
+    for task, method in product(tasks, dict.fromkeys(line["method"] for line in now)):
+        values = [[line["scores"].get(name) for line in now if line["method"] == method] for name in _of_task(task)]
+        means = [fmean(known) if (known := [v for v in some if v is not None]) else None for some in values]
+        if means[0] is not None:
+            found.append((task.removeprefix("tasks."), method, means))
+    return found
+
+
+def _of_task(name: str) -> tuple[str, str, str]:
+    return name, f"{name}.norm", f"{name}.same"
 
 
 def in_shell() -> dict[str, str]:

@@ -12,7 +12,9 @@ from ...extensions import with_extensions
 from . import ablate, drift, explain, roles, trace
 from .record import Analysis, Notebook, read
 
-OWN: Mapping[str, Analysis] = MappingProxyType({each.name: each for each in (roles.ANALYSIS, ablate.ANALYSIS, drift.ANALYSIS, trace.ANALYSIS, explain.ANALYSIS)})
+OWN: Mapping[str, Analysis] = MappingProxyType(
+    {each.name: each for each in (roles.ANALYSIS, ablate.ANALYSIS, drift.ANALYSIS, trace.ANALYSIS, explain.ANALYSIS)}
+)
 
 
 def analyses() -> dict[str, Analysis]:

@@ -193,7 +193,9 @@ def said(lines: Sequence[Mapping]) -> list[str]:
         )
     missing = [row for row in KINDS[:3] if row not in found]
     if missing:
-        text.append(f"Roles with fewer than {top} neurons are left out: no {' and no '.join(TITLES[row] for row in missing)} set is large enough.")
+        text.append(
+            f"Roles with fewer than {top} neurons are left out: no {' and no '.join(TITLES[row] for row in missing)} set is large enough."
+        )
     return text
 
 

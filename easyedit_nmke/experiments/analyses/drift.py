@@ -97,9 +97,10 @@ def _distributions(before, edited: Mapping) -> dict:
         return {"edges": edges.tolist(), "counts": counts}
 
     weights = {"original": before, **edited}
-    wide = 6 * before.std()  # beyond which bins would be empty
+    wide = 6 * before.std()  # beyond which bins are nearly empty
+    inside = lambda values: values[values.abs() <= wide]
     return {
-        "entries": histogram({label: weight.flatten().clamp(-wide, wide) for label, weight in weights.items()}),
+        "entries": histogram({label: inside(weight.flatten()) for label, weight in weights.items()}),
         "norms": histogram({label: weight.norm(dim=1) for label, weight in weights.items()}),
     }
 
@@ -151,7 +152,9 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
     ]  # fmt: skip
     headings = ("block", "run", "Wasserstein", "cosine mean", "cosine std", "L2 mean", "L2 std", "|ΔW|/|W|")
     found = [Table("The base's down projection against the edited one's, by rows (Table 10)", headings, rows)]
-    scored = [(label, str(s["edits"]), *(_or(s[name]) for name in ("rel", "gen", "loc"))) for label, s in head["scores"].items() if s]
+    scored = [
+        (label, str(s["edits"]), *(_or(s[name]) for name in ("rel", "gen", "loc"))) for label, s in head["scores"].items() if s
+    ]
     return [*found, *([Table("What the runs score", ("run", "edits", "Rel", "Gen", "Loc"), scored)] if scored else [])]
 
 
@@ -173,7 +176,9 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     told = []
     for label in order:
         scored = head["scores"].get(label)
-        told.append(f"{label} {totals[label]:.3f}" + (f" (Rel {_or(scored['rel'])} after {scored['edits']} edits)" if scored else ""))
+        told.append(
+            f"{label} {totals[label]:.3f}" + (f" (Rel {_or(scored['rel'])} after {scored['edits']} edits)" if scored else "")
+        )
     text = [f"{head['name']}: |ΔW|/|W| over the edited blocks together, least first: {', '.join(told)}."]
     rels = [scored["rel"] for scored in head["scores"].values() if scored]
     if len(rels) == len(order) > 1 and max(rels) - min(rels) > 0.02:
@@ -193,12 +198,21 @@ def figure(lines: Sequence[Mapping]):
     colours = {"original": "#999999", **dict(zip(labels, COLOURS, strict=False))}
     drawn = made(7.6)
     grid = drawn.subplots(2, 3)
-    for ax, name, title in ((grid[0, 0], "frobenius", "|ΔW| / |W|"), (grid[0, 1], "cosine_mean", "1 - cosine of a row with what it was")):
+    for ax, name, title in (
+        (grid[0, 0], "frobenius", "|ΔW| / |W|"),
+        (grid[0, 1], "cosine_mean", "1 - cosine of a row with what it was"),
+    ):
         width = 0.8 / len(labels)
         for i, label in enumerate(labels):
             values = [changes[label, layer][name] if (label, layer) in changes else np.nan for layer in layers]
             heights = np.asarray(values) if name == "frobenius" else 1 - np.asarray(values)
-            ax.bar(np.arange(len(layers)) + (i - (len(labels) - 1) / 2) * width, heights, width * 0.92, color=colours[label], label=label)
+            ax.bar(
+                np.arange(len(layers)) + (i - (len(labels) - 1) / 2) * width,
+                heights,
+                width * 0.92,
+                color=colours[label],
+                label=label,
+            )
         ax.set_xticks(range(len(layers)), list(map(str, layers)))
         ax.set(xlabel="block", title=f"{title} ↓")
         ax.grid(axis="x", visible=False)
@@ -221,7 +235,7 @@ def figure(lines: Sequence[Mapping]):
         grid[1, 1].set(title=f"t-SNE of rows, block {layers[-1]}", xticks=[], yticks=[])
         first, second = maps["explained"]
         grid[1, 2].set(title="PCA of what was added (+: nothing)", xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
-    handles = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {label: handle for ax in grid.flat[:3] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     drawn.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles))
     drawn.suptitle(f"Drift of the down projections: {head['name']}", fontsize=10, x=0.01, ha="left")
     return drawn

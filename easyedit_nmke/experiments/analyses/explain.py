@@ -124,7 +124,9 @@ def _ask(editor, request, probes: Sequence[Mapping]) -> dict:
     pairs = [(text["prompt"], text["answer"]) for text in _texts(request, probes)]
     means = target_log_probs(model, tok, pairs, separator=separator)
     lengths = [len(target_tokens(tok, *pair, separator)) for pair in pairs]
-    batch = pad([tokenised(tok, open_end(request.prompt, separator, tok)[0]).ids], editor.model.get_input_embeddings().weight.device)
+    batch = pad(
+        [tokenised(tok, open_end(request.prompt, separator, tok)[0]).ids], editor.model.get_input_embeddings().weight.device
+    )
     with torch.no_grad():
         best = torch.softmax(model(**batch.inputs()).logits[0, -1].double(), -1).topk(WORDS)
     return {
@@ -228,9 +230,7 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
          _words(n["before"]), _words(n["after"]))
         for b in line["blocks"] for n in b["top"]
     ]  # fmt: skip
-    probes = [
-        (p["of"], p["prompt"], p["answer"], _percent(p["before"]), _percent(p["after"])) for p in _changed(line)[:PROBES]
-    ]
+    probes = [(p["of"], p["prompt"], p["answer"], _percent(p["before"]), _percent(p["after"])) for p in _changed(line)[:PROBES]]
     return [
         Table("The answer", ("asked by", "text", "answer", "before", "after"), answers),
         Table("The blocks: |wanted| and |moved| are of the FFN's output at the subject's last token",
@@ -252,7 +252,11 @@ def _words(words: Sequence[str]) -> str:
 def said(lines: Sequence[Mapping]) -> list[str]:
     head, line = lines[0]["settings"], lines[1]
     tokens = "|".join(line["tokens"])
-    at = "" if line["subject_token"] is None else f", written at token {line['subject_token']} ({line['tokens'][line['subject_token']]!r})"
+    at = (
+        ""
+        if line["subject_token"] is None
+        else f", written at token {line['subject_token']} ({line['tokens'][line['subject_token']]!r})"
+    )
     shifts = [abs(text["after"] - text["before"]) for text in _changed(line)]
     others = f"Of {len(shifts)} probes, the probability of the answer moved by more than .1 in {sum(s > 0.1 for s in shifts)}."
     return [

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 
@@ -17,9 +18,9 @@ from ...models.hooks import record
 from ...models.passes import batches
 from ...models.products import frozen
 from ...models.prompts import pad, tokenised_all
+from ...scores import tasks
 from ...scores.metrics import TOKEN_BUDGET
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHOICES = 4  # of the embedded model's facts
 
 
@@ -64,24 +65,20 @@ def ask(
 
 
 def _read(file: Path, letters: bool) -> list[Question]:
-    if not file.is_file():
-        raise ValueError(f"there is no file {file}")
-    found = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(text)
-            question, choices, answer = record["question"], tuple(map(str, record["choices"])), int(record["answer"])
-            if not 0 <= answer < len(choices):
-                raise ValueError(f"answer {answer} of {len(choices)} choices")
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = 'a question, its choices and the number of the right one ({"question", "choices", "answer"})'
-            raise ValueError(f"{file}, line {number}: tasks need a common format, {wanted}, got {error!r}") from None
+    """As `tasks.read` has them, with the names of their tasks."""
+    (task,) = tasks.read([file])
+    records, found = file.read_text(encoding="utf-8").split("\n"), []
+    for question in task.questions:
+        if not question.choices:
+            raise ValueError(
+                f"{file}, line {question.line}: a question without choices; tasks need one format, multiple choice, in common"
+            )
+        prompt, choices = question.prompt, question.choices
         if letters:
-            listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-            question, choices = f"{question}\n{listed}\nAnswer:", tuple(LETTERS[: len(choices)])
-        found.append(Question(record.get("task", file.stem), "", question, choices, answer))
-    if not found:
-        raise ValueError(f"{file} holds no question")
+            listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+            prompt, choices = f"{question.text.rstrip()}\n{listed}\nAnswer:", tuple(ascii_uppercase[: len(choices)])
+        name = json.loads(records[question.line - 1]).get("task") or file.stem
+        found.append(Question(name, "", prompt, choices, question.answer))
     return found
 
 
@@ -98,15 +95,15 @@ def _embedded(seed: int) -> list[Question]:
     return found
 
 
-def _domains(tasks: Sequence[str], given: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
+def _domains(names: Sequence[str], given: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
     """Task -> its domain; itself where it shares none."""
     if given is not None:
         of = {task: domain for domain, members in given.items() for task in members}
-        if absent := [task for task in of if task not in tasks]:
-            raise ValueError(f"--domains names {absent[0]!r}, which is no task here; tasks are {', '.join(tasks)}")
-        return {task: of.get(task, task) for task in tasks}
-    last = Counter(task.rsplit("_", 1)[-1] for task in tasks)
-    return {task: word if last[word := task.rsplit("_", 1)[-1]] > 1 else task for task in tasks}
+        if absent := [task for task in of if task not in names]:
+            raise ValueError(f"--domains names {absent[0]!r}, which is no task here; tasks are {', '.join(names)}")
+        return {task: of.get(task, task) for task in names}
+    last = Counter(task.rsplit("_", 1)[-1] for task in names)
+    return {task: word if last[word := task.rsplit("_", 1)[-1]] > 1 else task for task in names}
 
 
 def domains_of(text: str) -> dict[str, list[str]]:

@@ -33,7 +33,9 @@ def asked(args) -> list:
     from .questions import ask, domains_of
 
     if not args.tasks and args.model != "atlas":
-        raise ValueError("--tasks is missing: give files of multiple-choice questions (the embedded model alone has tasks of its own)")
+        raise ValueError(
+            "--tasks is missing: give files of multiple-choice questions (the embedded model alone has tasks of its own)"
+        )
     only = [name.strip() for name in (args.only or "").split(",") if name.strip()]
     return ask(args.tasks, only, domains_of(args.domains) if args.domains else None, args.limit)
 
@@ -116,7 +118,8 @@ def _shares(lines: Sequence[Mapping], which: str) -> dict[str, list[float]]:
 def tables(lines: Sequence[Mapping]) -> list[Table]:
     seen, chance = _shares(lines, "counts"), _shares(lines, "chance")
     rows = [
-        (str(line["key"][0]), *(f"{seen[name][i]:.1%} ({chance[name][i]:.1%})" for name in KINDS)) for i, line in enumerate(lines[1:])
+        (str(line["key"][0]), *(f"{seen[name][i]:.1%} ({chance[name][i]:.1%})" for name in KINDS))
+        for i, line in enumerate(lines[1:])
     ]
     roles = dict.fromkeys(role for line in lines[1:] for role in line["counts"])
     each = [
@@ -191,7 +194,15 @@ def figure(lines: Sequence[Mapping]):
         for i in range(len(names)):
             for j in range(len(names)):
                 if i != j:
-                    right.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", color="white" if mean[i, j] > 0.55 else "black", fontsize=8)
+                    right.text(
+                        j,
+                        i,
+                        f"{mean[i, j]:.2f}",
+                        ha="center",
+                        va="center",
+                        color="white" if mean[i, j] > 0.55 else "black",
+                        fontsize=8,
+                    )
     drawn.colorbar(image, ax=right, shrink=0.9)
     right.set_title("active neurons that two tasks share (Jaccard)")
     drawn.suptitle(f"Roles of FFN neurons: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")

@@ -66,7 +66,9 @@ def _asked(args, view, tok) -> list[tuple[str, list[int], range]]:
     found = source.requests(args.data, args.model, None, args.seed)
     known = _known(view, tok, [request for request in found if request.ground_truth], args.facts)
     if len(known) < args.facts:
-        raise ValueError(f"of {len(found)} facts the model knows {len(known)}, {args.facts} were asked for; ask for fewer (--facts)")
+        raise ValueError(
+            f"of {len(found)} facts the model knows {len(known)}, {args.facts} were asked for; ask for fewer (--facts)"
+        )
     return [_placed(tok, request.prompt, request.subject) for request in known]
 
 
