@@ -9,12 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ...extensions import with_extensions
-from . import ablate, drift, explain, roles, trace
+from . import ablate, activations, drift, explain, layers, roles, trace
 from .record import Analysis, Notebook, read
 
-OWN: Mapping[str, Analysis] = MappingProxyType(
-    {each.name: each for each in (roles.ANALYSIS, ablate.ANALYSIS, drift.ANALYSIS, trace.ANALYSIS, explain.ANALYSIS)}
-)
+_FILES = (roles, ablate, activations, layers, drift, trace, explain)
+OWN: Mapping[str, Analysis] = MappingProxyType({file.ANALYSIS.name: file.ANALYSIS for file in _FILES})
 
 
 def analyses() -> dict[str, Analysis]:
