@@ -46,7 +46,7 @@ class LifelongEditor:
 
     @classmethod
     def of_folder(cls, folder: str | Path, model: str | None = None, device: str | None = None) -> LifelongEditor:
-        """The editor of the edits that are kept in `folder` or below it (see `durable.find`), its model brought to the last of them.
+        """The editor of the edits that are kept in `folder` or below it (see `durable.find`), its model brought to the last one.
         model, device: instead of those that it was started with."""
         folder = find(folder)
         with Journal.open(folder, write=False) as journal:

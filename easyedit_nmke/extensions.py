@@ -1,4 +1,5 @@
-"""What other packages add: methods, architectures, metrics, formats, verbs and analyses, by entry points of the group easyedit_nmke.<kind>.
+"""What other packages add: methods, architectures, metrics, formats, verbs and analyses, by entry points of the group
+easyedit_nmke.<kind>.
 
 Every table of this package is its own rows and these. Nothing is registered at run time, so nothing is left behind.
 """

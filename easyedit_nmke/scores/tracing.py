@@ -18,8 +18,8 @@ ROWS_AT_A_TIME = 96
 
 @dataclass(frozen=True)
 class Trace:
-    """answer: the traced token. clean: its probability; noised [R]: for each draw, with the subject noised. state, ffn [R, T, L]: with
-    the output of block l (or the FFN outputs of the `window` blocks around it) put back at token t."""
+    """answer: the traced token. clean: its probability; noised [R]: for each draw, with the subject noised. state, ffn [R, T, L]:
+    with the output of block l (or the FFN outputs of the `window` blocks around it) put back at token t."""
 
     answer: int
     clean: float
@@ -67,7 +67,7 @@ def trace(
 
 
 class _Noised:
-    """A noised batch [draws · tokens of `at`] kept block by block, so that what is put back at a block costs only those above it."""
+    """A noised batch [draws · tokens of `at`] kept block by block, so that what is put back at a block costs those above it."""
 
     def __init__(self, view: ModelView, tokens: torch.Tensor, subject: range, drawn: torch.Tensor, answer: int, at: Sequence[int]):
         self.view, self.readout, self.answer, self.shape = view, view.readout, answer, (len(drawn), len(at))
@@ -123,8 +123,8 @@ class _Noised:
         hidden[rows.to(hidden.device), columns.to(hidden.device)] = clean[0][columns.to(clean.device)].to(hidden)
 
     def _above(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        for hidden in repeated(self.view.blocks[layer:], hidden, self.calls[layer:]):
-            pass
+        for output in repeated(self.view.blocks[layer:], hidden, self.calls[layer:]):
+            hidden = output
         return self._read(hidden)
 
     def _read(self, final: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ...extensions import with_extensions
-from . import ablate, activations, drift, explain, layers, roles, trace
+from . import ablate, activations, drift, explain, layers, roles, settings, trace
 from .record import Analysis, Notebook, read
 
-_FILES = (roles, ablate, activations, layers, drift, trace, explain)
+_FILES = (roles, ablate, activations, layers, drift, settings, trace, explain)
 OWN: Mapping[str, Analysis] = MappingProxyType({file.ANALYSIS.name: file.ANALYSIS for file in _FILES})
 
 
@@ -26,8 +26,8 @@ def analyses() -> dict[str, Analysis]:
 
 
 def conduct(analysis: Analysis, args: argparse.Namespace) -> tuple[list[dict], list[Path]]:
-    """Run an analysis in `args.out`, draw its figure: (head and lines, the files written). ImportError, after the lines are written,
-    when what draws is not installed."""
+    """Run an analysis in `args.out`, draw its figure: (head and lines, the files written). ImportError, after the lines are
+    written, when what draws is not installed."""
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; give a folder for the results")
     file = args.out / f"{analysis.stem(args) if analysis.stem else analysis.name}.jsonl"

@@ -40,7 +40,8 @@ def run(args, begin) -> None:
     view = ModelView(model)
     layers = blocks(args, view)
     settings = task_settings(args, questions, layers) | {
-        "top": list(args.top), "draws": args.draws, "roles": args.roles, "also": [f"{file.name}, {args.also_limit}" for file in args.also],
+        "top": list(args.top), "draws": args.draws, "roles": args.roles,
+        "also": [f"{file.name}, {args.also_limit}" for file in args.also],
     }  # fmt: skip
     notebook = begin(settings, model)
     found = dict(task_scores(view, tok, questions, layers, args.strategy, args.threshold, args.out))
@@ -74,7 +75,8 @@ def _sets(args, tasks: Mapping[str, str], found: Mapping) -> dict[tuple, list[tu
     for role in roles:
         if len(ranked[role]) < max(args.top):
             raise ValueError(
-                f"{role} has {len(ranked[role])} neurons in these blocks, fewer than the {max(args.top)} of --top; ask for fewer, or "
+                f"{role} has {len(ranked[role])} neurons in these blocks, fewer than the {max(args.top)} of --top; ask for "
+                f"fewer, or "
                 "for more blocks"
             )
     sets: dict[tuple, list[tuple[int, int]]] = {("nothing", 0): []}
@@ -135,13 +137,13 @@ def _losses(lines: Sequence[Mapping], top: int) -> dict[str, list[dict]]:
             "role": what,
             "own": _change(line, base, own, "log_prob"), "others": _change(line, base, others, "log_prob"),
             "accuracy": _change(line, base, own, "accuracy"), "kept_kl": line["kept_kl"],
-            "also": fmean(line["also"][t]["accuracy"] - base["also"][t]["accuracy"] for t in base["also"]) if base["also"] else None,
+            "also": _change(line, base, list(base["also"]), "accuracy", "also"),
         })  # fmt: skip
     return {row: sets for row, sets in found.items() if sets}
 
 
-def _change(line: Mapping, base: Mapping, tasks: Sequence[str], score: str) -> float | None:
-    return fmean(line["tasks"][task][score] - base["tasks"][task][score] for task in tasks) if tasks else None
+def _change(line: Mapping, base: Mapping, tasks: Sequence[str], score: str, of: str = "tasks") -> float | None:
+    return fmean(line[of][task][score] - base[of][task][score] for task in tasks) if tasks else None
 
 
 def _mean(sets: Sequence[Mapping], name: str) -> tuple[float, float] | None:
@@ -181,7 +183,8 @@ def said(lines: Sequence[Mapping]) -> list[str]:
             far = abs(mean - chance[0]) > 2 * chance[1] + 1e-9
             where = "outside" if far else "inside"
             text.append(
-                f"The top {top} {TITLES[row]} neurons change the log-probability of the right choice by {mean:+.3f} on their own tasks, "
+                f"The top {top} {TITLES[row]} neurons change the log-probability of the right choice by {mean:+.3f} on their "
+                f"own tasks, "
                 f"{where} two spreads of as many random ones ({chance[0]:+.3f} ± {chance[1]:.3f}), kept text by a KL of "
                 f"{_mean(found[row], 'kept_kl')[0]:.3f} (random {_mean(found['random'], 'kept_kl')[0]:.3f})."
             )
@@ -194,7 +197,8 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     missing = [row for row in KINDS[:3] if row not in found]
     if missing:
         text.append(
-            f"Roles with fewer than {top} neurons are left out: no {' and no '.join(TITLES[row] for row in missing)} set is large enough."
+            f"Roles with fewer than {top} neurons are left out: no {' and no '.join(TITLES[row] for row in missing)} set is "
+            f"large enough."
         )
     return text
 
@@ -237,7 +241,8 @@ def figure(lines: Sequence[Mapping]):
 ANALYSIS = Analysis(
     "ablate",
     "what is lost when the neurons of a role are silenced, beside random ones",
-    "nmke analyze ablate --model smollm2 --tasks mmlu.jsonl --only college_biology,college_chemistry --also piqa.jsonl --out results",
+    "nmke analyze ablate --model smollm2 --tasks mmlu.jsonl --only college_biology,college_chemistry --also piqa.jsonl --out "
+    "results",
     run,
     figure,
     arguments,
@@ -245,6 +250,7 @@ ANALYSIS = Analysis(
     said,
     "On LLaMA2-7B, silencing the top 10 or 50 general neurons takes accuracy from 37.5 % to 4.2 % or .7 %; task-specific ones cost "
     "2 % to 6 % (Figure 2), on high school chemistry 14 % (Table 5). The paper has no control of random neurons.",
-    "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. What is no longer than "
+    "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. What is no "
+    "longer than "
     "the random bar and its line says nothing about the role.",
 )

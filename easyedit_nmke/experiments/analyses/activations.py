@@ -60,7 +60,8 @@ def _strongest(coefficients, values, count: int) -> dict:
     steady = top.mean(0).abs() > top.std(0, unbiased=False)
     return {
         "neurons": best.tolist(), "coefficients": [[round(v, 4) for v in row] for row in top.T.tolist()],
-        "amplitude": top.abs().mean().item(), "spread": top.std(0, unbiased=False).mean().item(), "steady": steady.double().mean().item(),
+        "amplitude": top.abs().mean().item(), "spread": top.std(0, unbiased=False).mean().item(),
+        "steady": steady.double().mean().item(),
         "amplitude, all": c.abs().mean().item(), "spread, all": c.std(0, unbiased=False).mean().item(),
         "share": (size[best].sum() / size.sum()).item(),
     }  # fmt: skip
@@ -84,10 +85,13 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     first, last = lines[1], lines[-1]
     grows = last["amplitude, all"] > first["amplitude, all"]
     return [
-        f"{head['name']}, {len(head['prompts'])} prompts: from block {first['key'][0]} to block {last['key'][0]} the mean |c| of all neurons "
-        f"goes from {first['amplitude, all']:.3f} to {last['amplitude, all']:.3f}, {'as' if grows else 'not as'} the paper tells it, and its spread "
+        f"{head['name']}, {len(head['prompts'])} prompts: from block {first['key'][0]} to block {last['key'][0]} the mean |c| "
+        f"of all neurons "
+        f"goes from {first['amplitude, all']:.3f} to {last['amplitude, all']:.3f}, {'as' if grows else 'not as'} the paper "
+        f"tells it, and its spread "
         f"over prompts from {first['spread, all']:.3f} to {last['spread, all']:.3f}.",
-        f"Of the strongest in block {last['key'][0]}, {last['steady']:.0%} are steady (their mean exceeds their spread over prompts), in block "
+        f"Of the strongest in block {last['key'][0]}, {last['steady']:.0%} are steady (their mean exceeds their spread over "
+        f"prompts), in block "
         f"{first['key'][0]} {first['steady']:.0%}.",
     ]
 
@@ -115,7 +119,8 @@ def figure(lines: Sequence[Mapping]):
         ax.set_title(f"block {line['key'][0]}")
         drawn.colorbar(image, ax=ax, shrink=0.6, pad=0.02)
     drawn.axes[0].set_ylabel("neuron, the strongest first")
-    drawn.suptitle(f"Coefficients of the strongest neurons across prompts: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")
+    title = f"Coefficients of the strongest neurons across prompts: {lines[0]['settings']['name']}"
+    drawn.suptitle(title, fontsize=10, x=0.01, ha="left")
     return drawn
 
 
@@ -128,7 +133,8 @@ ANALYSIS = Analysis(
     arguments,
     tables,
     said,
-    "In layers 1, 15 and 30, activations are low and noisy early, larger and more varied later, and several neurons of layer 30 are "
+    "In layers 1, 15 and 30, activations are low and noisy early, larger and more varied later, and several neurons of layer "
+    "30 are "
     "strong on every prompt (Figure 8).",
     "A row is a neuron, a column a prompt, at its last token. A row of one colour: active whatever is asked. A row with a few dark "
     "fields: active on those prompts alone. Each block has a scale of its own.",

@@ -23,8 +23,8 @@ from .questions import Question
 
 
 class TaskScores(NamedTuple):
-    """Of one block, [tasks, F] each. active: the share of a task's prompts on which a neuron is active; score: its mean attribution;
-    size: its mean |c|·||v||."""
+    """Of one block, [tasks, F] each. active: the share of a task's prompts on which a neuron is active; score: its mean
+    attribution; size: its mean |c|·||v||."""
 
     active: torch.Tensor
     score: torch.Tensor

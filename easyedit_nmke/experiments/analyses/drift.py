@@ -1,4 +1,4 @@
-"""How far edits moved the weights (Figures 5, 9, 11, Table 10): distances, distributions, and rows as maps, several runs together."""
+"""How far edits moved the weights (Figures 5, 9, 11, Table 10): distances, distributions, rows as maps, several runs together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ BINS = 60
 
 
 def arguments(sub) -> None:
-    sub.add_argument("runs", nargs="+", metavar="[NAME=]PATH",
-                     help="edits to compare with the base: a folder of `nmke run`, a delta, a file of parameters, a model's folder")  # fmt: skip
+    told = "edits to compare with the base: a folder of `nmke run`, a delta, a file of parameters, a model's folder"
+    sub.add_argument("runs", nargs="+", metavar="[NAME=]PATH", help=told)
     sub.add_argument("--model", metavar="NAME", help="the base model (default: the one that the runs name)")
     sub.add_argument("--device", metavar="NAME", help="cpu, cuda:1, ... (default: a GPU where there is one)")
     sub.add_argument("--dtype", default="float32", metavar="NAME", help="the base's (default float32)")
@@ -250,9 +250,11 @@ ANALYSIS = Analysis(
     arguments,
     tables,
     said,
-    "After 2000 edits of LLaMA3-8B, NMKE's weights are nearer to the original ones than AlphaEdit's in Wasserstein distance, cosine "
+    "After 2000 edits of LLaMA3-8B, NMKE's weights are nearer to the original ones than AlphaEdit's in Wasserstein distance, "
+    "cosine "
     "and L2 (Table 10: block 8, cosine .89 against .64, L2 .60 against 1.29), and its t-SNE looks like the original's (Figure 5).",
-    "Lower bars: less was changed. t-SNE keeps neighbours, not distances: a row that stays on its original (grey) has moved less than "
+    "Lower bars: less was changed. t-SNE keeps neighbours, not distances: a row that stays on its original (grey) has moved "
+    "less than "
     "the distance to its neighbours, and a map that looks different need not be worse. The PCA beside it shows what was added, to "
     "scale: points far from the cross are rows that moved far.",
 )

@@ -29,8 +29,8 @@ def base_of(path: Path) -> str | None:
 
 @torch.no_grad()
 def down_projections(path: Path, view: ModelView) -> dict[int, torch.Tensor]:
-    """Block -> the edited down projection [D, F], of those that are not as in the base model of `view`; which is as before when this
-    returns. ValueError for what holds no edited weights, or those of another model."""
+    """Block -> the edited down projection [D, F], of those that are not as in the base model of `view`; which is as before when
+    this returns. ValueError for what holds no edited weights, or those of another model."""
     if not path.exists():
         raise ValueError(f"there is no {path}")
     if (file := _delta(path)) is not None:

@@ -174,7 +174,8 @@ def _block(tok, view, event, column: int, layer: int, values, weights, keys: Map
     told = {
         "layer": layer, "changed": int((size > 0).sum()), "neurons": len(size), "relative": (change.norm() / weights.norm()).item(),
         "attributed": None if mask is None else int(mask.sum()),
-        "wanted": None if isinstance(wanted, int) else wanted.norm().item(), "moved": None if moved is None else moved.norm().item(),
+        "wanted": None if isinstance(wanted, int) else wanted.norm().item(),
+        "moved": None if moved is None else moved.norm().item(),
         "along": None if isinstance(wanted, int) or moved is None else _cosine(wanted.to(moved), moved), "top": [],
     }  # fmt: skip
     for i in size.topk(min(NEURONS, len(size))).indices.tolist():
@@ -327,7 +328,8 @@ ANALYSIS = Analysis(
     tables,
     said,
     "NMKE attributes the prediction to neurons and writes the update into those alone (Eqs. 2 to 8).",
-    "Orange: the new answer, blue: the old one. A block that moved as far as was wanted, and in that direction (cosine 1), has written "
+    "Orange: the new answer, blue: the old one. A block that moved as far as was wanted, and in that direction (cosine 1), "
+    "has written "
     "its share. A probe whose dot moved is what the edit cost.",
     lambda args: f"explain-{args.edit}",
 )

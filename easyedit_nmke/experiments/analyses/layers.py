@@ -1,4 +1,4 @@
-"""Neurons chosen per block over the edits of a run (Figure 11 right, Table 9): general, specific, both, mask; and what they hold."""
+"""Neurons chosen per block over the edits of a run (Figure 11 right, Table 9): general, specific, both, mask; what they hold."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(args, begin) -> None:
         hparams, events = editor.hparams, editor.state.events
         if not isinstance(hparams, NMKEHyperParams) or hparams.neurons == "all":
             made = f"{editor.alg_name} with neurons: all" if isinstance(hparams, NMKEHyperParams) else editor.alg_name
-            raise ValueError(f"the edits in {args.folder} were made by {made}, which chooses no neurons; give a folder of NMKE's edits")
+            raise ValueError(f"the edits in {args.folder} were made by {made}, which chooses no neurons; give those of NMKE")
         places = [place for place, event in enumerate(events) if isinstance(event, Edit)]
         if not places:
             raise ValueError(f"there is no edit in {args.folder} yet")
@@ -80,7 +80,8 @@ def _of_block(view, event, layer: int, mask, prompts: int) -> dict:
         "as kept": None if kept is None else bool((kept == (mask.mask != 0).cpu()).double().mean() > 0.999),
         "bytes": {
             "coefficients": prompts * neurons * 4, "mask": neurons * size,
-            "update": sum(t.numel() * t.element_size() for t in updates), "key": 0 if keys is None else keys.numel() * keys.element_size(),
+            "update": sum(t.numel() * t.element_size() for t in updates),
+            "key": 0 if keys is None else keys.numel() * keys.element_size(),
         },
     }  # fmt: skip
 
@@ -101,8 +102,8 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
         chance = means["general"] * means["specific"]
         rows.append((str(layer), *cells, f"{chance:.2f}", f"{means['mask'] * neurons:.0f} of {neurons}",
                      f"{means['resonance']:.2f}", f"{means['burst']:.2f}"))  # fmt: skip
-        held = {name: fmean(of[name] for of in _of(lines, layer, "bytes")) / 1e6 for name in lines[1]["blocks"][str(layer)]["bytes"]}
-        sizes.append((str(layer), *(f"{value:.3f}" for value in held.values())))
+        held = _of(lines, layer, "bytes")
+        sizes.append((str(layer), *(f"{fmean(of[name] for of in held) / 1e6:.3f}" for name in held[0])))
     headings = ("block", *SHARES.values(), "both, by chance", "chosen", "resonance ratio", "burst ratio")
     return [
         Table("Share of a block's neurons, mean and spread over edits (Table 9)", headings, rows),
@@ -117,14 +118,17 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     chance = fmean(mean["general"][layer] * mean["specific"][layer] for layer in head["layers"])
     most = {name: max(mean[name], key=mean[name].__getitem__) for name in ("general", "specific", "both")}
     text = [
-        f"{head['name']}, {len(lines) - 1} of {head['edits']} edits: the mask keeps {density:.0%} of the neurons (the paper: 42 % to 51 %); "
-        f"both general and specific are {fmean(mean['both'].values()):.0%}, {chance:.0%} if the two had nothing to do with each other.",
-        f"Most general neurons are in block {most['general']}, most specific ones in block {most['specific']}, most of both in block "
+        f"{head['name']}, {len(lines) - 1} of {head['edits']} edits: the mask keeps {density:.0%} of the neurons (the paper: "
+        f"42 % to 51 %); "
+        f"both general and specific are {fmean(mean['both'].values()):.0%}, {chance:.0%} if the two had nothing to do with "
+        f"each other.",
+        f"Most general neurons are in block {most['general']}, most specific ones in block {most['specific']}, most of both "
+        f"in block "
         f"{most['both']} (the paper: the top, evenly thinning out, the middle).",
     ]
     differ = sum(line["blocks"][str(layer)]["as kept"] is False for line in lines[1:] for layer in head["layers"])
     if differ:
-        text.append(f"{differ} of the masks found again are not those that were kept: of a control, another backend or another device.")
+        text.append(f"{differ} of the masks found again are not those that were kept (a control, another backend or device).")
     return text
 
 
@@ -146,19 +150,20 @@ def figure(lines: Sequence[Mapping]):
             chance = [fmean(_of(lines, layer, "general")) * fmean(_of(lines, layer, "specific")) for layer in layers]
             left.scatter(at, chance, 18, color="black", zorder=3, label="both, by chance")
     left.set_xticks(places, list(map(str, layers)))
-    left.set(xlabel="block", title="share of the neurons", ylim=(0, 1))
+    left.set(xlabel="block", title="share of the neurons", ylim=(0, 1.35), yticks=np.linspace(0, 1, 6))
     left.grid(axis="x", visible=False)
     left.legend(fontsize=7.5, ncols=2, loc="upper left")
     edits = [line["key"][0] for line in lines[1:]]
     for i, layer in enumerate(layers):
         middle.plot(edits, _of(lines, layer, "mask"), color=COLOURS[i % len(COLOURS)], label=f"block {layer}")
-    middle.set(xlabel="edit", title="mask over the edits", ylim=(0, 1))
-    middle.legend(fontsize=7.5, ncols=2)
+    middle.set(xlabel="edit", title="share in the mask, over the edits", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
+    middle.legend(fontsize=7.5, ncols=3, loc="upper left")
     for i, (name, title) in enumerate((("resonance", "resonance (general)"), ("burst", "burst (specific)"))):
-        right.errorbar(places, [fmean(_of(lines, layer, name)) for layer in layers],
-                       [pstdev(_of(lines, layer, name)) for layer in layers], color=COLOURS[i], marker="o", label=title, capsize=2)  # fmt: skip
+        values = [_of(lines, layer, name) for layer in layers]
+        means, spreads = list(map(fmean, values)), list(map(pstdev, values))
+        right.errorbar(places, means, spreads, color=COLOURS[i], marker="o", label=title, capsize=2)
     right.set_xticks(places, list(map(str, layers)))
-    right.set(xlabel="block", title="ratios from the entropies", ylim=(0, None))
+    right.set(xlabel="block", title="ratios from the entropies", ylim=(0, 0.6))
     right.legend(fontsize=7.5)
     drawn.suptitle(f"Neurons chosen per block: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")
     return drawn
@@ -173,9 +178,12 @@ ANALYSIS = Analysis(
     arguments,
     tables,
     said,
-    "In LLaMA3-8B, general neurons are concentrated in the top block of 4 to 8, specific ones thin out with depth, and most neurons "
-    "that are both are in the middle (Figure 11); a mask keeps 6,072 to 7,320 of 14,336 neurons, ratios are .30 to .33 and .24 to .28 "
+    "In LLaMA3-8B, general neurons are concentrated in the top block of 4 to 8, specific ones thin out with depth, and most "
+    "neurons "
+    "that are both are in the middle (Figure 11); a mask keeps 6,072 to 7,320 of 14,336 neurons, ratios are .30 to .33 and "
+    ".24 to .28 "
     "(Table 9).",
-    "Bars: means over edits, lines their spread. The dot is the share that would be both by chance. The ratios are what Eqs. 6 and 7 "
+    "Bars: means over edits, lines their spread. The dot is the share that would be both by chance. The ratios are what Eqs. "
+    "6 and 7 "
     "ask for; the bars can be larger, because a quantile keeps every tie.",
 )

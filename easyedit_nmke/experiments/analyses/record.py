@@ -1,4 +1,4 @@
-"""What an analysis is, and the file that its results are kept in. Imports no torch: the shell reads every record to show its help."""
+"""What an analysis is, and the file that its results are kept in. Imports no torch: the shell reads every record for its help."""
 
 from __future__ import annotations
 

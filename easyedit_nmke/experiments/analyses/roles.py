@@ -15,8 +15,8 @@ TITLES = {"general": "knowledge-general", "domain": "domain-specific", "task": "
 
 def task_arguments(sub) -> None:
     source.model_arguments(sub)
-    sub.add_argument("--tasks", type=Path, nargs="+", default=(), metavar="FILE",
-                     help='JSON lines {"question", "choices", "answer"[, "task"]} (default: the embedded model\'s facts)')  # fmt: skip
+    told = 'JSON lines {"question", "choices", "answer"[, "task"]} (default: the embedded model\'s facts)'
+    sub.add_argument("--tasks", type=Path, nargs="+", default=(), metavar="FILE", help=told)
     sub.add_argument("--only", metavar="LIST", help="these tasks of the files, a,b,c")
     sub.add_argument("--domains", metavar="LIST", help="biology=a,b;chemistry=c,d (default: tasks that share their last word)")
     sub.add_argument("--limit", type=source.positive, default=20, metavar="N", help="prompts of each task (default 20)")
@@ -82,7 +82,8 @@ def run(args, begin) -> None:
             drawn = [_counts(roles(shuffled(active, args.seed + i), tasks, domains)) for i in range(args.draws)]
             chance = {role: [draw[role] for draw in drawn] for role in drawn[0]}
             return {
-                "neurons": active.shape[1], "active": active.double().mean(1).tolist(), "chance": {r: _spread(v) for r, v in chance.items()},
+                "neurons": active.shape[1], "active": active.double().mean(1).tolist(),
+                "chance": {role: _spread(values) for role, values in chance.items()},
                 "counts": _counts(roles(active, tasks, domains)), "overlap": overlap(active).tolist(),
             }  # fmt: skip
 
@@ -152,7 +153,8 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     across = [_overlap(lines, *pair) for pair in pairs if tasks[pair[0]] != tasks[pair[1]]]
     text = [
         f"{head['name']}, {len(tasks)} tasks, {head['questions']} prompts, blocks {', '.join(map(str, head['layers']))}: {told}.",
-        f"The order general, domain, task is {as_told} the paper tells it; general neurons are {seen['general'] / max(chance['general'], 0.5):.1f} "
+        f"The order general, domain, task is {as_told} the paper tells it; general neurons are "
+        f"{seen['general'] / max(chance['general'], 0.5):.1f} "
         "times as many as tasks without anything in common would give.",
     ]
     if within and across:
@@ -220,6 +222,7 @@ ANALYSIS = Analysis(
     said,
     "On LLaMA2-7B and four MMLU tasks, knowledge-general neurons occur most often, domain-specific ones less, task-specific ones "
     "least (section 3.1, Figure 2).",
-    "Bars: the share of a block's neurons with a role. Dots: what it would be if each task had as many active neurons, but drawn at "
+    "Bars: the share of a block's neurons with a role. Dots: what it would be if each task had as many active neurons, but "
+    "drawn at "
     "random. Only what stands above its dot is shared by the tasks for a reason.",
 )

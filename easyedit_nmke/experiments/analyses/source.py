@@ -62,8 +62,8 @@ def name(args: argparse.Namespace) -> str:
 
 
 def requests(data: str | None, model: str, count: int | None, seed: int = 0) -> list:
-    """The first `count` (None: 500, or as many as there are) `Request`s of a file, or of the facts that the embedded model or one of
-    real text may know. ValueError when there are fewer than `count`."""
+    """The first `count` (None: 500, or as many as there are) `Request`s of a file, or of the facts that the embedded model or
+    one of real text may know. ValueError when there are fewer than `count`."""
     from ...data import load as read
     from ...models.requests import Request
 

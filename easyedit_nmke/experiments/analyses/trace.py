@@ -161,7 +161,8 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     if head["marked"]:
         inside = [mean[2][layer] for layer in head["marked"]]
         text.append(
-            f"The edited blocks {head['marked'][0]} to {head['marked'][-1]} bring back {sum(inside) / len(inside):+.3f} on average, "
+            f"The edited blocks {head['marked'][0]} to {head['marked'][-1]} bring back {sum(inside) / len(inside):+.3f} on "
+            f"average, "
             f"all blocks {mean[2].mean():+.3f}."
         )
     return text
@@ -188,18 +189,19 @@ def figure(lines: Sequence[Mapping]):
         together = f", {head['window']} blocks together" if part == "ffn" and head["window"] > 1 else ""
         ax.set(title=f"put back: {what}{together}", xlabel="block")
         drawn.colorbar(image, ax=ax, shrink=0.9, pad=0.01)
-        for layer in head["marked"]:
-            ax.add_patch(_box(layer, len(shown)))
+        for first in (layer for layer in head["marked"] if layer - 1 not in head["marked"]):
+            run = next(i for i in range(1, head["depth"] + 1) if first + i not in head["marked"])
+            ax.add_patch(_box(first, run, len(shown)))
     edited = "; framed: the edited blocks" if head["marked"] else ""
     of = f"{lines[1]['prompt']!r} → {lines[1]['answer']!r}" if single else f"mean of {len(lines) - 1} facts"
     drawn.suptitle(f"How much of the answer's probability comes back: {head['name']}, {of}{edited}", fontsize=10, x=0.01, ha="left")
     return drawn
 
 
-def _box(layer: int, height: int):
+def _box(layer: int, width: int, height: int):
     from matplotlib.patches import Rectangle
 
-    return Rectangle((layer - 0.5, -0.5), 1, height, fill=False, edgecolor="#D55E00", linewidth=1.2)
+    return Rectangle((layer - 0.5, -0.5), width, height, fill=False, edgecolor="#D55E00", linewidth=1.2)
 
 
 ANALYSIS = Analysis(
@@ -211,7 +213,8 @@ ANALYSIS = Analysis(
     arguments,
     tables,
     said,
-    "Locate-then-edit methods, NMKE among them, edit the FFNs of early and middle blocks at the subject's last token, because causal "
+    "Locate-then-edit methods, NMKE among them, edit the FFNs of early and middle blocks at the subject's last token, because "
+    "causal "
     "tracing (ROME) finds facts there.",
     "The subject's embeddings are noised, which loses the answer; then one state of the clean run is put back. Dark: that state "
     "alone brings the answer back. * marks the subject's tokens. What is dark late at the last token is only passed on; what is "
