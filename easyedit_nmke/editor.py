@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .history.durable import find
+from .history.journal import Journal
 from .history.state import LifelongState
 from .hparams import HyperParams
-from .methods import apply_to_model, method_of, undo
+from .methods import apply_to_model, method_named, method_of, undo
 from .methods.contract import Method, carried_state, check_requests
 from .models.arch import ModelView
 from .models.chat import as_asked
@@ -40,6 +43,21 @@ class LifelongEditor:
     @classmethod
     def from_hparams(cls, hparams: HyperParams) -> LifelongEditor:
         return cls(hparams)
+
+    @classmethod
+    def of_folder(cls, folder: str | Path, model: str | None = None, device: str | None = None) -> LifelongEditor:
+        """The editor of the edits that are kept in `folder` or below it (see `durable.find`), its model brought to the last one.
+        model, device: instead of those that it was started with."""
+        folder = find(folder)
+        with Journal.open(folder, write=False) as journal:
+            content = journal.header["hparams"]
+        changes = {name: value for name, value in (("model_name", model), ("device", device)) if value is not None}
+        hparams = method_named(content["alg_name"], str(folder)).hparams.from_dict(
+            {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
+        )
+        editor = cls.from_hparams(hparams)
+        editor.open()  # which brings the model to the last edit
+        return editor
 
     def open(self) -> LifelongState:
         """Make the state, or take up the one that the model or `state_dir` has. Most of the work is the covariance of keys, at

@@ -1,4 +1,5 @@
-"""What other packages add: methods, architectures, metrics, formats and verbs, by entry points of the group easyedit_nmke.<kind>.
+"""What other packages add: methods, architectures, metrics, formats, verbs and analyses, by entry points of the group
+easyedit_nmke.<kind>.
 
 Every table of this package is its own rows and these. Nothing is registered at run time, so nothing is left behind.
 """
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-KINDS = ("methods", "architectures", "metrics", "formats", "verbs")
+KINDS = ("methods", "architectures", "metrics", "formats", "verbs", "analyses")
 
 
 def with_extensions(kind: str, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,23 +14,12 @@ from ..editor import LifelongEditor
 from ..files import check_new
 from ..history import journal
 from ..history.checkpoint import ModelReport
-from ..history.durable import history, undo
+from ..history.durable import find, history, undo
 from ..history.export import Card, LoraReport, export_delta, export_lora, export_model
 from ..history.journal import Journal, Verification
 from ..history.log import Edit, standing
-from ..methods import method_named
 from ..scores import generation
 from ..scores.table import in_shell
-
-
-def find(folder: str | Path) -> Path:
-    """The folder of the state that is in `folder` or below it. ValueError when there is none, or more than one."""
-    folder = Path(folder)
-    found = sorted(path.parent for path in folder.rglob("header.json") if Journal.exists(path.parent)) if folder.is_dir() else []
-    if len(found) != 1:
-        what = f"{len(found)} states ({', '.join(map(str, found[:5]))}); give one of them" if found else "no state of edits"
-        raise ValueError(f"{folder} holds {what}" + ("" if found else "; give the --out of `nmke run`, or a state_dir"))
-    return found[0]
 
 
 def edits(folder: str | Path, model: str | None = None, device: str | None = None, check: bool = False) -> list[dict]:
@@ -87,23 +76,13 @@ def take_out(folder: str | Path, edit: int, resolve: bool = False, model: str | 
 
 def roll_back(folder: str | Path, to: int, model: str | None = None, device: str | None = None) -> int:
     """Make the state what it was after edit `to`; returns how many edits that took away."""
-    with closing(open_editor(find(folder), model, device)) as editor:
+    with closing(open_editor(folder, model, device)) as editor:
         last = editor.state.last
         editor.state.rollback(to)
         return last - to
 
 
-def open_editor(folder: Path, model: str | None = None, device: str | None = None) -> LifelongEditor:
-    """The editor of a state, its model brought to the last edit. model, device: instead of those that it was started with."""
-    with Journal.open(folder, write=False) as journal:
-        content = journal.header["hparams"]
-    changes = {name: value for name, value in (("model_name", model), ("device", device)) if value is not None}
-    hparams = method_named(content["alg_name"], str(folder)).hparams.from_dict(
-        {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
-    )
-    editor = LifelongEditor.from_hparams(hparams)
-    editor.open()  # which brings the model to the last edit
-    return editor
+open_editor = LifelongEditor.of_folder
 
 
 def export(
@@ -116,7 +95,7 @@ def export(
         if value is not None and to != kind:
             raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
     check_new(out)
-    with closing(open_editor(find(folder), model, device)) as editor:
+    with closing(open_editor(folder, model, device)) as editor:
         card = _card(editor)
         originals, updates = editor.state.changes()
         if to == "model":

@@ -15,21 +15,25 @@ from .verb import Verb, task_table
 
 
 def _arguments(report: argparse.ArgumentParser) -> None:
-    report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` wrote results.jsonl")
+    report.add_argument("folder", type=Path, metavar="DIR", help="where `nmke compare` or `nmke analyze` wrote results")
     report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and its figures go (default DIR/report)")
     report.add_argument("--markdown", action="store_true", help="only print the table, as Markdown")
 
 
 def _report(args, console: Console) -> int:
     from ..experiments import report
+    from ..experiments.analyses import in_folder
     from ..experiments.page import write
 
-    lines, notes = report.read(args.folder)
+    found = in_folder(args.folder)
+    alone = found and not args.markdown and not (args.folder / "results.jsonl").is_file()
+    lines, notes = ([], []) if alone else report.read(args.folder)
     if args.markdown:
         print(report.markdown(lines, report.shared_checkpoint(lines)))
         return 0
-    comparison(lines, notes, console)
-    path = write(lines, notes, args.out or args.folder / "report")
+    if lines:
+        comparison(lines, notes, console)
+    path = write(lines, notes, args.out or args.folder / "report", found)
     console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -57,7 +61,7 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
 
 VERB = Verb(
     "report",
-    "tables and figures of a comparison's results.jsonl, as one HTML page",
+    "tables and figures of a comparison and of analyses in a folder, as one HTML page",
     "nmke report results",
     _report,
     _arguments,

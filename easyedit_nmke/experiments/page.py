@@ -11,6 +11,7 @@ from pathlib import Path
 from ..messages import how_to_install
 from ..scores.table import in_report, task_scores
 from . import figures, report
+from .analyses import Analysis, draw, read
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -40,20 +41,33 @@ SECTIONS = {
 }
 
 
-def write(lines: Sequence[Mapping], notes: Sequence[str], out: Path) -> Path:
-    """Write OUT/report.html and its figures as PNG files beside it; returns the page's path. Figures without data are left out."""
+def write(lines: Sequence[Mapping], notes: Sequence[str], out: Path, found: Sequence[tuple[Analysis, Path]] = ()) -> Path:
+    """Write OUT/report.html and its figures as PNG files beside it; returns the page's path. Figures without data are left out.
+    found: analyses with the files of their lines (`analyses.in_folder`), a section each; the page may be of these alone."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for name, figure in _drawn(lines).items():
+    for name, figure in _drawn(lines).items() if lines else ():
         target = out / f"{name}.png"
         target.unlink(missing_ok=True)  # one of an earlier report must not stand beside a page without it
         if figure is not None:
             figure.savefig(target, dpi=160)
             pictures[name] = target.read_bytes()
     page = out / "report.html"
-    page.write_text(html(lines, notes, pictures), encoding="utf-8")
+    page.write_text(html(lines, notes, pictures, [_section(*pair) for pair in found]), encoding="utf-8")
     return page
+
+
+def _section(analysis: Analysis, file: Path) -> dict:
+    """An analysis' part of the page; its figure is drawn anew, in the folder of its lines."""
+    lines = read(file)
+    drawn = [path for path in draw(analysis, file) if path.suffix == ".png"]
+    return {
+        "name": file.stem, "heading": f"{file.stem.capitalize()}: {analysis.summary}", "paper": analysis.paper,
+        "reading": analysis.reading, "said": analysis.said(lines), "tables": analysis.tables(lines),
+        "command": lines[0].get("command"),
+        "data": base64.b64encode(drawn[0].read_bytes()).decode() if drawn else None,
+    }  # fmt: skip
 
 
 def _drawn(lines: Sequence[Mapping]) -> dict:
@@ -67,16 +81,20 @@ def _drawn(lines: Sequence[Mapping]) -> dict:
     }
 
 
-def html(lines: Sequence[Mapping], notes: Sequence[str], pictures: Mapping[str, bytes]) -> str:
-    """The page. `pictures`: PNG bytes by figure name."""
+def html(lines: Sequence[Mapping], notes: Sequence[str], pictures: Mapping[str, bytes], sections: Sequence[Mapping] = ()) -> str:
+    """The page. `pictures`: PNG bytes by figure name; sections: of analyses."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    template = environment.get_template("report.html.j2")
+    if not lines:
+        return template.render(title="Analyses", sections=sections, table=None)
     last, names = report.shared_checkpoint(lines), report.methods(lines)
     protocols = [line["protocol"] for line in lines if line.get("protocol")]
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html.j2").render(
+    return template.render(
         title=f"{report.count(len(names), 'method')}, {report.count(last, 'edit')}: {_data_name(protocols)}",
         headline=report.headline(lines, last),
         notes=[*notes, *report.gaps(lines), *report.failures(lines)],
         methods=names,
+        sections=sections,
         table=_scores(lines, last),
         legend=_legend(lines, last),
         questions=_questions(lines, last),

@@ -154,6 +154,16 @@ class Book:
         raise ValueError(f"the state in {self.directory} is of another model ({what}); {hint}")
 
 
+def find(folder: str | Path) -> Path:
+    """The folder of the state that is in `folder` or below it. ValueError when there is none, or more than one."""
+    folder = Path(folder)
+    found = sorted(path.parent for path in folder.rglob("header.json") if Journal.exists(path.parent)) if folder.is_dir() else []
+    if len(found) != 1:
+        what = f"{len(found)} states ({', '.join(map(str, found[:5]))}); give one of them" if found else "no state of edits"
+        raise ValueError(f"{folder} holds {what}" + ("" if found else "; give the --out of `nmke run`, or a state_dir"))
+    return found[0]
+
+
 def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[tuple[int, dict]]]:
     """(events, notes with the number of events before each) that count, of a journal. tensors: with what replays need."""
     events: list[Event] = []

@@ -1,5 +1,5 @@
 """The only ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`), leave out what
-nobody will read (`only_at`), and move what a module puts out (`shifted`)."""
+nobody will read (`only_at`), move what a module puts out (`shifted`), and silence inputs (`silenced`)."""
 
 from __future__ import annotations
 
@@ -128,3 +128,24 @@ def shifted(module: torch.nn.Module, columns: torch.Tensor, delta: torch.Tensor)
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def silenced(inputs: Mapping[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Inside the block some inputs of each module (indices of the last dimension) are 0, in place of what they would be. Weights
+    are not touched, and however the block ends, the model is as it was."""
+
+    def hook_for(chosen: torch.Tensor):
+        def silence(_module, args):
+            return (args[0].index_fill(-1, chosen.to(args[0].device), 0), *args[1:])
+
+        return silence
+
+    handles = []
+    try:
+        for module, chosen in inputs.items():
+            handles.append(module.register_forward_pre_hook(hook_for(chosen)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

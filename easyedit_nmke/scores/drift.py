@@ -39,6 +39,22 @@ def weight_drift(before: torch.Tensor, after: torch.Tensor) -> dict:
     }
 
 
+def row_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """Of the rows of `before` and `after` [D, F], in float64: "cosine_mean", "cosine_std" of each with what it was (rows of zeros
+    left out), "l2_mean", "l2_std" of the distance. Standard deviations are of all rows."""
+    cosines, distances = [], []
+    for old, new in zip(before.split(ROWS), after.split(ROWS), strict=True):
+        old, new = old.to(after.device).double(), new.double()
+        cosines.append((old * new).sum(1) / (old.norm(dim=1) * new.norm(dim=1)))
+        distances.append((new - old).norm(dim=1))
+    cosine, distance = torch.cat(cosines), torch.cat(distances)
+    cosine = cosine[~cosine.isnan()]
+    found = {"cosine": cosine, "l2": distance}
+    return {f"{name}_{kind}": value.item() for name, of in found.items() for kind, value in (
+        ("mean", of.mean()), ("std", of.std(unbiased=False)),
+    )}  # fmt: skip
+
+
 def mask_overlap(previous: torch.Tensor, current: torch.Tensor) -> float:
     """Jaccard overlap of two bool masks: neurons in both, of those in either (0 to 1); 1 where both are empty."""
     if previous.shape != current.shape or not previous.dtype == current.dtype == torch.bool:

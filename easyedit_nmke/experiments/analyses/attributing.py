@@ -1,0 +1,91 @@
+"""Attribution scores of any texts and blocks; of tasks, kept in the folder of the results for whoever needs them next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ...attribution import choose, neuron_scores
+from ...attribution.roles import activity
+from ...files import whole
+from ...methods.keys import attribution_inputs
+from ...models.arch import ModelView, evaluating
+from ...models.updates import fingerprint
+from .questions import Question
+
+
+class TaskScores(NamedTuple):
+    """Of one block, [tasks, F] each. active: the share of a task's prompts on which a neuron is active; score: its mean
+    attribution; size: its mean |c|·||v||."""
+
+    active: torch.Tensor
+    score: torch.Tensor
+    size: torch.Tensor
+
+
+@torch.no_grad()
+def scores(
+    view: ModelView, tok, texts: Sequence[str], layers: Sequence[int], strategy: str = "lps", amplification: float = 30.0
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(block, scores [texts, F]) of one block after the other: how much each neuron moves the model's own next token after each
+    text (Eqs. 2, 3)."""
+    for layer, of_layer, _ in _scores(view, tok, texts, layers, strategy, amplification):
+        yield layer, of_layer
+
+
+def task_scores(
+    view: ModelView, tok, questions: Sequence[Question], layers: Sequence[int], strategy: str, threshold: float, folder: Path
+) -> Iterator[tuple[int, TaskScores]]:
+    """Each block's, with a progress bar. Kept in `folder` block by block, and read from there when the same is asked again."""
+    tasks = list(dict.fromkeys(question.task for question in questions))
+    asked = [[question.task, question.prompt] for question in questions]
+    model = f"{fingerprint(dict(view.model.named_parameters())):016x}"
+    mark = hashlib.sha256(json.dumps([asked, strategy, threshold, model]).encode()).hexdigest()
+    files = {layer: folder / "attribution" / f"block-{layer}.safetensors" for layer in layers}
+    missing = [layer for layer in layers if not _is_of(files[layer], mark)]
+    of = torch.tensor([tasks.index(question.task) for question in questions])
+    with tqdm(total=len(missing), desc="attribution", unit="block", disable=not missing) as bar:
+        for layer, found, sizes in _scores(view, tok, [q.prompt for q in questions], missing, strategy, 30.0) if missing else ():
+            rows = [of.to(found.device) == t for t in range(len(tasks))]
+            made = TaskScores(
+                torch.stack([activity(found[row], threshold) for row in rows]), torch.stack([found[row].mean(0) for row in rows]),
+                torch.stack([sizes[row].mean(0) for row in rows]),
+            )  # fmt: skip
+            tensors = {name: tensor.float().cpu().contiguous() for name, tensor in made._asdict().items()}
+            with whole(files[layer]) as temporary:
+                save_file(tensors, temporary, metadata={"of": mark})
+            bar.update()
+    for layer in layers:
+        with safe_open(files[layer], "pt") as file:
+            yield layer, TaskScores(*(file.get_tensor(name) for name in TaskScores._fields))
+
+
+def _is_of(file: Path, mark: str) -> bool:
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as stored:
+        return (stored.metadata() or {}).get("of") == mark
+
+
+def _scores(view, tok, texts, layers, strategy, amplification) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(block, scores, |c|·||v||, both [texts, F])."""
+    with evaluating(view.model):
+        seen = attribution_inputs(view, tok, texts, layers)
+    readout = view.readout
+    for layer in layers:
+        coefficients, values = seen.coefficients[layer], view.values(layer)
+        device = coefficients.device
+        options: Mapping = {
+            "strategy": strategy, "amplification": amplification, "final_hidden": seen.final_hidden.to(device),
+            "backend": choose("auto", values, readout)[0],
+        }  # fmt: skip
+        states = coefficients, seen.residual[layer].to(device), values, readout.to(device), seen.predicted.to(device)
+        yield layer, neuron_scores(*states, **options), neuron_scores(*states, strategy="mpc")

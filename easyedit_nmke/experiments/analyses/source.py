@@ -1,0 +1,90 @@
+"""What analyses are asked about: a model, before or after edits, and facts or texts. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ... import atlas
+from ... import facts as known
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Different ones of 0 or more, ascending: 0,4,8."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def model_arguments(sub: argparse.ArgumentParser, edits: bool = True) -> None:
+    sub.add_argument("--model", default="atlas", metavar="NAME", help="a folder, a hub name, smollm2, ... (default atlas)")
+    if edits:
+        sub.add_argument("--edits", type=Path, metavar="DIR", help="the model with the edits that `nmke run` left in this folder")
+    sub.add_argument("--device", metavar="NAME", help="cpu, cuda:1, ... (default: a GPU where there is one)")
+    sub.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16, float16, auto (default float32)")
+
+
+def data_arguments(sub: argparse.ArgumentParser, default: int, which: str = "") -> None:
+    sub.add_argument("--data", metavar="FILE", help="records to take prompts from; or atlas, facts (default: what fits the model)")
+    sub.add_argument("--facts", type=positive, default=default, metavar="N", help=f"how many {which} (default {default})")
+
+
+def seed_argument(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument("--seed", type=int, default=0, help=f"of {what} (default 0)")
+
+
+def load(args: argparse.Namespace):
+    """(model, tokenizer) that the arguments name, with the edits of `--edits` in it."""
+    from ...editor import LifelongEditor
+    from ...hparams import HyperParams
+    from ...models.loading import load_model
+
+    if getattr(args, "edits", None) is not None:
+        named = None if args.model == "atlas" else args.model
+        editor = LifelongEditor.of_folder(args.edits, named, args.device)
+        editor.close()  # it is only asked
+        return editor.model.eval(), editor.tok
+    model, tok = load_model(HyperParams([0], args.model, device=args.device, dtype=args.dtype))
+    return model.eval(), tok
+
+
+def name(args: argparse.Namespace) -> str:
+    """What titles call the model."""
+    return f"{args.model} with the edits in {args.edits}" if getattr(args, "edits", None) else args.model
+
+
+def requests(data: str | None, model: str, count: int | None, seed: int = 0) -> list:
+    """The first `count` (None: 500, or as many as there are) `Request`s of a file, or of the facts that the embedded model or
+    one of real text may know. ValueError when there are fewer than `count`."""
+    from ...data import load as read
+    from ...models.requests import Request
+
+    data = data or ("atlas" if model == "atlas" else known.SOURCE)
+    if data in atlas.SOURCES:
+        found = [Request.from_dict(record) for record in atlas.requests(count or 500, "tune", seed, atlas.SOURCES[data])]
+    elif data == known.SOURCE:
+        found = [Request.from_dict(record) for record in known.requests(count, "tune", seed)]
+    else:
+        found = read(Path(data)).requests[: count or 500]
+    if count and len(found) < count:
+        raise ValueError(f"{data} has {len(found)} records that can be used; ask for as many, or fewer")
+    return found
+
+
+def spread(depth: int, count: int) -> tuple[int, ...]:
+    """`count` blocks of `depth`, evenly from the first to the last; all of them where there are no more."""
+    return tuple(range(depth)) if count >= depth else tuple(sorted({round(i * (depth - 1) / (count - 1)) for i in range(count)}))
+
+
+def at_most(words: Sequence[str], length: int) -> str:
+    """A text that fits a label."""
+    text = " ".join(words)
+    return text if len(text) <= length else text[: length - 1] + "…"
