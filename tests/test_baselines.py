@@ -177,8 +177,8 @@ def test_ft_is_plain_adam_on_the_model_itself(tiny, settings, requests, kind, li
 
 def test_ft_stops_when_the_loss_is_small(atlas, settings, requests, monkeypatch):
     model, tok = atlas
-    calls, loss_of = [], ft._loss
-    monkeypatch.setattr(ft, "_loss", lambda *args: calls.append(1) or loss_of(*args))
+    calls, loss_of = [], ft.target_loss
+    monkeypatch.setattr(ft, "target_loss", lambda *args: calls.append(1) or loss_of(*args))
     chosen = settings("FT", model, tok, layers=[2], num_steps=100, lr=2e-3, norm_constraint=False)
     methods.apply_ft_to_model(model, tok, requests(1), chosen)
     assert 3 < len(calls) < 100 and model.nmke_state.reports[0].value_loss[0] < 1e-2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models.updates import HALF, Update, moved
-from .log import Edit, EditReport, Event, Log, Undo, asked, check_undo
+from .log import Edit, EditReport, Event, Log, Undo, asked, check_undo, standing
 from .memory import Memory
 from .weights import EditedWeights
 
@@ -24,7 +24,8 @@ class LifelongState:
 
     `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own. value_norm: of every
     z; None: as they are. replays: the log holds the updates, so every earlier state of the weights can be had again; an edit then
-    takes 0.4 MB on the CPU at 8B with 5 layers in bfloat16 (a dense one 1.2 GB).
+    takes 0.4 MB on the CPU at 8B with 5 layers in bfloat16 (a dense one 1.2 GB). originals: the weights before the first edit are
+    kept even if updates are not.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class LifelongState:
         templates: list[list[str]],
         value_norm: float | None = None,
         replays: bool = True,
+        originals: bool = False,
     ):
         self.settings, self.templates, self.value_norm = dict(settings), templates, value_norm
-        self.log, self.weights, self.memory = Log(), EditedWeights(replays), Memory(solvers)
+        self.log, self.weights, self.memory = Log(), EditedWeights(replays, originals), Memory(solvers)
         self.masks: Mapping[int, torch.Tensor] = {}  # of the last edit, [F] bool
         self.attribution_cache: Any = None  # `attribution.AttributionCache`, made when first asked for; no part of the log
         self.book = None  # where the log is also kept on disk
@@ -83,6 +85,15 @@ class LifelongState:
         return [template for group in self.templates for template in group]
 
     # ---- editing
+
+    def base(self) -> tuple[Mapping[str, torch.Tensor], list[Mapping[str, Any]]]:
+        """(the weights that the log begins with, name -> [out, in] on the CPU; what the edits since then ask for, in order: of those
+        in effect that the edit in hand does not supersede). For methods that learn everything anew."""
+        count, _, weights = self.weights.bases[-1]
+        now, replaced = standing(self.events), {old for olds in self._replaces.values() for old in olds}
+        made = [event for event in self.events[count:] if isinstance(event, Edit)]
+        asked = [(i, request) for edit in made for i, request in zip(edit.ids, edit.requests, strict=True)]
+        return weights, [request for i, request in asked if now[i] == "effective" and i not in replaced]
 
     def follow(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take note of what happened to `weights` (name -> matrix [out, in], always in one order) since the last call.

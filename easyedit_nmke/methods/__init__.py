@@ -19,14 +19,14 @@ from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..messages import did_you_mean
 from ..models.requests import Request
-from . import alphaedit, ft, memit, nmke, rome
+from . import alphaedit, ft, locft, memit, nmke, rome
 from .contract import Method, apply_method
 
 DEFAULT = nmke.METHOD
 
 
 OWN: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD)}
+    {method.name: method for method in (nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD, locft.METHOD)}
 )
 
 
