@@ -86,7 +86,7 @@ class Method:
     def _state(self, view: ModelView, ground: Ground, hparams: HyperParams) -> LifelongState:
         solvers = self.build(view, ground, hparams)
         return LifelongState(
-            hparams.state_settings(), solvers, ground.templates, ground.value_norm, hparams.keeps_updates, hparams.keeps_originals
+            hparams.state_settings(), solvers, ground.templates, ground.value_norms, hparams.keeps_updates, hparams.keeps_originals
         )
 
 
