@@ -164,7 +164,8 @@ class LifelongState:
     def advance(self, report: EditReport, requests: Sequence[Any] = ()) -> None:
         """Record one finished call. The report's keys become past keys; keys, masks, updates and z are the log's from now on."""
         dtype = next((weight.dtype for weight in self.weights.now.values() if weight.dtype in HALF), torch.float32)
-        keys = {layer: k.to(dtype).cpu() for layer, k in report.keys.items()}
+        exact = {layer for layer, solver in self.solvers.items() if getattr(solver, "exact", False)}
+        keys = {layer: (k if layer in exact else k.to(dtype)).cpu() for layer, k in report.keys.items()}
         updates = tuple(moved(update, "cpu") for update in report.updates) if self.weights.replays else ()
         z = None if report.z is None else report.z.float().cpu()
         masks = {layer: mask.cpu() for layer, mask in report.masks.items()}
