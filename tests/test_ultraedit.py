@@ -52,9 +52,8 @@ class Plain:
             some = [Request.from_dict(r) for r in requests[start : start + chosen.batch_size_once]]
             seen, losses = {name: [] for name in modules}, []
             for request in some:
-                handles = [
-                    m.register_forward_hook(lambda _, i, o, name=name: seen[name].append((i[0], o))) for name, m in modules.items()
-                ]
+                pairs = zip(modules.values(), seen.values(), strict=True)
+                handles = [m.register_forward_hook(lambda _, i, o, to=to: to.append((i[0], o))) for m, to in pairs]
                 prompt = tok(request.prompt)["input_ids"]
                 target = target_tokens(tok, request.prompt, request.target_new)
                 said = model(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
@@ -213,8 +212,8 @@ def test_easyedits_files_load_and_wrong_modules_are_named(tiny, settings, tmp_pa
 @pytest.mark.easyedit
 @pytest.mark.parametrize(("family", "once"), [("atlas", 1), ("llama", 1), ("llama", 2)])
 def test_easyedits_own(easyeditor, known, edits, family, once, record_property):
-    """With a tokenizer that puts no token of its own in front, which EasyEdit would train as the first of every target; and in parts of
-    more than one request with targets of one length, since it trains the padding of shorter ones."""
+    """With a tokenizer that puts no token of its own in front, which EasyEdit would train as the first of every target; and in
+    parts of more than one request with targets of one length, since it trains the padding of shorter ones."""
     model, tok = known(family)
     plain = copy.deepcopy(tok)
     plain.backend_tokenizer.post_processor = importlib.import_module("tokenizers").processors.ByteLevel(trim_offsets=False)

@@ -19,14 +19,14 @@ from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..messages import did_you_mean
 from ..models.requests import Request
-from . import alphaedit, ft, locft, memit, nmke, rome, ultraedit
+from . import alphaedit, ft, kne, locft, memit, nmke, rome, ultraedit
 from .contract import Method, apply_method
 
 DEFAULT = nmke.METHOD
 
 
 _RECORDS = (
-    nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD, locft.METHOD, ultraedit.METHOD,
+    nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD, locft.METHOD, ultraedit.METHOD, kne.METHOD,
 )  # fmt: skip
 OWN: Mapping[str, Method] = MappingProxyType({method.name: method for method in _RECORDS})
 OTHER_NAMES: Mapping[str, str] = MappingProxyType({"ULTRAEDIT": "UltraEdit"})  # what EasyEdit's files call a method
