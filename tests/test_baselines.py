@@ -9,7 +9,7 @@ import torch
 from easyedit_nmke import LifelongEditor, methods
 from easyedit_nmke.experiments import protocol
 from easyedit_nmke.history.state import LifelongState
-from easyedit_nmke.methods import ft, rome, values
+from easyedit_nmke.methods import ft, kne, locft, rome, values
 from easyedit_nmke.methods import located as editor
 from easyedit_nmke.methods.keys import Ascent
 from easyedit_nmke.methods.solver import CovarianceSolver
@@ -19,13 +19,18 @@ from easyedit_nmke.models.prompts import position_before, target_tokens
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance, nullspace
 
-METHODS = ["AlphaEdit", "MEMIT", "ROME", "FT"]
+LOCATED = ["AlphaEdit", "MEMIT", "ROME"]
+METHODS = [*LOCATED, "FT", "LocFT-BF", "UltraEdit", "KNE"]
 SHORT = {
     "AlphaEdit": dict(nullspace_threshold=0.3, L2=0.1),
     "MEMIT": dict(mom2_update_weight=2.0),
     "ROME": dict(layers=[1], context_template_length_params=[[3, 5], [4, 10]]),
     "FT": dict(num_steps=3, lr=1e-2, norm_constraint=0.015),
+    "LocFT-BF": dict(num_steps=3, lr=1e-2, batch_size=2),
+    "UltraEdit": dict(lr=1e-2),
+    "KNE": dict(num_steps=2, lr=1e-2, attribution_steps=1),
 }
+INNER = {"gpt2": ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj"]}
 
 
 @pytest.fixture
@@ -34,7 +39,10 @@ def settings(tmp_path):
 
     def make(method, model, tok, **overrides):
         shared = dict(model_name=(model, tok), layers=[0, 1], device="cpu")
-        if method != "FT":
+        if method == "UltraEdit":
+            names = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+            shared |= dict(inner_params=INNER.get(model.config.model_type, names))
+        if method in LOCATED:
             shared |= dict(
                 v_num_grad_steps=4, v_lr=0.5, mom2_dataset="atlas", mom2_n_samples=200, stats_dir=str(tmp_path / "stats")
             )
@@ -258,7 +266,8 @@ def test_an_edit_writes_its_parameters_only_and_says_what_they_were(tiny, settin
     edited, originals = methods.apply_to_model(model, tok, requests(2), settings(method, model, tok), return_orig_weights=True)
     assert edited is model and model.training
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) == (name not in originals), name
+        nothing = method == "KNE" and not before[name].any()  # what is zero has no part in an answer, so it is never chosen
+        assert torch.equal(parameter, before[name]) == (name not in originals or nothing), name
         assert name not in originals or torch.equal(originals[name], before[name])
         assert torch.equal(parameter, copied.get_parameter(name))
     assert methods.apply_to_model(model, tok, requests(1), settings(method, model, tok))[1] == {}
@@ -271,6 +280,7 @@ def test_a_failure_leaves_weights_and_state_as_they_were(tiny, settings, request
     methods.apply_to_model(model, tok, requests(1), chosen)
     before, state = fingerprints(model), model.nmke_state
     where = {"AlphaEdit": (LifelongState, "write"), "MEMIT": (Ascent, "__call__"), "ROME": (rome, "subject_states")}
+    where |= {"LocFT-BF": (locft, "target_loss"), "KNE": (kne, "target_loss"), "UltraEdit": (LifelongState, "write")}
     place, name = where.get(method, (ft, "_clamp"))
     real, calls = getattr(place, name), []
 
@@ -296,8 +306,9 @@ def test_what_cannot_be_edited_is_refused_before_anything_changes(tiny, settings
     for bad in ([], [{**requests(1)[0], "subject": "Nobody"}]):
         with pytest.raises(ValueError, match=r"no request|not in the prompt"):
             methods.apply_to_model(model, tok, bad, chosen)
+    other = dict(layers=[7]) | ({"inner_params": ["model.layers.7.mlp.up_proj"]} if method == "UltraEdit" else {})
     with pytest.raises(ValueError, match="do not exist"):
-        methods.apply_to_model(model, tok, requests(1), dataclasses.replace(chosen, layers=[7]))
+        methods.apply_to_model(model, tok, requests(1), dataclasses.replace(chosen, **other))
     chosen.batch_size = 0
     with pytest.raises(ValueError, match="batch_size is 0"):
         methods.apply_to_model(model, tok, requests(1), chosen)
