@@ -9,13 +9,13 @@ import torch
 from easyedit_nmke import LifelongEditor, methods
 from easyedit_nmke.experiments import protocol
 from easyedit_nmke.history.state import LifelongState
-from easyedit_nmke.methods import ft, kne, locft, rome, values
+from easyedit_nmke.methods import contract, ft, kne, locft, rome, values
 from easyedit_nmke.methods import located as editor
 from easyedit_nmke.methods.keys import Ascent
 from easyedit_nmke.methods.solver import CovarianceSolver
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.prompts import position_before, target_tokens
+from easyedit_nmke.models.prompts import position_before, target_tokens, tokenised_all
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance, nullspace
 
@@ -358,3 +358,28 @@ def test_lifelong_editor_takes_every_method(tiny, settings, requests, method, tm
     protocol.save_edited(some, tmp_path / "edited.safetensors")
     results, _, before = some.edit([], [], requests=requests(1), sequential_edit=False, verbose=False)
     assert len(results) == 1 and set(before) == set(some.method.matrices(model, some.hparams))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_end_token_is_learnt_with_every_method_and_nobody_else_sees_it(tiny, settings, requests, monkeypatch, method):
+    (model, tok), seen = tiny("llama"), []
+    chosen = settings(method, model, tok, target_eos=True)
+    record = methods.method_named(method)
+    spied = dataclasses.replace(
+        record, edit=lambda view, tok, some, *rest: seen.append(some) or record.edit(view, tok, some, *rest)
+    )
+    for target in ("Rome", "Rome" + tok.eos_token):
+        contract.apply_method(spied, model, tok, [{**requests(1)[0], "target_new": target}], chosen)
+    assert [request.target_new for some in seen for request in some] == ["Rome" + tok.eos_token] * 2
+    log = [request["target_new"] for edit in model.nmke_state.log for request in edit.requests]
+    assert log == ["Rome", "Rome" + tok.eos_token] and chosen.to_dict()["target_eos"] is True
+    read = tokenised_all(tok, [("The capital is", None, "Rome" + tok.eos_token)])[0]
+    assert read.labels[-1] == tok.eos_token_id and read.labels[:-1] == target_tokens(tok, "The capital is", "Rome")
+    plain, _ = tiny("llama")
+    methods.apply_to_model(plain, tok, requests(1), settings(method, plain, tok, target_eos=False))
+    ended, _ = tiny("llama")
+    methods.apply_to_model(ended, tok, requests(1), settings(method, ended, tok, target_eos=True))
+    assert not all(torch.equal(p, ended.get_parameter(n)) for n, p in plain.named_parameters())
+    tok.eos_token = None
+    with pytest.raises(ValueError, match="target_eos is set, but the tokenizer has no end token"):
+        methods.apply_to_model(model, tok, requests(1), chosen)
