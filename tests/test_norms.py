@@ -8,7 +8,8 @@ import torch
 from test_baselines import settings, states_at  # noqa: F401
 
 from easyedit_nmke import LifelongEditor, methods
-from easyedit_nmke.experiments import protocol
+from easyedit_nmke.cli import kept
+from easyedit_nmke.experiments import protocol, report
 from easyedit_nmke.history.log import EditReport
 from easyedit_nmke.history.state import ValueNorm
 from easyedit_nmke.methods import located, norms, rome
@@ -84,17 +85,17 @@ def test_what_the_ffn_puts_out_gets_the_reference_norm_or_stays(tiny, settings, 
     model, tok = tiny(kind)
     view, request = ModelView(model), Request.from_dict(requests(1)[0])
     chosen = settings("MEMIT", model, tok, value_norm="nas", nas_pilot=2)
-    state, report = methods.open_state(model, tok, chosen), EditReport(1)
+    state, told = methods.open_state(model, tok, chosen), EditReport(1)
     v0 = states_at(model, tok, view.addend(1), request, "{}", "output").float()
     z0 = states_at(model, tok, view.blocks[1], request, "{}", "output").float()
     delta = torch.randn(32, generator=torch.Generator().manual_seed(3))
     state.value_norms = {1: ValueNorm((v0 + delta).norm().item() / (2.1 if long else 1.9))}
-    (found,) = norms.rescaled(view, tok, [request], (z0 + delta)[:, None], 1, chosen, state, report).T
+    (found,) = norms.rescaled(view, tok, [request], (z0 + delta)[:, None], 1, chosen, state, told).T
     v = v0 if long else (v0 + delta) * state.value_norm / (v0 + delta).norm()
     assert torch.allclose(found, z0 - v0 + v, atol=1e-4)
-    assert report.skipped == ([0] if long else [])
+    assert told.skipped == ([0] if long else [])
     state.value_norms = {}
-    assert torch.equal(norms.rescaled(view, tok, [request], (z0 + delta)[:, None], 1, chosen, state, report)[:, 0], z0 + delta)
+    assert torch.equal(norms.rescaled(view, tok, [request], (z0 + delta)[:, None], 1, chosen, state, told)[:, 0], z0 + delta)
 
 
 @pytest.mark.parametrize("method", LOCATED)
@@ -137,6 +138,8 @@ def test_results_tell_the_reference_and_which_edits_were_skipped(tiny, settings,
     mark = protocol.stamp(edited)
     *_, result = protocol.Segment(edited, scorer, "MEMIT", 0, mark).run([4])
     assert (result.line["failed"], result.line["skipped"]) == ([1, 2], [3, 4])
+    said = "MEMIT, seed 0: 2 edits skipped by the method, whose values were too long (3, 4)."
+    assert said in report.failures([result.line]) and len(report.failures([result.line])) == 2
     norm = mark["value_norms"]["1"]
     assert norm["values"] == 3 and norm["error"] > 0 and norm["mean"] > 0
 
@@ -161,6 +164,18 @@ def test_every_method_anchors_its_values_and_goes_on_from_disk_with_them(tiny, s
     free = opened(value_norm="free", state_dir=str(tmp_path / "free"))
     free.apply(requests(1))
     assert not all(torch.equal(p, weights[n]) for n, p in free.model.named_parameters())
+
+
+def test_a_listing_tells_what_was_skipped(tiny, settings, requests, tmp_path):  # noqa: F811
+    model, tok = tiny("llama")
+    kept_in = {"state_dir": str(tmp_path / "state"), "batch_size": 2}
+    edited = LifelongEditor.from_hparams(settings("MEMIT", model, tok, value_norm="nas", nas_pilot=2, **kept_in))
+    edited.apply(requests(2))
+    edited.state.value_norms = {1: ValueNorm(1e-6)}
+    edited.apply(requests(3)[2:])
+    assert edited.state.reports[1].skipped == [0]
+    edited.close()
+    assert [edit["now"] for edit in kept.edits(tmp_path / "state")][2] == "skipped"
 
 
 def test_an_old_state_tells_one_norm():

@@ -49,6 +49,7 @@ class UltraEditHyperParams(HyperParams):
     dropout: float = 0.0
     no_grad_layers: Any = None
     model_class: str | None = None
+    class_name: str | None = None
     tokenizer_class: str | None = None
     tokenizer_name: str | None = None
     results_dir: str | None = None
