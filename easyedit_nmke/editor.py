@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 class LifelongEditor:
-    """Edits one model request after request, with the calls of EasyEdit's BaseEditor; by NMKE, AlphaEdit, MEMIT, ROME or FT,
-    whichever the hyperparameters are of."""
+    """Edits one model request after request, with the calls of EasyEdit's BaseEditor; by whichever
+    method the hyperparameters are of."""
 
     def __init__(self, hparams: HyperParams):
         hparams.validate()

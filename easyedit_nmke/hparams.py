@@ -76,6 +76,7 @@ class HyperParams:
     state_dir: str | None = None  # a folder: every edit is kept there, and a new process goes on from the last
     use_chat_template: bool = False  # prompts are what a user says, and go through the tokenizer's chat template
     target_separator: str | None = None  # between prompt and target; null: what the text asks for, mostly one space
+    target_eos: bool = False  # targets are learnt with the tokenizer's end token behind them; scores ask for the text alone
 
     # Accepted for EasyEdit's files
     rewrite_module_tmp: str | None = None
@@ -175,6 +176,11 @@ class HyperParams:
     def keeps_updates(self) -> bool:
         """Whether every edit's update is kept, so that it can be told, undone and gone back to."""
         return True
+
+    @property
+    def keeps_originals(self) -> bool:
+        """Whether an edit needs the weights as they were before the first one, although no updates are kept."""
+        return False
 
     def state_settings(self) -> dict[str, Any]:
         """Those that a `LifelongState` depends on."""

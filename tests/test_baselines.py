@@ -9,23 +9,28 @@ import torch
 from easyedit_nmke import LifelongEditor, methods
 from easyedit_nmke.experiments import protocol
 from easyedit_nmke.history.state import LifelongState
-from easyedit_nmke.methods import ft, rome, values
+from easyedit_nmke.methods import contract, ft, kne, locft, rome, values
 from easyedit_nmke.methods import located as editor
 from easyedit_nmke.methods.keys import Ascent
 from easyedit_nmke.methods.solver import CovarianceSolver
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.prompts import position_before, target_tokens
+from easyedit_nmke.models.prompts import position_before, target_tokens, tokenised_all
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.statistics import covariance, nullspace
 
-METHODS = ["AlphaEdit", "MEMIT", "ROME", "FT"]
+LOCATED = ["AlphaEdit", "MEMIT", "ROME"]
+METHODS = [*LOCATED, "FT", "LocFT-BF", "UltraEdit", "KNE"]
 SHORT = {
     "AlphaEdit": dict(nullspace_threshold=0.3, L2=0.1),
     "MEMIT": dict(mom2_update_weight=2.0),
     "ROME": dict(layers=[1], context_template_length_params=[[3, 5], [4, 10]]),
     "FT": dict(num_steps=3, lr=1e-2, norm_constraint=0.015),
+    "LocFT-BF": dict(num_steps=3, lr=1e-2, batch_size=2),
+    "UltraEdit": dict(lr=1e-2),
+    "KNE": dict(num_steps=2, lr=1e-2, attribution_steps=1),
 }
+INNER = {"gpt2": ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj"]}
 
 
 @pytest.fixture
@@ -34,7 +39,10 @@ def settings(tmp_path):
 
     def make(method, model, tok, **overrides):
         shared = dict(model_name=(model, tok), layers=[0, 1], device="cpu")
-        if method != "FT":
+        if method == "UltraEdit":
+            names = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+            shared |= dict(inner_params=INNER.get(model.config.model_type, names))
+        if method in LOCATED:
             shared |= dict(
                 v_num_grad_steps=4, v_lr=0.5, mom2_dataset="atlas", mom2_n_samples=200, stats_dir=str(tmp_path / "stats")
             )
@@ -177,8 +185,8 @@ def test_ft_is_plain_adam_on_the_model_itself(tiny, settings, requests, kind, li
 
 def test_ft_stops_when_the_loss_is_small(atlas, settings, requests, monkeypatch):
     model, tok = atlas
-    calls, loss_of = [], ft._loss
-    monkeypatch.setattr(ft, "_loss", lambda *args: calls.append(1) or loss_of(*args))
+    calls, loss_of = [], ft.target_loss
+    monkeypatch.setattr(ft, "target_loss", lambda *args: calls.append(1) or loss_of(*args))
     chosen = settings("FT", model, tok, layers=[2], num_steps=100, lr=2e-3, norm_constraint=False)
     methods.apply_ft_to_model(model, tok, requests(1), chosen)
     assert 3 < len(calls) < 100 and model.nmke_state.reports[0].value_loss[0] < 1e-2
@@ -258,7 +266,8 @@ def test_an_edit_writes_its_parameters_only_and_says_what_they_were(tiny, settin
     edited, originals = methods.apply_to_model(model, tok, requests(2), settings(method, model, tok), return_orig_weights=True)
     assert edited is model and model.training
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) == (name not in originals), name
+        nothing = method == "KNE" and not before[name].any()  # what is zero has no part in an answer, so it is never chosen
+        assert torch.equal(parameter, before[name]) == (name not in originals or nothing), name
         assert name not in originals or torch.equal(originals[name], before[name])
         assert torch.equal(parameter, copied.get_parameter(name))
     assert methods.apply_to_model(model, tok, requests(1), settings(method, model, tok))[1] == {}
@@ -271,6 +280,7 @@ def test_a_failure_leaves_weights_and_state_as_they_were(tiny, settings, request
     methods.apply_to_model(model, tok, requests(1), chosen)
     before, state = fingerprints(model), model.nmke_state
     where = {"AlphaEdit": (LifelongState, "write"), "MEMIT": (Ascent, "__call__"), "ROME": (rome, "subject_states")}
+    where |= {"LocFT-BF": (locft, "target_loss"), "KNE": (kne, "target_loss"), "UltraEdit": (LifelongState, "write")}
     place, name = where.get(method, (ft, "_clamp"))
     real, calls = getattr(place, name), []
 
@@ -296,8 +306,9 @@ def test_what_cannot_be_edited_is_refused_before_anything_changes(tiny, settings
     for bad in ([], [{**requests(1)[0], "subject": "Nobody"}]):
         with pytest.raises(ValueError, match=r"no request|not in the prompt"):
             methods.apply_to_model(model, tok, bad, chosen)
+    other = dict(layers=[7]) | ({"inner_params": ["model.layers.7.mlp.up_proj"]} if method == "UltraEdit" else {})
     with pytest.raises(ValueError, match="do not exist"):
-        methods.apply_to_model(model, tok, requests(1), dataclasses.replace(chosen, layers=[7]))
+        methods.apply_to_model(model, tok, requests(1), dataclasses.replace(chosen, **other))
     chosen.batch_size = 0
     with pytest.raises(ValueError, match="batch_size is 0"):
         methods.apply_to_model(model, tok, requests(1), chosen)
@@ -347,3 +358,28 @@ def test_lifelong_editor_takes_every_method(tiny, settings, requests, method, tm
     protocol.save_edited(some, tmp_path / "edited.safetensors")
     results, _, before = some.edit([], [], requests=requests(1), sequential_edit=False, verbose=False)
     assert len(results) == 1 and set(before) == set(some.method.matrices(model, some.hparams))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_end_token_is_learnt_with_every_method_and_nobody_else_sees_it(tiny, settings, requests, monkeypatch, method):
+    (model, tok), seen = tiny("llama"), []
+    chosen = settings(method, model, tok, target_eos=True)
+    record = methods.method_named(method)
+    spied = dataclasses.replace(
+        record, edit=lambda view, tok, some, *rest: seen.append(some) or record.edit(view, tok, some, *rest)
+    )
+    for target in ("Rome", "Rome" + tok.eos_token):
+        contract.apply_method(spied, model, tok, [{**requests(1)[0], "target_new": target}], chosen)
+    assert [request.target_new for some in seen for request in some] == ["Rome" + tok.eos_token] * 2
+    log = [request["target_new"] for edit in model.nmke_state.log for request in edit.requests]
+    assert log == ["Rome", "Rome" + tok.eos_token] and chosen.to_dict()["target_eos"] is True
+    read = tokenised_all(tok, [("The capital is", None, "Rome" + tok.eos_token)])[0]
+    assert read.labels[-1] == tok.eos_token_id and read.labels[:-1] == target_tokens(tok, "The capital is", "Rome")
+    plain, _ = tiny("llama")
+    methods.apply_to_model(plain, tok, requests(1), settings(method, plain, tok, target_eos=False))
+    ended, _ = tiny("llama")
+    methods.apply_to_model(ended, tok, requests(1), settings(method, ended, tok, target_eos=True))
+    assert not all(torch.equal(p, ended.get_parameter(n)) for n, p in plain.named_parameters())
+    tok.eos_token = None
+    with pytest.raises(ValueError, match="target_eos is set, but the tokenizer has no end token"):
+        methods.apply_to_model(model, tok, requests(1), chosen)

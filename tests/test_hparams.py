@@ -149,6 +149,31 @@ def test_the_shipped_files_of_the_other_methods(method):
         assert type(settings).from_dict(settings.to_dict()) == settings
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("LocFT-BF", {"atlas", "smollm2", "llama3-8b", "qwen2.5-7b", "mistral-7b"}),
+        ("UltraEdit", {"atlas", "smollm2", "llama3-8b", "qwen2.5-7b"}),
+        ("KNE", {"atlas", "smollm2"}),
+    ],
+)
+def test_the_shipped_files_of_the_newer_methods(method, expected):
+    assert set(shipped(method)) == expected
+    for name, path in shipped(method).items():
+        assert path.read_text().startswith(f"# nmke run --hparams {method}/{name} ")
+        settings = read(f"{method}/{name}")
+        assert settings == method_named(method).hparams.from_hparams(path) and settings.alg_name == method
+
+
+def test_easyedits_own_ultraedit_files_load_as_they_are():
+    home = os.environ.get("EASYEDIT_HOME")
+    files = sorted(Path(home, "hparams", "UltraEdit").glob("*.yaml")) if home else []
+    if not files:
+        pytest.skip("EASYEDIT_HOME is not set to a checkout with hparams/")
+    for file in files:
+        assert read(file).alg_name == "UltraEdit" and read(file).inner_params
+
+
 @pytest.mark.parametrize("method", BASELINES)
 def test_easyedits_own_files_load_as_they_are(method):
     home = os.environ.get("EASYEDIT_HOME")

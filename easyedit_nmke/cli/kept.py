@@ -23,9 +23,9 @@ from ..scores.table import in_shell
 
 
 def edits(folder: str | Path, model: str | None = None, device: str | None = None, check: bool = False) -> list[dict]:
-    """Every edit of a state: id, subject, prompt, old and new answer, when it was made, and what has become of it. Loads no model,
-    unless `check`: then "said" is what the edited model answers now, and "right" whether that
-    is the new answer.
+    """Every edit of a state: id, subject, prompt, old and new answer, when it was made, and what has become of it ("skipped": the
+    method chose not to write it). Loads no model, unless `check`: then "said" is what the edited model answers now, and "right"
+    whether that is the new answer.
     """
     where = find(folder)
     with Journal.open(where, write=False) as journal:
@@ -36,6 +36,8 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
             for number, request in zip(event.ids, event.requests, strict=True):
                 told = {name: request.get(name) for name in ("subject", "prompt", "ground_truth", "target_new")}
                 found.append({"id": number, **told, "made": event.made, "now": now[number]})
+                if number - event.first in event.report.skipped and now[number] == "effective":
+                    found[-1]["now"] = "skipped"
                 truths.append((request["prompt"], (request["target_new"], *request.get("aliases", ()))))
     if check and found:
         editor = open_editor(where, model, device)

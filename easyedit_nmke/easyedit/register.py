@@ -50,8 +50,9 @@ def register(text_only: bool = False) -> ModuleType:
                 "EasyEdit at %s already has a method %r (%r): replaced by this package's", home, ALG_NAME, table[ALG_NAME]
             )
         table[ALG_NAME] = apply_nmke_to_model
+    theirs = {name.lower() for name in table}
     for name, method in methods().items():
-        if name not in table:
+        if name.lower() not in theirs:
             table[name] = applied(method)
             table[name].of_easyedit_nmke = True
     ours = {ALG_NAME, *(name for name, apply in table.items() if hasattr(apply, "of_easyedit_nmke"))}

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from ..editor import LifelongEditor
 from ..files import whole
 from ..history.journal import versions
+from ..history.log import EditReport
 from ..hparams import defaults, differences
 from ..methods import methods
+from ..methods.norms import stamped
 from ..models.arch import ModelView
 from ..models.device import peak_memory
 from ..models.requests import Request
@@ -249,6 +251,7 @@ class Segment:
             "seed": self.seed,
             "checkpoint": edits,
             "failed": list(self.failed),
+            "skipped": self._skipped(reports),
             "scores": scores,
             "retention": ages,
             "drift": self._drift(),
@@ -257,6 +260,15 @@ class Segment:
             "peak_memory_mb": memory,
             "protocol": self.stamp,
         }
+
+    def _skipped(self, reports: Sequence[EditReport]) -> list[int]:
+        """Numbers, from 1, of edits that the method itself chose not to write."""
+        written = [number for number in range(1, len(self.immediate) + 1) if number not in set(self.failed)]
+        found, before = [], 0
+        for report in reports:
+            found += [written[before + place] for place in report.skipped]
+            before += report.requests
+        return found
 
     def _drift(self) -> dict[str, dict]:
         if not self.weights:
@@ -293,6 +305,7 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
         "method": editor.alg_name,
         "hparams": editor.hparams.to_dict(),
         "batch_size": getattr(editor.hparams, "batch_size", 1),
+        "value_norms": stamped(editor.state.value_norms) if isinstance(editor, LifelongEditor) else {},
         "data": dict(data or {}),
         "model": {"type": editor.model.config.model_type, "weights": f"{fingerprint(weights):016x}"},
         "device": str(view.device),

@@ -227,15 +227,19 @@ def gaps(lines: Sequence[Mapping]) -> list[str]:
 
 
 def failures(lines: Sequence[Mapping]) -> list[str]:
-    """A sentence for every method and seed some of whose edits could not be written, with their numbers."""
+    """A sentence for every method and seed some of whose edits could not be written, or were skipped, with their numbers."""
     last = {(line["method"], line["seed"]): line for line in sorted(lines, key=lambda line: line["checkpoint"])}
     notes = []
     for (method, seed), line in last.items():
-        if lost := failed_edits(line):
-            numbers = line["failed"] if isinstance(line["failed"], list) else []
-            shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-            which = f" ({shown})" if shown else ""
-            notes.append(f"{method}, seed {seed}: {count(lost, 'edit')} could not be written{which}.")
+        skipped = line.get("skipped") or []
+        for lost, numbers, what in (
+            (failed_edits(line), line.get("failed"), "could not be written"),
+            (len(skipped), skipped, "skipped by the method, whose values were too long"),
+        ):
+            if lost:
+                numbers = numbers if isinstance(numbers, list) else []
+                shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+                notes.append(f"{method}, seed {seed}: {count(lost, 'edit')} {what}{f' ({shown})' if shown else ''}.")
     return notes
 
 

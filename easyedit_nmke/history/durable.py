@@ -25,7 +25,7 @@ from ..models.updates import KINDS, LowRank, Update, fingerprint, tensors_of
 from ..models.weights import Matrices
 from .journal import Journal, Record, installed
 from .log import Edit, EditReport, Event, Undo, check_undo
-from .state import LifelongState
+from .state import LifelongState, ValueNorm
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ FREE = ("model_name", "device", "model_parallel", "stats_dir")
 
 @dataclass(frozen=True)
 class Ground:
-    """What a method measures once, on the unedited model: context templates, statistics of keys by name, the norm of values."""
+    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer."""
 
     templates: list[list[str]]
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    value_norm: float | None = None
+    value_norms: Mapping[int, ValueNorm] = field(default_factory=dict)
 
 
 def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: HyperParams) -> LifelongState:
     """`state`, of the model as it is now, kept in `hparams.state_dir` from here on."""
     model = weights.view.model
     header = {
-        "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norm,
+        "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norms or None,
         "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
     }  # fmt: skip
     state.follow(weights)
@@ -66,7 +66,7 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
         book.check(hparams)
         book.check_model(weights)
         header = book.journal.header
-        state = build(Ground(header["templates"], book.journal.tensors(), header["value_norm"]))
+        state = build(Ground(header["templates"], book.journal.tensors(), _value_norms(header)))
         state.follow(weights)
         state.replay(*history(book.journal))
     except BaseException:
@@ -76,6 +76,14 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
     if state.events:
         logger.info("the model was brought to edit %d of the state in %s", state.last, book.directory)
     return state
+
+
+def _value_norms(header: Mapping[str, Any]) -> dict[int, ValueNorm]:
+    """By layer; an old header has the mean alone, of the last one."""
+    found = header["value_norm"]
+    if isinstance(found, (int, float)):
+        return {header["hparams"]["layers"][-1]: ValueNorm(found)}
+    return {int(layer): ValueNorm(*norm) for layer, norm in (found or {}).items()}
 
 
 class Book:

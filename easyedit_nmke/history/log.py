@@ -26,6 +26,7 @@ class EditReport:
     peak_memory: dict[str, float] = field(default_factory=dict)  # MB by phase: of the process, on a GPU of its allocations
     attribution: str = ""  # the backend that scored neurons, and why it was taken
     overlap: dict[int, float] = field(default_factory=dict)  # Jaccard overlap of each layer's mask with the last edit's
+    skipped: list[int] = field(default_factory=list)  # requests, from 0, that were not written (`value_norm: nas`)
     # These are taken over by the state:
     masks: dict[int, torch.Tensor] = field(default_factory=dict)  # [F] bool
     updates: list[Update] = field(default_factory=list)  # what was added to the weights, in order

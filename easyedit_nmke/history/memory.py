@@ -12,8 +12,8 @@ from .log import Edit, Event
 
 
 class Memory:
-    """solvers: layer -> an object with `append`, `truncate`, `without` and `count` (methods/solver.py); columns: the edit of every
-    past key, in the solvers' order."""
+    """solvers: layer -> an object with `append`, `truncate`, `without` and `count` (methods/solver.py), and `exact` where its keys
+    are no states of the model and must not be rounded to its dtype; columns: the edit of every past key, in the solvers' order."""
 
     def __init__(self, solvers: Mapping[int, Any]):
         self.solvers, self.columns = dict(solvers), []

@@ -7,24 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..models.updates import HALF, Update, moved
-from .log import Edit, EditReport, Event, Log, Undo, asked, check_undo
+from .log import Edit, EditReport, Event, Log, Undo, asked, check_undo, standing
 from .memory import Memory
 from .weights import EditedWeights
 
 logger = logging.getLogger(__name__)
 
 
+class ValueNorm(NamedTuple):
+    """How long the values of a layer are made: their mean norm on the unedited model (times `value_norm_factor`), that mean's
+    standard error (None: not known), and over how many values it was taken."""
+
+    mean: float
+    error: float | None = None
+    values: int = 0
+
+
 class LifelongState:
     """A log of edits, the weights they made, past keys (a solver for each layer), and context templates.
 
-    `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own. value_norm: of every
-    z; None: as they are. replays: the log holds the updates, so every earlier state of the weights can be had again; an edit then
-    takes 0.4 MB on the CPU at 8B with 5 layers in bfloat16 (a dense one 1.2 GB).
+    `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own. value_norms: of the
+    values solved for a layer; those of others stay as they are. replays: the log holds the updates, so every earlier state of the
+    weights can be had again; an edit then takes 0.4 MB on the CPU at 8B with 5 layers in bfloat16 (a dense one 1.2 GB). originals:
+    the weights before the first edit are kept even if updates are not.
     """
 
     def __init__(
@@ -32,11 +42,12 @@ class LifelongState:
         settings: Mapping[str, Any],
         solvers: Mapping[int, Any],
         templates: list[list[str]],
-        value_norm: float | None = None,
+        value_norms: Mapping[int, ValueNorm] | None = None,
         replays: bool = True,
+        originals: bool = False,
     ):
-        self.settings, self.templates, self.value_norm = dict(settings), templates, value_norm
-        self.log, self.weights, self.memory = Log(), EditedWeights(replays), Memory(solvers)
+        self.settings, self.templates, self.value_norms = dict(settings), templates, dict(value_norms or {})
+        self.log, self.weights, self.memory = Log(), EditedWeights(replays, originals), Memory(solvers)
         self.masks: Mapping[int, torch.Tensor] = {}  # of the last edit, [F] bool
         self.attribution_cache: Any = None  # `attribution.AttributionCache`, made when first asked for; no part of the log
         self.book = None  # where the log is also kept on disk
@@ -78,11 +89,25 @@ class LifelongState:
         return self.log.claimed
 
     @property
+    def value_norm(self) -> float | None:
+        """Of the values of the last layer that has them; None: they are as they are."""
+        return self.value_norms[max(self.value_norms)].mean if self.value_norms else None
+
+    @property
     def flat_templates(self) -> list[str]:
         """All context templates, the bare prompt first."""
         return [template for group in self.templates for template in group]
 
     # ---- editing
+
+    def base(self) -> tuple[Mapping[str, torch.Tensor], list[Mapping[str, Any]]]:
+        """(the weights that the log begins with, name -> [out, in] on the CPU; what the edits since then ask for: those in effect,
+        in order, that the edit in hand does not supersede). For methods that learn everything anew."""
+        count, _, weights = self.weights.bases[-1]
+        now, replaced = standing(self.events), {old for olds in self._replaces.values() for old in olds}
+        made = [event for event in self.events[count:] if isinstance(event, Edit)]
+        asked = [(i, request) for edit in made for i, request in zip(edit.ids, edit.requests, strict=True)]
+        return weights, [request for i, request in asked if now[i] == "effective" and i not in replaced]
 
     def follow(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take note of what happened to `weights` (name -> matrix [out, in], always in one order) since the last call.
@@ -139,7 +164,8 @@ class LifelongState:
     def advance(self, report: EditReport, requests: Sequence[Any] = ()) -> None:
         """Record one finished call. The report's keys become past keys; keys, masks, updates and z are the log's from now on."""
         dtype = next((weight.dtype for weight in self.weights.now.values() if weight.dtype in HALF), torch.float32)
-        keys = {layer: k.to(dtype).cpu() for layer, k in report.keys.items()}
+        exact = {layer for layer, solver in self.solvers.items() if getattr(solver, "exact", False)}
+        keys = {layer: (k if layer in exact else k.to(dtype)).cpu() for layer, k in report.keys.items()}
         updates = tuple(moved(update, "cpu") for update in report.updates) if self.weights.replays else ()
         z = None if report.z is None else report.z.float().cpu()
         masks = {layer: mask.cpu() for layer, mask in report.masks.items()}

@@ -19,15 +19,17 @@ from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..messages import did_you_mean
 from ..models.requests import Request
-from . import alphaedit, ft, memit, nmke, rome
+from . import alphaedit, ft, kne, locft, memit, nmke, rome, ultraedit
 from .contract import Method, apply_method
 
 DEFAULT = nmke.METHOD
 
 
-OWN: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD)}
-)
+_RECORDS = (
+    nmke.METHOD, alphaedit.METHOD, memit.METHOD, rome.METHOD, ft.METHOD, locft.METHOD, ultraedit.METHOD, kne.METHOD,
+)  # fmt: skip
+OWN: Mapping[str, Method] = MappingProxyType({method.name: method for method in _RECORDS})
+OTHER_NAMES: Mapping[str, str] = MappingProxyType({"ULTRAEDIT": "UltraEdit"})  # what EasyEdit's files call a method
 
 
 def methods() -> dict[str, Method]:
@@ -37,7 +39,7 @@ def methods() -> dict[str, Method]:
 
 def method_named(name: str, source: str = "hyperparameters") -> Method:
     """ValueError, with what was meant, for a name that no method has."""
-    found = row("methods", OWN, name) if isinstance(name, str) else None
+    found = row("methods", OWN, OTHER_NAMES.get(name, name)) if isinstance(name, str) else None
     if found is None:
         known = methods()
         raise ValueError(f"{source}: alg_name is {name!r}{did_you_mean(str(name), known)}; known methods: {', '.join(known)}")

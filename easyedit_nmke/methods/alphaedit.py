@@ -12,12 +12,13 @@ from ..hparams import setting
 from ..models.arch import ModelView
 from ..statistics.nullspace import RowSpace, check_protection, row_spaces
 from .contract import Method
-from .located import KeyValueHyperParams, edit_layers, templates
+from .located import SpreadHyperParams, edit_layers, templates
+from .norms import value_norms
 from .solver import NullSpaceSolver
 
 
 @dataclass
-class AlphaEditHyperParams(KeyValueHyperParams):
+class AlphaEditHyperParams(SpreadHyperParams):
     """MEMIT's spread of the residual, with updates kept in the null space of old knowledge and past keys remembered."""
 
     alg_name: str = setting("AlphaEdit", state=True)
@@ -46,11 +47,12 @@ class AlphaEditHyperParams(KeyValueHyperParams):
 
 
 def measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
-    """Context templates, and each layer's row space of the model as it is now."""
+    """Context templates, each layer's row space, and norms of values, of the model as it is now."""
     found = templates(view, tok, hparams)
     spaces = row_spaces(view, tok, hparams, progress)
     check_protection(spaces, hparams)
-    return Ground(found, {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()})
+    statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
+    return Ground(found, statistics, value_norms(view, tok, hparams, found, hparams.z_layers))
 
 
 def row_space(view: ModelView, ground: Ground, layer: int) -> RowSpace:

@@ -22,7 +22,7 @@ from ..hparams import HyperParams
 from ..models.arch import ModelView, editing
 from ..models.chat import as_asked
 from ..models.device import peak_memory, synchronise
-from ..models.prompts import SUBJECT, tokenised_all
+from ..models.prompts import SUBJECT, ended, tokenised_all
 from ..models.requests import Request
 from ..models.weights import Matrices, check_finite, check_model, down_projections
 
@@ -85,7 +85,9 @@ class Method:
 
     def _state(self, view: ModelView, ground: Ground, hparams: HyperParams) -> LifelongState:
         solvers = self.build(view, ground, hparams)
-        return LifelongState(hparams.state_settings(), solvers, ground.templates, ground.value_norm, hparams.keeps_updates)
+        return LifelongState(
+            hparams.state_settings(), solvers, ground.templates, ground.value_norms, hparams.keeps_updates, hparams.keeps_originals
+        )
 
 
 def apply_method(
@@ -118,7 +120,8 @@ def apply_method(
     requests = [r if isinstance(r, Request) else Request.from_dict(r, method.needs_subject) for r in requests]
     check_model(view, hparams)
     requests = as_asked(tok, requests, hparams)
-    check_requests(view, tok, requests, separator=hparams.target_separator)
+    learnt = ended(tok, requests, hparams)  # what the method reads; the log and the scores know the request as it was asked
+    check_requests(view, tok, learnt, separator=hparams.target_separator)
     if copy:
         _check_copy(hparams, state)
         model = deepcopy(model)
@@ -131,13 +134,13 @@ def apply_method(
         elif state.book is not None:
             state.book.check(hparams)
         setattr(model, HANDLE, state)
-        check_requests(view, tok, requests, state.flat_templates, hparams.target_separator)
+        check_requests(view, tok, learnt, state.flat_templates, hparams.target_separator)
         weights = method.matrices(model, hparams)
         state.follow(weights)
         with _unchanged_on_error({name: model.get_parameter(name) for name in weights}) as originals:
             if not state.claim(requests):
                 with state.superseding(requests):
-                    state.advance((edit or method.edit)(view, tok, requests, hparams, state), requests)
+                    state.advance((edit or method.edit)(view, tok, learnt, hparams, state), requests)
     return model, originals if return_orig_weights else {}
 
 

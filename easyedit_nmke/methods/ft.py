@@ -72,7 +72,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
     """
     report = EditReport(len(requests))
     texts = tokenised_all(tok, [(request.prompt, None, request.target_new) for request in requests], hparams.target_separator)
-    with phase(report, "values"), _frozen(view.model):
+    with phase(report, "values"), frozen_parameters(view.model):
         weights = {name: view.model.get_parameter(name) for name in writes(view, hparams)}
         trained = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
         optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
@@ -81,7 +81,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
             for start in range(0, len(requests), hparams.batch_size):
                 batch = texts[start : start + hparams.batch_size]
                 with torch.enable_grad():
-                    loss = _loss(view, batch, trained, hparams.objective_optimization)
+                    loss = target_loss(view, batch, trained, hparams.objective_optimization)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the loss of FT is {loss.item()}; check lr ({hparams.lr}) and the model's weights")
                 total += loss.item() * len(batch)
@@ -107,7 +107,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
     return report
 
 
-def _loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[str, torch.Tensor], objective: str):
+def target_loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[str, torch.Tensor], objective: str):
     """Mean over texts of the mean over target tokens of -log p. "prompt_last" (FT-L): all of them from the prompt's last
     token; "target_new" (FT-M): each from the token before it."""
     rows = [text.ids[: text.target] if objective == "prompt_last" else text.ids[:-1] for text in texts]
@@ -130,7 +130,7 @@ def _clamp(trained: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Te
 
 
 @contextmanager
-def _frozen(model) -> Iterator[None]:
+def frozen_parameters(model) -> Iterator[None]:
     """No parameter of the model takes a gradient; what did before does so again afterwards."""
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in training:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +19,11 @@ from ..models.requests import Request
 from ..models.updates import LowRank
 from .contract import phase
 from .keys import Ascent, Contexts
+from .norms import rescaled
 from .values import target_values
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -40,6 +45,11 @@ class KeyValueHyperParams(HyperParams):
     v_extra_steps: int = setting(0, least=0, whole=True)  # for a z that has not made the target the likelier answer by then
     locality_factor: float = setting(0.0, least=0)  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = setting(factory=list)  # other relations, "{}" for the subject
+    # What solved values are rescaled to, times the factor: "nas" (arXiv 2602.02543) what the FFN puts out, to the mean norm of
+    # `nas_pilot` values solved on the unedited model; "anchored" the whole block's output, to that of a dozen
+    value_norm: str = setting("free", choices=("free", "anchored", "nas"), state=True)
+    value_norm_factor: float = setting(1.0, above=0, state=True)
+    nas_pilot: int = setting(50, least=2, whole=True, state=True)  # published: 1000
 
     # Covariance of keys
     mom2_dataset: str = setting("wikipedia", state=True)
@@ -67,6 +77,33 @@ class KeyValueHyperParams(HyperParams):
         return found
 
 
+@dataclass
+class SpreadHyperParams(KeyValueHyperParams):
+    """For MEMIT and its kin: one value a request, its residual spread over `layers`; with `blue` (Boundary Layer UpdatE, arXiv
+    2502.03748) a value for each of two, the first and the last of `layers` in a file, each residual written whole."""
+
+    blue: bool = setting(False, state=True)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
+        """As the other methods'; of more `layers` than two, `blue` takes the first and the last."""
+        layers = content.get("layers")
+        if content.get("blue") is True and isinstance(layers, (list, tuple)) and len(layers) > 2:
+            content = {**content, "layers": [layers[0], layers[-1]]}
+        return super().from_dict(content, source)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.blue is True and isinstance(self.layers, (list, tuple)) and len(self.layers) > 2:
+            found.append(f"blue writes two layers, the first and the last, but layers is {self.layers!r}; give these two")
+        return found
+
+    @property
+    def z_layers(self) -> list[int]:
+        """The blocks whose output a value is solved for."""
+        return list(self.layers) if self.blue else list(self.layers[-1:])
+
+
 def templates(view: ModelView, tok, hparams) -> list[list[str]]:
     """Context templates of `template_length` tokens, in groups."""
     return context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
@@ -85,38 +122,52 @@ def edit_layers(
 ) -> EditReport:
     """Compute and write the update layer by layer: AlphaEdit and MEMIT, by the solvers of `state`; NMKE with masks.
 
-    z [D, requests]: values that were found before. prompts: other prompts of the subject over which keys are averaged. masks: asked
-    once for the mask of each layer. directions: (solver, keys [F, k], mask [F] or None) -> [F, k].
+    z [D, requests]: values that were found before (with `blue` those of one layer over those of the other). prompts: other prompts
+    of the subject over which keys are averaged. masks: asked once for the mask of each layer. directions: (solver, keys [F, k],
+    mask [F] or None) -> [F, k].
 
     A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's,
-    and are remembered.
+    and are remembered. With `blue` so does a layer's value.
     """
-    report, z_layer = EditReport(len(requests)), hparams.layers[-1]
-    with phase(report, "values"):
-        if z is None:
-            values = target_values(view, tok, requests, state.flat_templates, z_layer, hparams)
-            report.value_loss = [value.loss for value in values]
-            z = torch.stack([value.z for value in values], 1)
-            if state.value_norm is not None:
-                z = z * (state.value_norm / z.norm(dim=0))
-        report.z = z = z.to(view.weight(z_layer).device)
-    with phase(report, "attribution"):
-        chosen = masks(report)
-    ascent, found = Ascent(view, tok, requests, Contexts(state.templates, prompts), z_layer), {}
-    for index, layer in enumerate(hparams.layers):
-        with phase(report, "keys"):
-            found[layer], current, output = ascent(layer)
-        residual = (z - current.to(z)) / (len(hparams.layers) - index)
-        if index == 0:
-            report.residual = residual.norm(dim=0).mean().item() * len(hparams.layers)
-        with phase(report, "solve"):
-            device = view.weight(layer).device
-            mask = chosen[layer].mask.to(device) if layer in chosen else None
-            right = directions(state.solvers[layer], found[layer], mask).T.float().contiguous()
-        with phase(report, "apply"):
-            left = view.ffn_change(layer, output, residual).to(device).float()
-            state.write(LowRank(view.weight_name(layer), left, right), report)
-        report.density[layer] = chosen[layer].density if layer in chosen else 1.0
+    report, contexts = EditReport(len(requests)), Contexts(state.templates, prompts)
+    groups = [[layer] for layer in hparams.layers] if hparams.blue else [list(hparams.layers)]
+    given = [None] * len(groups) if z is None else z.chunk(len(groups))
+    chosen, solved, found = None, [], {}
+    for layers, known in zip(groups, given, strict=True):
+        z_layer = layers[-1]
+        with phase(report, "values"):
+            z = _solved(view, tok, requests, z_layer, hparams, state, report) if known is None else known
+            z = z.to(view.weight(z_layer).device)
+            solved.append(z)
+        if chosen is None:
+            with phase(report, "attribution"):
+                chosen = masks(report)
+        ascent = Ascent(view, tok, requests, contexts, z_layer)
+        for index, layer in enumerate(layers):
+            with phase(report, "keys"):
+                found[layer], current, output = ascent(layer)
+            residual = (z - current.to(z)) / (len(layers) - index)
+            if index == 0:
+                report.residual += residual.norm(dim=0).mean().item() * len(layers) / len(groups)
+            with phase(report, "solve"):
+                device = view.weight(layer).device
+                mask = chosen[layer].mask.to(device) if layer in chosen else None
+                right = directions(state.solvers[layer], found[layer], mask).T.float().contiguous()
+            with phase(report, "apply"):
+                left = view.ffn_change(layer, output, residual).to(device).float()
+                state.write(LowRank(view.weight_name(layer), left, right), report)
+            report.density[layer] = chosen[layer].density if layer in chosen else 1.0
+    report.z = torch.cat([z.to(solved[0].device) for z in solved])
     if all(solver.remembers for solver in state.solvers.values()):
         report.keys = found
     return report
+
+
+def _solved(
+    view: ModelView, tok, requests: Sequence[Request], layer: int, hparams, state: LifelongState, report: EditReport
+) -> torch.Tensor:
+    """Values [D, requests] of `layer`."""
+    values = target_values(view, tok, requests, state.flat_templates, layer, hparams)
+    report.value_loss += [value.loss for value in values]
+    z = torch.stack([value.z for value in values], 1)
+    return rescaled(view, tok, requests, z, layer, hparams, state, report)

@@ -12,12 +12,13 @@ from ..hparams import setting
 from ..models.arch import ModelView
 from ..statistics.covariance import moments
 from .contract import Method
-from .located import KeyValueHyperParams, edit_layers, templates
+from .located import SpreadHyperParams, edit_layers, templates
+from .norms import value_norms
 from .solver import CovarianceSolver
 
 
 @dataclass
-class MEMITHyperParams(KeyValueHyperParams):
+class MEMITHyperParams(SpreadHyperParams):
     """Least squares against the covariance of old keys, spread over `layers`; no memory of past edits."""
 
     alg_name: str = setting("MEMIT", state=True)
@@ -30,9 +31,10 @@ class MEMITHyperParams(KeyValueHyperParams):
 
 
 def measure(view: ModelView, tok, hparams: MEMITHyperParams, progress: bool) -> Ground:
-    """Context templates, and the covariance of each layer's keys, of the model as it is now."""
+    """Context templates, the covariance of each layer's keys, and norms of values, of the model as it is now."""
     found = templates(view, tok, hparams)
-    return Ground(found, by_name(moments(view, tok, hparams, progress)))
+    known = by_name(moments(view, tok, hparams, progress))
+    return Ground(found, known, value_norms(view, tok, hparams, found, hparams.z_layers))
 
 
 def build(view: ModelView, ground: Ground, hparams: MEMITHyperParams) -> Mapping[int, CovarianceSolver]:

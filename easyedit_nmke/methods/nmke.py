@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,6 @@ from .contract import Method, phase
 from .keys import attribution_inputs
 from .located import edit_layers
 from .solver import NullSpaceSolver, RestrictedSolver
-from .values import reference_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,9 +49,6 @@ class NMKEHyperParams(AlphaEditHyperParams):
     # "auto": L2 times the mean squared norm of a key outside the protected directions, per layer
     l2_scale: str = setting("absolute", choices=("absolute", "auto"), state=True)
     solve: str = setting("full", choices=("full", "restricted"), state=True)  # and mask afterwards; or for the chosen neurons alone
-    # "anchored": every z is rescaled to the mean norm of values solved on the unedited model, times the factor
-    value_norm: str = setting("free", choices=("free", "anchored"), state=True)
-    value_norm_factor: float = setting(1.0, above=0, state=True)
     key_contexts: str = setting("templates", choices=("templates", "relations"))  # keys' texts; "relations": locality_prompts too
     # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
     control: str = setting("none", choices=("none", "random", "uniform"))
@@ -150,15 +146,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 # ---- what is kept from edit to edit
-
-
-def measure(view: ModelView, tok, hparams: NMKEHyperParams, progress: bool) -> Ground:
-    """As AlphaEdit; with anchored values also the norm that every z gets."""
-    ground = alphaedit.measure(view, tok, hparams, progress)
-    if hparams.value_norm != "anchored":
-        return ground
-    flat = [template for group in ground.templates for template in group]
-    return replace(ground, value_norm=hparams.value_norm_factor * reference_norm(view, tok, flat, hparams.layers[-1], hparams))
 
 
 def build(view: ModelView, ground: Ground, hparams: NMKEHyperParams) -> Mapping[int, NullSpaceSolver | RestrictedSolver]:
@@ -310,4 +297,4 @@ def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[Attri
     return cache, backend
 
 
-METHOD = Method("NMKE", NMKEHyperParams, edit, measure, build, replay=edit)
+METHOD = Method("NMKE", NMKEHyperParams, edit, alphaedit.measure, build, replay=edit)

@@ -18,6 +18,7 @@ from .contract import Method, phase
 from .keys import Contexts, subject_states
 from .located import KeyValueHyperParams
 from .memit import by_name, covariance_solvers
+from .norms import rescaled, value_norms
 from .solver import CovarianceSolver
 from .values import target_values
 
@@ -55,7 +56,8 @@ def measure(view: ModelView, tok, hparams: ROMEHyperParams, progress: bool) -> G
         copies = count // len(prefixes)
         texts += context_templates(view.model, tok, prefixes, length, hparams.seed + number, copies=copies)[1]
     known = moments(view, tok, hparams, progress) if hparams.mom2_adjustment else {}
-    return Ground([[SUBJECT, *texts]], by_name(known))
+    groups = [[SUBJECT, *texts]]
+    return Ground(groups, by_name(known), value_norms(view, tok, hparams, groups, hparams.layers, part="ffn"))
 
 
 def build(view: ModelView, ground: Ground, hparams: ROMEHyperParams) -> Mapping[int, CovarianceSolver]:
@@ -74,6 +76,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: ROMEHyperPa
         for layer in hparams.layers:
             with phase(report, "values"):
                 (value,) = target_values(view, tok, [request], state.flat_templates, layer, hparams, part="ffn")
+                z = rescaled(view, tok, [request], value.z[:, None], layer, hparams, state, report, "ffn", number)[:, 0]
             with phase(report, "keys"):
                 ffn = view.down(layer)
                 wanted = {"key": (ffn, "input"), "out": (ffn, "output"), "added": (view.addend(layer), "output")}
@@ -84,7 +87,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: ROMEHyperPa
                 if layer in state.solvers:
                     u = state.solvers[layer].solve(u[:, None])[:, 0]
                 u = u / u.norm()
-                residual = value.z.to(current) - current
+                residual = z.to(current) - current
                 change = view.ffn_change(layer, output[:, None], residual[:, None])
                 left, right = (change / (keys[0] @ u)).float(), u[None].float()
                 state.write(LowRank(view.weight_name(layer), left, right, number), report)

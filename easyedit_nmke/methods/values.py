@@ -21,7 +21,7 @@ from ..models.chat import as_asked
 from ..models.hooks import only_at, record, record_calls, repeated
 from ..models.passes import chunks
 from ..models.products import frozen
-from ..models.prompts import reworded, tokenised
+from ..models.prompts import ended, reworded, tokenised
 from ..models.requests import Request
 
 KL_PROMPT = "{} is a"
@@ -103,11 +103,11 @@ def target_values(
     return reached
 
 
-def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int, hparams) -> float:
+def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int, hparams, part: str = "block") -> float:
     """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
     value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
     requests = [Request(prompt, subject, target) for prompt, subject, target in facts.calibration()]
-    values = target_values(view, tok, as_asked(tok, requests, hparams), templates, z_layer, hparams)
+    values = target_values(view, tok, ended(tok, as_asked(tok, requests, hparams), hparams), templates, z_layer, hparams, part)
     return sum(value.z.norm().item() for value in values) / len(values)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,6 +79,17 @@ def joined(prompt: str, target: str, separator: str | None = None, tok=None) -> 
     separator: what stands between them; None: what the text asks for (see `open_end`). tok: whose special tokens need none.
     """
     return _join(*open_end(prompt, separator, tok), target)
+
+
+def ended(tok, requests: Sequence, hparams) -> list:
+    """The `Request`s as they are learnt: with `target_eos` the tokenizer's end token, as text, is the last of each target.
+    ValueError for a tokenizer that has none."""
+    if not getattr(hparams, "target_eos", False):
+        return list(requests)
+    end = tok.eos_token
+    if not end:
+        raise ValueError("target_eos is set, but the tokenizer has no end token; give it one, or set target_eos: false")
+    return [r if r.target_new.endswith(end) else replace(r, target_new=r.target_new + end) for r in requests]
 
 
 def open_end(prompt: str, separator: str | None = None, tok=None) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Changes of single parameters, to the bit: how they are rounded, added, kept, and told apart by a fingerprint.
 
 A parameter is seen as a matrix [out, in] here (`weights.Matrices`), whatever way round the model stores it; a vector as [n, 1].
-An update is low-rank, sparse or dense. Its `first` and following edits share it: a low-rank one holds a column for each.
+An update is low-rank, sparse or dense. Its `first` and following edits share it: a low-rank one has a column for each, or several.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ _WRAP = (1 << 64) - 1
 
 
 class LowRank(NamedTuple):
-    """+= left [out, k] · right [k, in]; column i belongs to request `first` + i."""
+    """+= left [out, k] · right [k, in]; column i belongs to request `first` + i, or where requests have several to `first` +
+    owner[i] (int64 [k], from 0 and each at least once)."""
 
     parameter: str
     left: torch.Tensor
     right: torch.Tensor
     first: int = 0
+    owner: torch.Tensor | None = None
 
     @property
     def requests(self) -> int:
-        return self.left.shape[1]
+        return self.left.shape[1] if self.owner is None else int(self.owner.max()) + 1
 
     def rounded(self, dtype: torch.dtype) -> LowRank:
         """What is added and recorded for weights of `dtype`: float32, and for 16-bit weights `right` in their own dtype, its rows
@@ -41,14 +43,16 @@ class LowRank(NamedTuple):
 
     def without(self, requests: set[int]) -> LowRank | None:
         """Only the columns of the other requests; None when there is none."""
-        kept = [i for i in range(self.requests) if self.first + i not in requests]
-        if len(kept) == self.requests:
+        owners = range(self.left.shape[1]) if self.owner is None else self.owner.tolist()
+        kept = [i for i, owner in enumerate(owners) if self.first + owner not in requests]
+        if len(kept) == self.left.shape[1]:
             return self
-        return self._replace(left=self.left[:, kept], right=self.right[kept]) if kept else None
+        owner = None if self.owner is None else self.owner[kept]
+        return self._replace(left=self.left[:, kept], right=self.right[kept], owner=owner) if kept else None
 
     def added_to(self, total: torch.Tensor, rows: slice) -> None:
         """Add these rows of the change to `total` [rows, in]: column after column, each product and each sum rounded on its own."""
-        for column in range(self.requests):
+        for column in range(self.left.shape[1]):
             total += self.left[rows, column, None] * self.right[column]
 
 

@@ -211,7 +211,7 @@ def moment_files(view: ModelView, tok, hparams) -> dict[int, Path]:
 def _own_files(view: ModelView, tok, hparams, layers: Sequence[int]) -> dict[int, Path]:
     if not layers:
         return {}
-    text = [identity(hparams.mom2_dataset), hparams.mom2_n_samples, hparams.mom2_dtype, LONGEST_TEXT, _tokenizer(tok)]
+    text = [identity(hparams.mom2_dataset), hparams.mom2_n_samples, hparams.mom2_dtype, LONGEST_TEXT, tokenizer_digest(tok)]
     if hparams.mom2_dataset == SELF:
         text += [hparams.seed, fingerprint(dict(view.model.named_parameters()))]
     blocks = view.blocks[: layers[-1] + 1]
@@ -227,7 +227,7 @@ def own_file(kind: str, layer: int, parts: list, hparams) -> Path:
     return cache_directory(hparams) / f"{kind}_{layer}_{name}.safetensors"
 
 
-def _tokenizer(tok) -> str:
+def tokenizer_digest(tok) -> str:
     """A digest of what turns text into tokens; padding and truncation, which calls change, do not count."""
     backend = getattr(tok, "backend_tokenizer", None)
     if backend is None:

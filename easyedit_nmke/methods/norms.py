@@ -1,0 +1,128 @@
+"""What solved values are rescaled to, so that they do not grow with the weights: `value_norm` of the locate-then-edit methods.
+
+"nas" is Norm-Anchor Scaling as published (arXiv 2602.02543): what the FFN puts out at the subject, v* = v0 + δ, gets the mean norm
+of values solved on the unedited model, and an edit whose v* is far longer is not written. "anchored" does it to z, the whole
+block's output, by a dozen facts, and skips nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from safetensors.torch import load_file
+
+from .. import facts
+from ..history.log import EditReport
+from ..history.state import LifelongState, ValueNorm
+from ..models.arch import ModelView
+from ..models.chat import as_asked
+from ..models.prompts import SUBJECT, ended
+from ..models.requests import Request
+from ..models.updates import fingerprint
+from ..statistics.covariance import own_file, save, tokenizer_digest
+from .keys import subject_states
+from .values import reference_norm, target_values
+
+logger = logging.getLogger(__name__)
+
+DROPPED = 0.05  # of the pilot's values, the longest
+TOO_LONG = 2.0  # times the mean: such an edit is skipped
+
+# Settings that a solved value depends on.
+_SETTINGS = (
+    "v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_extra_steps",
+    "locality_factor", "locality_prompts", "target_separator", "target_eos", "use_chat_template",
+)  # fmt: skip
+
+
+def value_norms(
+    view: ModelView, tok, hparams, templates: Sequence[Sequence[str]], layers: Sequence[int], part: str = "block"
+) -> dict[int, ValueNorm]:
+    """The norm that the values of each of `layers` get, of the model as it is now; empty with `value_norm: free`. part: what the
+    method solves, see `target_values`."""
+    found = {}
+    for layer in layers if hparams.value_norm != "free" else ():
+        if hparams.value_norm == "anchored":
+            flat = [template for group in templates for template in group]
+            norm = ValueNorm(reference_norm(view, tok, flat, layer, hparams, part), None, len(facts.CALIBRATION))
+        else:
+            norm = trimmed(pilot(view, tok, hparams, layer, part))
+            logger.info(
+                "layer %d: values of the unedited model have a mean norm of %.4g, standard error %.2g (%d of %d pilot values)",
+                layer, *norm, hparams.nas_pilot,
+            )  # fmt: skip
+        factor = hparams.value_norm_factor
+        found[layer] = norm._replace(mean=factor * norm.mean, error=None if norm.error is None else factor * norm.error)
+    return found
+
+
+def trimmed(norms: torch.Tensor) -> ValueNorm:
+    """Mean of all but the longest DROPPED of norms [n], and its standard error."""
+    kept = norms.double().sort().values[: len(norms) - int(DROPPED * len(norms) + 1e-9)]
+    return ValueNorm(kept.mean().item(), kept.std().item() / len(kept) ** 0.5, len(kept))
+
+
+def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block") -> torch.Tensor:
+    """Norms of v* [nas_pilot] for so many facts with false objects, solved under the bare prompt alone. Kept in the cache of
+    covariances, under a name that holds the model, the tokenizer and all settings that they depend on."""
+    settings = {name: getattr(hparams, name) for name in _SETTINGS}
+    model = f"{fingerprint(dict(view.model.named_parameters())):016x}"
+    file = own_file("values", layer, [settings, hparams.nas_pilot, part, model, tokenizer_digest(tok)], hparams)
+    if file.is_file():
+        return load_file(file)["norms"]
+    logger.info("layer %d: %d pilot values are solved on the unedited model, once", layer, hparams.nas_pilot)
+    requests = ended(tok, as_asked(tok, pilot_requests(hparams.nas_pilot), hparams), hparams)
+    z = torch.stack([value.z for value in target_values(view, tok, requests, [SUBJECT], layer, hparams, part)], 1)
+    stream, _ = _around_ffn(view, tok, requests, layer, part)
+    norms = (z - stream.to(z)).norm(dim=0).cpu()
+    save(file, {"norms": norms})
+    return norms
+
+
+def pilot_requests(count: int) -> list[Request]:
+    """Facts of the real world, each given another object; the same ones for the same count. Where they are used up, with other
+    objects and wordings again."""
+    known, found = len(facts.facts()), []
+    while len(found) < count:
+        found += facts.requests(min(known, count - len(found)), seed=len(found))
+    return [Request.from_dict(record) for record in found]
+
+
+def rescaled(
+    view: ModelView, tok, requests: Sequence[Request], z: torch.Tensor, layer: int, hparams, state: LifelongState,
+    report: EditReport, part: str = "block", first: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """z [D, requests] of `layer`, as `value_norm` has it. With "nas" a request whose ||v*|| is above twice the reference keeps the
+    value that it has (v* = v0): it is not written, and the report says so (by its number in the call, from `first` on)."""
+    norm = state.value_norms.get(layer)
+    if norm is None:
+        return z
+    if hparams.value_norm == "anchored":
+        return z * (norm.mean / z.norm(dim=0))
+    stream, now = (states.to(z) for states in _around_ffn(view, tok, requests, layer, part))
+    v = z - stream
+    lengths = v.norm(dim=0)
+    skipped = lengths > TOO_LONG * norm.mean
+    for i in skipped.nonzero()[:, 0].tolist():
+        report.skipped += [] if first + i in report.skipped else [first + i]
+        logger.warning(
+            "%r is skipped: its value of layer %d has norm %.4g, more than %g times the reference %.4g",
+            requests[i].prompt, layer, lengths[i].item(), TOO_LONG, norm.mean,
+        )  # fmt: skip
+    return stream + torch.where(skipped, now, v * (norm.mean / lengths))
+
+
+def _around_ffn(view: ModelView, tok, requests: Sequence[Request], layer: int, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """At the subjects of the bare prompts, [D, requests]: what a value of `part` holds besides what the FFN adds (the stream before
+    it; for "ffn" nothing), and what it adds now."""
+    wanted = {"block": (view.blocks[layer], "output"), "added": (view.addend(layer), "output")}
+    seen = subject_states(view, tok, [[request.fill(SUBJECT, tok)] for request in requests], wanted)
+    added = seen["added"][:, 0].T
+    return torch.zeros_like(added) if part == "ffn" else seen["block"][:, 0].T - added, added
+
+
+def stamped(norms: Mapping[int, ValueNorm]) -> dict[str, dict]:
+    """As result files tell them."""
+    return {str(layer): norm._asdict() for layer, norm in norms.items()}
