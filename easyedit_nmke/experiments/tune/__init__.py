@@ -42,7 +42,7 @@ STREAM = 32  # facts of a trial that writes
 REAL = 30  # other facts, edited in earnest by the best few
 FINALISTS = 2  # blocks whose values go on to the second stage
 BEST = 3  # settings that edit in earnest, as far as the time allows
-TOKENS_PER_NEURON = 64  # of the text for the covariance
+TOKENS_PER_NEURON = 32  # of the text for the covariance
 KEPT = 5000  # characters of text on which a trial is compared with the unedited model
 WORKED = 0.5  # Rel below it: nothing worked
 
