@@ -327,8 +327,8 @@ def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _nll(batch: _Batch, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R] each: mean over a request's prompts of the mean over target tokens of -log p; the least probability that any of its prompts
-    gives the whole target."""
+    """[R] each: mean over a request's prompts of the mean over target tokens of -log p; the least probability that any of its
+    prompts gives the whole target."""
     device, rows = log_probs.device, batch.target[0].to(log_probs.device)
     each = -log_probs.gather(1, batch.labels[:, None].to(device))[:, 0]
     tokens = torch.bincount(rows, minlength=len(batch.owner)).to(each)

@@ -112,8 +112,8 @@ def _against(ax, points: Sequence[tuple[Mapping, float, bool]], name: str, logar
         places = [labels.index(json.dumps(value)) for value in values]
         ax.set_xticks(range(len(labels)), [_short(json.loads(label)) for label in labels], fontsize=7)
         ax.set_xlim(-0.5, max(len(labels) - 0.5, 0.5))
-    for whole, face in ((False, "none"), (True, COLOURS[0])):
-        drawn = [(place, score) for place, (_, score, ended) in zip(places, points, strict=True) if ended == whole]
+    for complete, face in ((False, "none"), (True, COLOURS[0])):
+        drawn = [(place, score) for place, (_, score, ended) in zip(places, points, strict=True) if ended == complete]
         ax.scatter(*zip(*drawn, strict=True) if drawn else ([], []), s=14, facecolors=face, edgecolors=COLOURS[0], linewidths=0.8)
     place, (_, score, _) = max(zip(places, points, strict=True), key=lambda one: (one[1][2], one[1][1]))
     ax.scatter([place], [score], s=70, marker="*", color=COLOURS[1], zorder=3)
