@@ -100,7 +100,7 @@ class _Bar:
 VERB = Verb(
     "tune",
     "find a method's settings for a model that nobody has tried",
-    "nmke tune --model smollm2 --method AlphaEdit --budget 45m --out hparams/AlphaEdit/mymodel.yaml",
+    "nmke tune --model smollm2 --method AlphaEdit --budget 45m --out mymodel.yaml",
     _tune,
     _arguments,
     needs_arguments=True,
