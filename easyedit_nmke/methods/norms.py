@@ -32,7 +32,7 @@ TOO_LONG = 2.0  # times the mean: such an edit is skipped
 
 # Settings that a solved value depends on.
 _SETTINGS = (
-    "v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_extra_steps",
+    "v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_stop_probability", "v_extra_steps",
     "locality_factor", "locality_prompts", "target_separator", "target_eos", "use_chat_template",
 )  # fmt: skip
 
