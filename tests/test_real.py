@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 
 import pytest
 import test_easyedit as inside
@@ -10,7 +11,7 @@ import torch
 from test_post_norm import METHOD_SETTINGS, added
 
 import easyedit_nmke
-from easyedit_nmke import LifelongEditor, facts, methods
+from easyedit_nmke import LifelongEditor, cli, facts, methods
 from easyedit_nmke.attribution import neuron_scores
 from easyedit_nmke.methods import read
 from easyedit_nmke.methods.keys import attribution_inputs, subject_states
@@ -73,6 +74,16 @@ def test_five_facts_are_edited_one_after_the_other(smollm2, text):
     for record in records:
         editor.apply([record])
     assert rel(editor.model, editor.tok, records) >= 0.8
+
+
+def test_the_demo_from_an_empty_cache(smollm2, monkeypatch, tmp_path, capsys):
+    """The file is dequantised and the covariance taken, as where it runs for the first time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["demo", "--model", "smollm2", "--edits", "2", "--out", str(tmp_path / "demo.json")]) == 0
+    out, content = capsys.readouterr().out, json.loads((tmp_path / "demo.json").read_text())
+    assert all(part in out for part in ("in smollm2", "What the model says", "Rel says", "T = 2 edits"))
+    assert content["results"]["AlphaEdit"]["rel"] >= 0.8 and content["results"]["NMKE"]["rel"] >= 0.5
 
 
 @pytest.fixture
