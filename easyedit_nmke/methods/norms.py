@@ -30,10 +30,9 @@ logger = logging.getLogger(__name__)
 DROPPED = 0.05  # of the pilot's values, the longest
 TOO_LONG = 2.0  # times the mean: such an edit is skipped
 
-# Settings that a solved value depends on.
+# Settings that a solved value depends on, besides those whose names begin with "v_".
 _SETTINGS = (
-    "v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_stop_probability", "v_extra_steps",
-    "locality_factor", "locality_prompts", "target_separator", "target_eos", "use_chat_template",
+    "clamp_norm_factor", "kl_factor", "locality_factor", "locality_prompts", "target_separator", "target_eos", "use_chat_template",
 )  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def trimmed(norms: torch.Tensor) -> ValueNorm:
 def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block") -> torch.Tensor:
     """Norms of v* [nas_pilot] for so many facts with false objects, solved under the bare prompt alone. Kept in the cache of
     covariances, under a name that holds the model, the tokenizer and all settings that they depend on."""
-    settings = {name: getattr(hparams, name) for name in _SETTINGS}
+    settings = {name: value for name, value in hparams.to_dict().items() if name in _SETTINGS or name.startswith("v_")}
     model = f"{fingerprint(dict(view.model.named_parameters())):016x}"
     file = own_file("values", layer, [settings, hparams.nas_pilot, part, model, tokenizer_digest(tok)], hparams)
     if file.is_file():
