@@ -63,7 +63,7 @@ PROMPTS = {"a": ["Rome is in", "Oslo is in", "Lima is in"], "b": ["Rome has a", 
 
 @pytest.fixture
 def planted(tiny):
-    """(view, tokenizer, questions): one neuron is active on the prompts of task a alone, and promotes the word that is right there."""
+    """(view, tokenizer, questions): a neuron is active on the prompts of task a alone, and promotes the word right there."""
     model, tok = tiny("llama")
     view = ModelView(model)
     mlp = model.model.layers[LAYER].mlp
@@ -167,7 +167,11 @@ def test_questions_are_of_the_task_that_they_name(tmp_path):
         {"task": "college_biology", "question": "When?", "choices": ["now", "then"], "answer": 0},
     )
     asked = ask([file], limit=1)
-    assert [(q.task, q.domain) for q in asked] == [("college_biology", "biology"), ("school_biology", "biology"), ("mixed", "mixed")]
+    assert [(q.task, q.domain) for q in asked] == [
+        ("college_biology", "biology"),
+        ("school_biology", "biology"),
+        ("mixed", "mixed"),
+    ]
     assert asked[0].prompt == "What?\nA. this\nB. that\nAnswer:" and asked[0].choices == ("A", "B") and asked[0].answer == 1
     assert ask([file], letters=False)[0].prompt == "Question: What?\nAnswer:"
     own = ask([file], ["mixed", "school_biology"], domains_of("one=mixed;two=school_biology"))
