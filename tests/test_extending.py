@@ -1,4 +1,4 @@
-"""docs/extending.md: a package of its five examples, each one file, is installed and used: an edit, an undo, a report."""
+"""docs/extending.md: a package of its six examples, each one file, is installed and used: an edit, an undo, a report."""
 
 import json
 import re
@@ -19,6 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 POINTS = {
     "methods": "Nudge = {}:NUDGE", "architectures": "stablelm = {}:STABLELM", "metrics": "likely = {}:LIKELY",
     "formats": "flashcards = {}:FLASHCARDS", "verbs": "count = {}:COUNT",
+    "analyses": "norms = {}:NORMS",
 }  # fmt: skip
 
 
@@ -31,8 +32,9 @@ def package(tmp_path, monkeypatch):
     examples = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
     text = ""
     for group, point in POINTS.items():
-        module = f"extras_{group.removesuffix('s')}"
-        (home / f"{module}.py").write_text(examples[group.removesuffix("s")], encoding="utf-8")
+        kind = "analysis" if group == "analyses" else group.removesuffix("s")
+        module = f"extras_{kind}"
+        (home / f"{module}.py").write_text(examples[kind], encoding="utf-8")
         text += f"[easyedit_nmke.{group}]\n{point.format(module)}\n"
     (information / "entry_points.txt").write_text(text)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: extras\nVersion: 1.0\n")
@@ -108,6 +110,15 @@ def test_another_process_knows_them_too(run, package):
     path = {"PYTHONPATH": f"{package}:{':'.join(sys.path)}"}
     done = subprocess.run([sys.executable, "-c", code, "count", str(run.out)], capture_output=True, text=True, env=path)
     assert done.stdout == f"6 edits in {run.out}\n", done.stderr
+
+
+def test_an_analysis_of_another_package_has_a_section_in_the_report(package, tmp_path, capsys):
+    for _ in range(2):
+        assert main(["analyze", "norms", "--out", str(tmp_path)]) == 0
+        assert "Mean length of a value" in capsys.readouterr().out
+    assert len((tmp_path / "norms.jsonl").read_text().splitlines()) == 1 + 5
+    assert main(["report", str(tmp_path)]) == 0
+    assert "<h2>Norms: how large each block" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_architecture_of_another_package(package, requests, nmke_hparams):

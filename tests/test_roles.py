@@ -63,7 +63,7 @@ PROMPTS = {"a": ["Rome is in", "Oslo is in", "Lima is in"], "b": ["Rome has a", 
 
 @pytest.fixture
 def planted(tiny):
-    """(view, tokenizer, questions): one neuron is active on the prompts of task a alone, and promotes the word that is right there."""
+    """(view, tokenizer, questions): a neuron is active on the prompts of task a alone, and promotes the word right there."""
     model, tok = tiny("llama")
     view = ModelView(model)
     mlp = model.model.layers[LAYER].mlp

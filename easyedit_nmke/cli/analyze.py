@@ -32,7 +32,8 @@ def _analyze(args, console: Console) -> int:
     analysis = analyses()[args.what]
     lines, files = conduct(analysis, args)
     for table in analysis.tables(lines):
-        shown = Table(title=table.title, title_justify="left", box=SIMPLE)
+        console.print(table.title, highlight=False, markup=False, soft_wrap=True)
+        shown = Table(box=SIMPLE)
         for heading, numeric in zip(table.headings, table.numeric, strict=True):
             shown.add_column(heading, overflow="fold", justify="right" if numeric else "left")
         for row in table.rows:

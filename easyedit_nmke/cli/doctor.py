@@ -24,6 +24,7 @@ NEEDED = {"torch": "runs the models", "transformers": "loads the models"}
 EXTRAS = {  # what each is for
     "easyedit": "what EasyEdit's text methods import",
     "figures": "tables and figures: nmke report",
+    "analyze": "figures and maps of nmke analyze",
     "lora": "loads what nmke export --to lora writes",
     "harness": "general ability by public tasks: --harness",
     "gguf": "loads models of GGUF files",

@@ -59,14 +59,15 @@ def write(lines: Sequence[Mapping], notes: Sequence[str], out: Path, found: Sequ
 
 
 def _section(analysis: Analysis, file: Path) -> dict:
-    """An analysis' part of the page; its figure is drawn anew, in the folder of its lines."""
-    lines = read(file)
-    drawn = [path for path in draw(analysis, file) if path.suffix == ".png"]
+    """An analysis' part of the page; its figure, in the folder of its lines, is drawn anew where it is older than they are."""
+    lines, picture = read(file), file.with_suffix(".png")
+    if not picture.is_file() or picture.stat().st_mtime_ns < file.stat().st_mtime_ns:
+        draw(analysis, file)
     return {
         "name": file.stem, "heading": f"{file.stem.capitalize()}: {analysis.summary}", "paper": analysis.paper,
         "reading": analysis.reading, "said": analysis.said(lines), "tables": analysis.tables(lines),
         "command": lines[0].get("command"),
-        "data": base64.b64encode(drawn[0].read_bytes()).decode() if drawn else None,
+        "data": base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None,
     }  # fmt: skip
 
 

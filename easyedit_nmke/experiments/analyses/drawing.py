@@ -33,6 +33,8 @@ def save(made: Figure | None, file: Path) -> list[Path]:
         target.unlink(missing_ok=True)
     if made is None:
         return []
+    made.draw_without_rendering()
+    made.set_layout_engine("none")  # which has found its places, the same for both
     made.savefig(targets[0], dpi=DPI)
     made.savefig(targets[1], metadata={"Date": None})
     return targets
