@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..scores.table import task_scores
+from ..scores.table import in_report, task_scores
 from .verb import Verb, task_table
 
 
@@ -44,19 +45,36 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
 
     last = report.shared_checkpoint(lines)
     headings, body = report.rows(lines, last)
-    table = Table(title=f"Scores after {report.count(last, 'edit')}", title_justify="left", box=SIMPLE, padding=0)
-    table.add_column("Method", overflow="fold")
+    title, left_out = f"Scores after {report.count(last, 'edit')}", []
+    optional = [f"{row.column} {row.arrow}" for name, row in in_report().items() if row.short is None and name != "seconds"]
+    optional = [heading for heading in optional if heading in headings]
+    anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is
+    while optional and Measurement.get(console, anywhere, _table(title, headings, body)).minimum > console.width:
+        place = headings.index(optional.pop())
+        left_out.append(headings[place].rsplit(" ", 1)[0])
+        headings = headings[:place] + headings[place + 1 :]
+        body = [(label, cells[:place] + cells[place + 1 :]) for label, cells in body]
+    console.print(_table(title, headings, body))
+    if asked := task_scores(lines, last):
+        console.print(task_table(asked))
+    said = [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines), *report.failures(lines)]
+    if left_out:
+        said.append(f"Left out of this table, which would be too wide: {', '.join(left_out)}.")
+    for sentence in said:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(title: str, headings: list[str], body: list) -> Table:
+    """`report.rows` for the terminal."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0)
+    words = [len(word) for label, _ in body for word in label.split()]
+    table.add_column("Method", overflow="fold", min_width=min(max(words), 12))
     for heading in headings:
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     styles = {"best": "bold green", "close": "green", "": ""}
     for label, cells in body:
         table.add_row(Text(label), *(Text(text.replace(" ± ", "\n±"), styles[mark]) for text, mark in cells))
-    console.print(table)
-    if asked := task_scores(lines, last):
-        console.print(task_table(asked))
-    said = [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines), *report.failures(lines)]
-    for sentence in said:
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return table
 
 
 VERB = Verb(
