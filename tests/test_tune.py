@@ -244,7 +244,7 @@ def test_a_search_goes_on_from_its_database_and_prunes(tmp_path):
         value = 1 / (1 + abs(math.log(chosen["x"]))) * (1.0 if chosen["kind"] == [1, 2] else 0.5)
         return {"score": value} if go_on(value, 0) else None
 
-    search = Search(tmp_path / "a" / "trials.db", "x", space, 0, [{"x": 1.0, "kind": [1, 2]}])
+    search = Search(tmp_path / "a" / "trials.db", "x", space, 0, [{"x": 1.0, "kind": [1, 2]}], prune=True)
     search.run(measure, 0.0, 8)
     lines = search.lines()
     assert lines[0]["chosen"] == {"x": 1.0, "kind": [1, 2]}

@@ -44,6 +44,7 @@ FINALISTS = 2  # blocks whose values go on to the second stage
 BEST = 3  # settings that edit in earnest, as far as the time allows
 TOKENS_PER_NEURON = 32  # of the text for the covariance
 KEPT = 5000  # characters of text on which a trial is compared with the unedited model
+ENOUGH = 0.8  # of the best Rel: with less half-way, a trial that writes ends there
 WORKED = 0.5  # Rel below it: nothing worked
 
 
@@ -141,7 +142,7 @@ class _Tuning:
         self.values = Values(bed, templates, folder)
         tried, depth = blocks(bed.view.depth), bed.view.depth
         first = [start for start in starts(depth) if start["block"] in tried]
-        search = Search(folder / "values.db", "values", {"block": tried, **SEARCHED}, plan.seed, first)
+        search = Search(folder / "values.db", "values", {"block": tried, **SEARCHED}, plan.seed, first, prune=True)
         self.outcome.searches.append(search)
         budget = SHARES["values"] * plan.seconds - search.seconds
         if (budget > 0 and plan.trials[0] is None) or not search.done() or plan.trials[0]:
@@ -184,7 +185,8 @@ class _Tuning:
                 values = {name: value for name, value in chosen["values"].items()}
                 z = self.values.of(values, settings, STREAM, lambda: self.tell("writes", "values"))
                 scores = self._attributed(settings)
-            found = part.edited(settings, z, scores, lambda rel: go_on(rel, 0))
+            best = max((measured["rel"] for _, measured in search.done()), default=0.0)
+            found = part.edited(settings, z, scores, lambda rel: go_on(rel, 0) and rel >= ENOUGH * best)
             self.tell("writes", "a trial fell behind" if found is None else f"{found['score']:.2f}")
             return found
 
@@ -271,7 +273,7 @@ def base_settings(label: str, model_name: Any, **rest: Any) -> HyperParams:
 def _requests(plan: Plan, view: ModelView, tok, needs_subject: bool) -> list[Request]:
     """STREAM + REAL facts that the model can be edited with and scored on."""
     if plan.source == facts.SOURCE:
-        found = [Request.from_dict(record) for record in facts.requests(None, "tune", plan.seed)]
+        found = [Request.from_dict(record) for record in facts.requests(2 * (STREAM + REAL), "tune", plan.seed)]
     elif plan.source in atlas.SOURCES:
         records = atlas.requests(2 * (STREAM + REAL), "tune", plan.seed, atlas.SOURCES[plan.source])
         found = [Request.from_dict(record) for record in records]

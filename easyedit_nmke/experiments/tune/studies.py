@@ -19,9 +19,12 @@ STARTUP = 6  # trials before the sampler learns from them
 
 
 class Search:
-    """Trials of a space, each with what it measured. seconds: how long trials took, those of earlier runs included."""
+    """Trials of a space, each with what it measured. starts: tried first. prune: a trial that is behind the others' median at one of
+    its steps ends there. seconds: how long trials took, those of earlier runs included."""
 
-    def __init__(self, file: Path, name: str, space: Space, seed: int, starts: Sequence[Mapping[str, Any]] = ()):
+    def __init__(
+        self, file: Path, name: str, space: Space, seed: int, starts: Sequence[Mapping[str, Any]] = (), prune: bool = False
+    ):
         try:
             import optuna
         except ImportError:
@@ -31,7 +34,7 @@ class Search:
         with _quiet(optuna):
             self.study = optuna.create_study(
                 study_name=name, storage=f"sqlite:///{file.resolve()}", load_if_exists=True, direction="maximize",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=1),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=1) if prune else optuna.pruners.NopPruner(),
             )  # fmt: skip
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=seed + len(self.study.trials), multivariate=True, n_startup_trials=STARTUP
