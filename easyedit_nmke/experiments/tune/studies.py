@@ -19,8 +19,8 @@ STARTUP = 6  # trials before the sampler learns from them
 
 
 class Search:
-    """Trials of a space, each with what it measured. starts: tried first. prune: a trial that is behind the others' median at one of
-    its steps ends there. seconds: how long trials took, those of earlier runs included."""
+    """Trials of a space, each with what it measured. starts: tried first. prune: a trial that is behind the others' median at one
+    of its steps ends there. seconds: how long trials took, those of earlier runs included."""
 
     def __init__(
         self, file: Path, name: str, space: Space, seed: int, starts: Sequence[Mapping[str, Any]] = (), prune: bool = False
