@@ -212,6 +212,7 @@ def test_the_score_is_the_harmonic_mean_of_what_there_is():
     assert score({**found, "kept_kl": math.log(2)}) == pytest.approx(4 / (1 + 2 + 2 + 2))
     assert score({**found, "gen": 0.0, "gen_contains": 0.0}) == 0.0
     assert score({**found, "kept_kl": math.inf}) == 0.0
+    assert score({**found, "kept_kl": None}) == pytest.approx(3 / (1 + 2 + 2))
 
 
 def test_a_worn_out_model_scores_nothing_and_is_put_back(atlas, requests, nmke_hparams, monkeypatch):

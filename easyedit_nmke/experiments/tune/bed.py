@@ -92,7 +92,8 @@ def score(found: Mapping[str, float | None]) -> float:
     """One number of a stream's scores, 0 to 1: the harmonic mean of Rel, Gen (the mean of the tokens that are right and of the
     answers that contain the target), Loc and exp(-KL) on kept text; of those that there are."""
     said = [found[name] for name in ("gen", "gen_contains") if found.get(name) is not None]
-    parts = [found.get("rel"), fmean(said) if said else None, found.get("loc"), math.exp(-found["kept_kl"])]
+    kept = found.get("kept_kl")  # None where a method has written to the head
+    parts = [found.get("rel"), fmean(said) if said else None, found.get("loc"), None if kept is None else math.exp(-kept)]
     return harmonic_mean([max(part, 0.0) if part == part else 0.0 for part in parts if part is not None])
 
 
