@@ -41,6 +41,7 @@ def _demo(args, console: Console) -> int:
     )
     headings = in_shell()
     table, answers, results = score_table(headings, ["ms/edit", "Neurons"]), [], {}
+    table.padding = (0, 1, 0, 0)  # 80 columns hold it
     for name, neurons in (("NMKE", settings.neurons), ("AlphaEdit", "all")):
         editor = LifelongEditor.from_hparams(dataclasses.replace(settings, neurons=neurons))
         model, tok = editor.model, editor.tok

@@ -57,7 +57,7 @@ def quiet_libraries(args: argparse.Namespace) -> None:
 
 def score_table(headings: Mapping[str, str], extra: list[str]) -> Table:
     """A table of methods by scores (`scores.table.in_shell`) and `extra` columns."""
-    table = Table(title="Scores after all edits", title_justify="left", padding=(0, 1, 0, 0))  # 80 columns hold it
+    table = Table(title="Scores after all edits", title_justify="left")
     table.add_column("Method")
     for name in (*headings.values(), *extra):
         table.add_column(name, justify="right")
