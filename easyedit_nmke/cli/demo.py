@@ -111,7 +111,8 @@ def _embedded(args) -> _Bed:
         "All scores are taken after the last edit.\n",
         "Rel: the new answer to the edited prompt. Gen: to a wording never trained with this subject. Loc: other subjects answer "
         "as before. Same: so do other facts of the edited subject. Port: what follows from the new answer. General: held-out "
-        f"exercises, exact. Higher is better. Neurons: the share that an update may touch. T = {len(requests)} edits.",
+        "exercises, exact. Higher is better. KL: how far the model has moved on other text, nats a token; lower is better. Neurons: "
+        f"the share that an update may touch. T = {len(requests)} edits.",
         shown=5,
         text=atlas.text(),
     )
@@ -148,7 +149,8 @@ def _named(args, folder: Path) -> _Bed:
         "All scores are taken after the last edit.\n",
         "Answers are generated freely: green is the new answer, yellow holds it among other words, red does not. Rel: share of the "
         "new answer's tokens right after the edited prompt. Gen: after another wording. Rel says, Gen says: the free answer holds "
-        "the new one. Loc: other subjects answer as before. Same: so do other facts of the edited subject. Higher is better. "
+        "the new one. Loc: other subjects answer as before. Same: so do other facts of the edited subject. Higher is better. KL: how "
+        "far the model has moved on other text, nats a token; lower is better. "
         f"Neurons: the share that an update may touch. T = {len(requests)} edits. To save time the covariance of keys is taken "
         f"over {len(sentences)} sentences about other facts (none that is asked for here), not over a large text.",
         shown=10,
@@ -202,7 +204,7 @@ def _scores(headings: Mapping[str, str], results: Mapping[str, Mapping]) -> Tabl
     headings = {name: short for name, short in headings.items() if any(row.get(name) is not None for row in results.values())}
     slow = any(row.get("seconds_per_edit", 0) >= 1 for row in results.values())
     table = score_table(headings, ["s/edit" if slow else "ms/edit", "Neurons"])
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap, table.padding = True, (0, 1, 0, 0)  # 80 columns hold it
     for name, scores in results.items():
         each, density = scores.get("seconds_per_edit"), scores.get("density")
         time = "-" if each is None else f"{each:.1f}" if slow else f"{1000 * each:.0f}"
