@@ -111,8 +111,8 @@ def _embedded(args) -> _Bed:
         "All scores are taken after the last edit.\n",
         "Rel: the new answer to the edited prompt. Gen: to a wording never trained with this subject. Loc: other subjects answer "
         "as before. Same: so do other facts of the edited subject. Port: what follows from the new answer. General: held-out "
-        "exercises, exact. Higher is better. KL: how far the model has moved on other text, nats a token; lower is better. Neurons: "
-        f"the share that an update may touch. T = {len(requests)} edits.",
+        "exercises, exact. Higher is better. KL: how far the model has moved on other text, nats a token; lower is better. "
+        f"Neurons: the share that an update may touch. T = {len(requests)} edits.",
         shown=5,
         text=atlas.text(),
     )
@@ -149,8 +149,8 @@ def _named(args, folder: Path) -> _Bed:
         "All scores are taken after the last edit.\n",
         "Answers are generated freely: green is the new answer, yellow holds it among other words, red does not. Rel: share of the "
         "new answer's tokens right after the edited prompt. Gen: after another wording. Rel says, Gen says: the free answer holds "
-        "the new one. Loc: other subjects answer as before. Same: so do other facts of the edited subject. Higher is better. KL: how "
-        "far the model has moved on other text, nats a token; lower is better. "
+        "the new one. Loc: other subjects answer as before. Same: so do other facts of the edited subject. Higher is better. "
+        "KL: how far the model has moved on other text, nats a token; lower is better. "
         f"Neurons: the share that an update may touch. T = {len(requests)} edits. To save time the covariance of keys is taken "
         f"over {len(sentences)} sentences about other facts (none that is asked for here), not over a large text.",
         shown=10,
