@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_baselines import settings  # noqa: F401
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import files, load_delta, methods
@@ -403,3 +404,21 @@ def test_an_adapter_of_another_linear_layer(tiny, tmp_path):
     export.export_lora(model, [made], tmp_path / "lora", CARD)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
     assert torch.allclose(logits(adapted), logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["UltraEdit", "KNE", "LocFT-BF", "MEMIT"])
+def test_edits_of_other_methods_travel_as_a_delta_and_low_rank_ones_as_an_adapter(tiny, settings, requests, tmp_path, method):  # noqa: F811
+    options = {"LocFT-BF": {"keep_updates": True}, "MEMIT": {"blue": True, "batch_size": 2}}.get(method, {})
+    (model, tok), (base, _) = tiny("llama"), tiny("llama")
+    for some in (requests(2), requests(4)[2:]):
+        methods.apply_to_model(model, tok, some, settings(method, model, tok, **options))
+    originals, made = model.nmke_state.changes()
+    export.export_delta(model, made, originals, tmp_path / "delta", CARD)
+    load_delta(base, tmp_path / "delta")
+    assert same_bits(base.state_dict(), model.state_dict())
+    if method in ("UltraEdit", "MEMIT"):
+        report = export.export_lora(model, made, tmp_path / "lora", CARD)
+        assert report.rank > 4 if method == "UltraEdit" else report.rank == 4
+    else:
+        with pytest.raises(ValueError, match="an adapter holds low-rank updates"):
+            export.export_lora(model, made, tmp_path / "lora", CARD)
