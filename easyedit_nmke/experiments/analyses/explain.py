@@ -301,13 +301,11 @@ def figure(lines: Sequence[Mapping]):
     ax = drawn.add_subplot(bottom)
     for place, probe in enumerate(probes):
         ax.plot([probe["before"], probe["after"]], [place, place], color="#b0b0b0", zorder=1)
-        ax.scatter([probe["before"]], [place], 26, color="#b0b0b0", zorder=2, label="before" if not place else None)
-        ax.scatter([probe["after"]], [place], 26, color="#D55E00", zorder=2, label="after" if not place else None)
+        ax.scatter([probe["before"]], [place], 26, color="#b0b0b0", zorder=2)
+        ax.scatter([probe["after"]], [place], 26, color="#D55E00", zorder=2)
     ax.set_yticks(range(len(probes)), [source.at_most([f"{probe['prompt']} {probe['answer']}"], 60) for probe in probes])
     ax.invert_yaxis()
-    ax.set(xlim=(-0.02, 1.02), title="what else changed most", xlabel="probability of the answer")
-    if probes:
-        ax.legend(fontsize=8)
+    ax.set(xlim=(-0.02, 1.02), title="what else changed most (grey: before, orange: after)", xlabel="probability of the answer")
     drawn.suptitle(f"Edit {lines[0]['settings']['edit']}: {line['prompt']} {line['old'] or '…'} → {line['new']}",
                    fontsize=10, x=0.01, ha="left")  # fmt: skip
     return drawn

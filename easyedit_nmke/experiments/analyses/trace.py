@@ -55,8 +55,8 @@ def run(args, begin) -> None:
 
 
 def rounded(values) -> list[list[float]]:
-    """[draws, blocks] to six digits."""
-    return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
+    """[draws, blocks] to four digits."""
+    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
 def _asked(args, view, tok) -> list[tuple[str, list[int], range]]:
