@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,3 +372,20 @@ def test_what_is_no_analysis_is_refused(monkeypatch):
         analyses()
     monkeypatch.setattr(f"{module}.with_extensions", lambda kind, own: {**own, "mine": Analysis("mine", "s", "e", None, None)})
     assert analyses()["mine"].summary == "s"
+
+
+# ---- docs
+
+
+def test_the_page_says_what_its_files_say():
+    page = (Path(__file__).parents[1] / "docs" / "analyses.md").read_text(encoding="utf-8")
+    words = " ".join(page.split())
+    files = sorted((Path(__file__).parents[1] / "docs" / "analyses").glob("*/*.jsonl"))
+    assert len(files) >= len(COMMANDS)
+    for file in files:
+        lines = record.read(file)
+        analysis = analyses()[lines[0]["analysis"]]
+        assert lines[0]["command"] in page and f"analyses/{file.parent.name}/{file.stem}.png" in page
+        assert all(" ".join(sentence.split()) in words for sentence in analysis.said(lines)), file
+    for name in analyses():
+        assert f"## {name}\n" in page
