@@ -186,7 +186,7 @@ class _Tuning:
                 z = self.values.of(values, settings, STREAM, lambda: self.tell("writes", "values"))
                 scores = self._attributed(settings)
             best = max((measured["rel"] for _, measured in search.done()), default=0.0)
-            found = part.edited(settings, z, scores, lambda rel: go_on(rel, 0) and rel >= ENOUGH * best)
+            found = part.edited(settings, z, scores, lambda rel: rel >= ENOUGH * best)
             self.tell("writes", "a trial fell behind" if found is None else f"{found['score']:.2f}")
             return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ...files import whole, write_whole
 from ...hparams import HyperParams
@@ -18,7 +19,7 @@ from ..figures import COLOURS, RC
 from . import REAL, STREAM, Outcome, Plan
 from .studies import Search
 
-_SHOWN = {"rel": "Rel", "gen": "Gen", "gen_contains": "Gen, generated: contains", "loc": "Loc", "same_subject": "Same subject"}
+_SHOWN = {"rel": "Rel", "gen": "Gen", "gen_contains": "Gen by free answers", "loc": "Loc", "same_subject": "Same subject"}
 
 
 def write(plan: Plan, outcome: Outcome, file: Path, command: str, surroundings: Mapping) -> None:
@@ -50,7 +51,8 @@ def _value_settings(settings: HyperParams) -> list[str]:
 
 def _comments(plan: Plan, outcome: Outcome, file: Path, command: str, surroundings: Mapping) -> list[str]:
     hardware, made = surroundings["hardware"], surroundings["versions"]
-    machine = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or f"{hardware['threads']} threads of {hardware['cpu']}"
+    threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+    machine = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or f"{threads} of {hardware['cpu']}"
     counted = {search.study.study_name.split(" ")[0]: len(search.lines()) for search in outcome.searches}
     counts = ", ".join(f"{count} trials of {name}" for name, count in counted.items())
     spent = sum(search.seconds for search in outcome.searches) + sum(line["seconds"] for line in outcome.streams)
@@ -106,6 +108,10 @@ def _against(ax, points: Sequence[tuple[Mapping, float, bool]], name: str, logar
     values = [chosen[name] for chosen, *_ in points]
     if logarithmic:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.tick_params("x", labelsize=7)
         places = values
     else:
         labels = sorted({json.dumps(value) for value in values}, key=_order)
