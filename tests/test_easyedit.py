@@ -121,7 +121,8 @@ def test_register_twice_is_once(stand_in):
     assert [name for name in ("NMKE", "MEMIT", "ROME") if batchable.is_batchable_method(name)] == ["NMKE", "MEMIT"]
     table = dict(tables.ALG_DICT)  # every method that it lacks, and its own as they were
     assert table["ROME"] is print and table["NMKE"] is easyedit_nmke.apply_nmke_to_model
-    assert set(table) == {"ROME", "NMKE", "AlphaEdit", "MEMIT", "FT"} and table["FT"].__name__ == "apply_ft_to_model"
+    assert set(table) == {"ROME", "NMKE", "AlphaEdit", "MEMIT", "FT", "LocFT-BF", "UltraEdit", "KNE"}
+    assert table["FT"].__name__ == "apply_ft_to_model" and table["LocFT-BF"].__name__ == "apply_locft_bf_to_model"
     assert importlib.import_module("easyeditor.editors.editor").ALG_DICT is tables.ALG_DICT
 
 

@@ -122,7 +122,7 @@ def applied(method: Method) -> Callable:
     ):
         return apply_method(method, model, tok, requests, hparams, copy, return_orig_weights, state)
 
-    apply.__name__ = apply.__qualname__ = f"apply_{method.name.lower()}_to_model"
+    apply.__name__ = apply.__qualname__ = f"apply_{method.name.lower().replace('-', '_')}_to_model"
     apply.__doc__ = f"Write `requests` into the model by {method.name}; arguments and promises of `apply_to_model`."
     return apply
 
