@@ -36,6 +36,8 @@ class KeyValueHyperParams(HyperParams):
 
     # Beyond EasyEdit
     v_extra_steps: int = setting(0, least=0, whole=True)  # for a z that has not made the target the likelier answer by then
+    # a z is finished as soon as every template gives the whole target this probability; None: by its loss and steps alone
+    v_stop_probability: float | None = setting(None, above=0, most=1, none=None)
     locality_factor: float = setting(0.0, least=0)  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = setting(factory=list)  # other relations, "{}" for the subject
 

@@ -54,7 +54,8 @@ def target_values(
 
     Loss of a request: mean NLL of the target under all templates + kl_factor · KL(now || unedited) at the subject of
     "{subject} is a" + locality_factor · mean KL(unedited || now) at the end of the `locality_prompts` that ask something else
-    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||. Stops under 0.05, or after v_num_grad_steps; a target
+    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||. Stops under 0.05, or as soon as every template gives
+    the target at least v_stop_probability (the whole target: the product over its tokens), or after v_num_grad_steps; a target
     that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. All requests share one batch and
     none changes another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
     comparison. FloatingPointError when a loss is not finite.
@@ -72,6 +73,7 @@ def target_values(
     reached: list[Value | None] = [None] * len(requests)
     kept = None
     enough = hparams.v_num_grad_steps
+    sure = -math.inf if hparams.v_stop_probability is None else -math.log(hparams.v_stop_probability)
     last = enough + hparams.v_extra_steps
     for step in range(1, last + 1):
         with torch.enable_grad():
@@ -79,18 +81,20 @@ def target_values(
             said, subject, other = _log_probs(view, batch, outputs[loss_layer - z_layer], outputs[-1])
             if kept is None:
                 kept = _Kept(view, batch, outputs[-1].detach(), subject.detach(), other.detach(), hparams)
-            nll = _nll(batch, said).to(delta.device)
+            nll, hardest = (of_request.to(delta.device) for of_request in _nll(batch, said))
             losses = nll + kept.loss(subject, other).to(delta.device)
             losses = losses + hparams.v_weight_decay * delta.norm(dim=1) / z0.norm(dim=1) ** 2
             total = losses.sum()
-        likelier = (nll < math.log(2)).tolist()
-        for i, loss in enumerate(losses.tolist()):
+        done = (losses < LOSS_TO_STOP) | (hardest <= sure)
+        if step >= enough:
+            done |= nll < math.log(2)
+        for i, (loss, stops) in enumerate(torch.stack([losses, done]).T.tolist()):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise FloatingPointError(
                     f"the loss of the target value for {requests[i].prompt!r} is {loss} at step {step}; check v_lr "
                     f"({hparams.v_lr}) and that the model's weights are finite"
                 )
-            if reached[i] is None and (loss < LOSS_TO_STOP or step == last or (step >= enough and likelier[i])):
+            if reached[i] is None and (stops or step == last):
                 reached[i] = Value((z0 + delta.detach())[i], loss, step)
         if all(reached):
             break
@@ -117,8 +121,9 @@ class _Batch:
     """All rows of all requests, the subject's last token of each in column `lookup`; columns from `start` on run at every step.
 
     ids, mask [B, T]; needed [B, T]: the tokens that anything read depends on; owner [B] and bare [R]: the request of a row, the
-    row of a request's bare prompt. Places are (row, column): of the tokens before the target's (with their labels), of the KL
-    prompts' subjects, of the locality prompts' ends.
+    row of a request's bare prompt. Places are (row, column): of the tokens before the target's (with their labels, which of the
+    prompts with a target each is in, request by request, and one over that target's tokens), of the KL prompts' subjects, of the
+    locality prompts' ends.
     """
 
     ids: torch.Tensor
@@ -130,6 +135,9 @@ class _Batch:
     bare: torch.Tensor
     target: tuple[torch.Tensor, torch.Tensor]
     labels: torch.Tensor
+    prompt: torch.Tensor
+    share: torch.Tensor
+    prompts: int
     subject: tuple[torch.Tensor, torch.Tensor]
     other: tuple[torch.Tensor, torch.Tensor]
 
@@ -149,7 +157,7 @@ class _Batch:
 
 def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bool) -> _Batch:
     rows: list[tuple[list[int], int]] = []  # tokens, index of the subject's last
-    owner, bare, target, labels, subject, other = [], [], [], [], [], []
+    owner, bare, target, labels, lengths, subject, other = [], [], [], [], [], [], []
 
     def add(i: int, ids: list[int], at: int) -> int:
         rows.append((ids, at))
@@ -168,6 +176,7 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
             row = add(i, found.ids[:-1], found.subject)
             target += [(row, column) for column in range(found.target - 1, len(found.ids) - 1)]
             labels += found.labels
+            lengths.append(len(found.labels))
         row = add_about(i, request, KL_PROMPT)
         subject.append((row, rows[row][1]))
         for prompt in hparams.locality_prompts if hparams.locality_factor else ():
@@ -189,6 +198,7 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
     ends = [0] * len(rows)
     for row, column in target + subject + other:
         ends[row] = max(ends[row], column + lookup - rows[row][1])
+    tokens = torch.tensor(lengths)
     needed = mask.bool() & (torch.arange(width) <= torch.tensor(ends)[:, None])
     return _Batch(
         ids.to(view.device),
@@ -200,6 +210,9 @@ def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bo
         torch.tensor(bare, device=view.device),
         places(target),
         torch.tensor(labels, device=view.device),
+        torch.arange(len(tokens)).repeat_interleave(tokens).to(view.device),
+        (1 / tokens).repeat_interleave(tokens).to(view.device),
+        len(tokens),
         places(subject),
         places(other),
     )
@@ -324,11 +337,11 @@ def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one.exp() * (one - other)).sum(-1)
 
 
-def _nll(batch: _Batch, log_probs: torch.Tensor) -> torch.Tensor:
-    """[R]: mean over a request's prompts of the mean over target tokens of -log p."""
-    device, rows = log_probs.device, batch.target[0].to(log_probs.device)
+def _nll(batch: _Batch, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R]: mean over a request's templates of the mean over target tokens of -log p; and the largest of its templates' -log p of
+    the whole target."""
+    device = log_probs.device
     each = -log_probs.gather(1, batch.labels[:, None].to(device))[:, 0]
-    tokens = torch.bincount(rows, minlength=len(batch.owner)).to(each)
-    owner = batch.owner.to(device)
-    prompts = torch.bincount(owner[tokens > 0]).to(each)
-    return torch.zeros_like(prompts).index_add(0, owner[rows], each / tokens[rows]) / prompts
+    prompt, share = batch.prompt.to(device), batch.share.to(each)
+    whole, mean = (each.new_zeros(batch.prompts).index_add(0, prompt, part) for part in (each.detach(), each * share))
+    return mean.view(len(batch.bare), -1).mean(1), whole.view(len(batch.bare), -1).amax(1)
