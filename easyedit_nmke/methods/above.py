@@ -10,7 +10,6 @@ from transformers import DynamicCache
 
 from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
-from ..models.products import frozen
 from .value_texts import Batch
 
 
@@ -27,7 +26,7 @@ class Above:
         positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
         first = self._first(batch) if batch.start else {}
-        with torch.no_grad(), frozen(view.device), only_at(first), record(wanted) as seen, record_calls(self.blocks) as calls:
+        with torch.no_grad(), only_at(first), record(wanted) as seen, record_calls(self.blocks) as calls:
             view.model.base_model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -103,7 +102,7 @@ class Above:
         batch, column = self.batch, self.batch.lookup - self.batch.start
         value = delta[batch.owner.to(delta.device)].to(self.below)
         hidden = self.below + pad(value[:, None], (0, 0, column, batch.columns - column - 1))
-        with frozen(hidden.device), only_at(self.places):
+        with only_at(self.places):
             return [hidden, *repeated(self.blocks, hidden, self.calls)]
 
 

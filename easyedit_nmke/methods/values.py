@@ -20,7 +20,6 @@ from torch.nn.functional import log_softmax
 from .. import facts
 from ..models.arch import ModelView
 from ..models.chat import as_asked
-from ..models.products import frozen
 from ..models.requests import Request
 from .above import Above
 from .value_texts import OTHER, SUBJECT, Batch, Row, batches, rows_of
@@ -230,8 +229,7 @@ class _Piece:
         last block's), from one product with the head; logits exist at these places only."""
         batch, final = self.batch, outputs[-1]
         at = [_at(outputs[self.loss_layer], batch.target).to(final.device), _at(final, batch.subject), _at(final, batch.other)]
-        with frozen(final.device):
-            logits = self.view.readout.logits(torch.cat(at)).float()
+        logits = self.view.readout.logits(torch.cat(at)).float()
         return log_softmax(logits, -1).split([len(part) for part in at])
 
     def _answers(self, final: torch.Tensor) -> tuple[list[int], torch.Tensor]:

@@ -42,7 +42,7 @@ def read_targets(
     """
     rows = _rows(tok, pairs, context_length(model), separator)
     values: list[list] = [[] for _ in rows]
-    with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+    with evaluating(model), torch.no_grad(), frozen(model):
         for batch in batches(model, [len(row.ids) for row in rows], token_budget):
             tokens = pad([rows[i].ids for i in batch], input_device(model))
             for i, found in zip(batch, _read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):
