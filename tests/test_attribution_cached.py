@@ -199,9 +199,10 @@ def test_the_plain_procedure_computes_the_same(norm):
 def test_auto_says_why():
     case, cache = make_case(SIZE, "rms"), AttributionCache()
     assert choose("auto", case.w_out, case.readout) == ("fast", "CPU")
-    assert choose("auto", case.w_out, case.readout, 2, cache)[0] == "fast"  # a cache would not give the same bits when resumed
+    assert choose("auto", case.w_out, case.readout, 2, cache) == ("cached", "CPU, 0.00015 GB are kept from edit to edit")
     assert choose("cached", case.w_out, case.readout, 2, cache) == ("cached", "named, CPU")
     cache.memory = 1
+    assert choose("auto", case.w_out, case.readout, 2, cache) == ("fast", "CPU")
     with pytest.raises(MemoryError, match="2 layer"):
         choose("cached", case.w_out, case.readout, 2, cache)
     with pytest.raises(ValueError, match="no state"):
@@ -230,18 +231,67 @@ def test_edits_write_the_same_weights_with_every_backend(tiny, nmke_hparams, req
             assert torch.equal(other.masks[layer], state.masks[layer])
             assert torch.equal(found[layer], expected[layer])
         names = [report.attribution.split(":")[0] for report in other.reports]
-        assert names == ["fast" if backend == "auto" else backend] * 3
+        assert names == ["cached" if backend == "auto" else backend] * 3
         if backend == "cached":
             assert other.attribution_cache.layers[0].refreshes == 1
 
 
 def test_a_planted_error_changes_the_mask(tiny, nmke_hparams, requests, weights, monkeypatch):
-    """A cache that is not told of edits and does not look would go unnoticed without this comparison."""
+    """A cache that does not follow the log would go unnoticed without this comparison."""
     state, _ = edits(tiny, nmke_hparams, requests, weights, "llama", "reference", 4)
-    monkeypatch.setattr(AttributionCache, "follow", lambda *_: None)
-    monkeypatch.setattr(cached.Projection, "sync", lambda *_: None)
+    become = cached.Projection.become
+    monkeypatch.setattr(cached.Projection, "become", lambda self, *args: None if self.refreshes else become(self, *args))
     other, _ = edits(tiny, nmke_hparams, requests, weights, "llama", "cached", 4)
     assert any(not torch.equal(other.masks[layer], state.masks[layer]) for layer in state.masks)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_cache_made_late_has_the_bits_of_one_that_followed(tiny, nmke_hparams, requests, monkeypatch, kind):
+    """Whenever it is first asked for, and after an edit is undone: U and its pending columns depend on the log alone."""
+    model, tok = tiny(kind)
+    settings, seen = nmke_hparams(model, tok, attribution_backend="cached"), []
+    monkeypatch.setattr(cached, "REFRESH_EVERY", 3)
+    projection = AttributionCache.projection
+
+    def compared(self, layer, w_out, readout, made=None):
+        found = projection(self, layer, w_out, readout, made)
+        if self.refresh_every != 2:
+            late = projection(AttributionCache(refresh_every=self.refresh_every), layer, w_out, readout, made)
+            for name in ("stored", "left", "right"):
+                assert torch.equal(getattr(found, name), getattr(late, name))
+            seen.append((layer, found.start, found.width, found.refreshes))
+        return found
+
+    monkeypatch.setattr(AttributionCache, "projection", compared)
+    asked = requests(8)
+    for number, request in enumerate(asked):
+        apply_nmke_to_model(model, tok, [request], settings)
+        state = model.nmke_state
+        if number == 0:
+            state.attribution_cache.refresh_every = 3
+        if number == 5:
+            state.undo(5)
+    first = [row[1:] for row in seen if row[0] == 0]
+    assert first == [(0, 0, 1), (0, 1, 1), (0, 2, 1), (3, 0, 2), (3, 1, 2), (3, 2, 2), (3, 2, 2), (6, 0, 3)]
+    state.undo(1)  # of what U itself has seen
+    apply_nmke_to_model(model, tok, [asked[4]], settings)
+    assert seen[-2][1:] == (6, 0, 4)
+
+
+def test_a_change_within_the_log_is_noticed_in_its_content(tiny, nmke_hparams):
+    case, cache = make_case(SIZE, "rms"), AttributionCache()
+    change, base = update(case, 1), case.w_out.clone()
+    case.w_out.add_(change.left @ change.right)
+
+    def made(change, base):
+        return cached.Made(base, [change], lambda left: left, lambda count: base if count == 0 else case.w_out)
+
+    first = cache.projection(0, case.w_out, case.readout, made(change, base))
+    assert (first.refreshes, first.width) == (1, 2)
+    again = change._replace(left=change.left.clone(), right=change.right.clone())
+    assert cache.projection(0, case.w_out, case.readout, made(again, base.clone())).refreshes == 1
+    cache.projection(0, case.w_out, case.readout, made(change, base + 0.001))
+    assert first.refreshes > 1
 
 
 def test_copies_of_a_model_do_not_copy_the_cache(tiny, nmke_hparams, requests, weights):

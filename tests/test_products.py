@@ -37,8 +37,9 @@ def test_other_types_are_left_to_torch(dtype):
     assert torch.equal(products.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+@pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_frozen_model_gives_its_inputs_the_same_gradient_and_its_weights_none(tiny, monkeypatch, kind):
+def test_a_frozen_model_gives_its_inputs_the_same_gradient_and_its_weights_none(tiny, monkeypatch, kind, intel):
     model, _ = tiny(kind)
     block, calls = ModelView(model).ffn(1), []
     x = drawn(2, 5, 32).requires_grad_()
@@ -46,12 +47,31 @@ def test_a_frozen_model_gives_its_inputs_the_same_gradient_and_its_weights_none(
     (wanted,) = torch.autograd.grad(expected.square().sum(), x)
     apply = products._Linear.apply
     monkeypatch.setattr(products._Linear, "apply", lambda *args: calls.append(1) or apply(*args))
-    with products.frozen(torch.device("cpu")):
+    monkeypatch.setattr(products, "_is_intel", lambda: intel)
+    with products.frozen(model):
         found = block(x)
     found.square().sum().backward()
-    assert len(calls) == (3 if kind == "llama" else 2) * torch.backends.mkl.is_available()
+    assert len(calls) == (0 if intel else 3 if kind == "llama" else 2) * torch.backends.mkl.is_available()
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6) and torch.allclose(x.grad, wanted, rtol=1e-5, atol=1e-6)
-    assert not calls or all(p.grad is None for name, p in block.named_parameters())
+    assert all(p.grad is None and p.requires_grad for p in block.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+    calls.clear()
+    block(x)
+    assert not calls
+
+
+@pytest.mark.parametrize("intel", [False, True])
+def test_products_with_many_outputs_go_through_onednn_on_every_processor(monkeypatch, intel):
+    calls, apply = [], products._Linear.apply
+    monkeypatch.setattr(products._Linear, "apply", lambda *args: calls.append(1) or apply(*args))
+    monkeypatch.setattr(products, "_is_intel", lambda: intel)
+    x, weight = drawn(7, 33).requires_grad_(), drawn(products.WIDE + 1, 33)
+    expected = torch.nn.functional.linear(x, weight)
+    wanted, up = torch.autograd.grad(expected, x, drawn(*expected.shape))[0], drawn(*expected.shape)
+    found = products.product(x, weight)
+    assert len(calls) == torch.backends.mkl.is_available() and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(torch.autograd.grad(found, x, up)[0], wanted, rtol=1e-4, atol=1e-2)
+    assert torch.autograd.grad(products.product(x, weight.requires_grad_()).sum(), weight)[0].shape == weight.shape
 
 
 # -- precision ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from easyedit_nmke import LifelongEditor
-from easyedit_nmke.methods import keys, method_named, values
+from easyedit_nmke.methods import keys, method_named, value_texts
 from easyedit_nmke.methods.contract import check_requests
 from easyedit_nmke.methods.keys import Contexts, attribution_inputs, subject_states
 from easyedit_nmke.methods.nmke import neuron_masks
@@ -114,13 +114,9 @@ def chatty(tiny):
     return make
 
 
-def rows_of(batch):
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-
-
 def prepared(model, tok, request, templates, hparams):
     """Each row that values are optimised on, as its token ids."""
-    return rows_of(values._prepare(ModelView(model), tok, [request], templates, hparams, False))
+    return [row.ids for row in value_texts.rows_of(tok, 0, request, templates, hparams)]
 
 
 # ---- a text that carries the model's format
@@ -424,7 +420,7 @@ def test_an_edit_reads_each_text_once_for_its_values_and_once_for_its_check(tiny
     chosen, templates = nmke_hparams(model, tok), ["{}", "So it is. {}", "I say. {}"]
     request = Request("The birthplace of Mara Vosk is", "Mara Vosk", "Rome")
     texts = counted(tok, monkeypatch)
-    values._prepare(ModelView(model), tok, [request], templates, chosen, False)
+    value_texts.rows_of(tok, 0, request, templates, chosen)
     assert sorted(texts) == sorted([f"{request.fill(t)[0]} Rome" for t in templates] + ["Mara Vosk is a"])
     texts.clear()
     check_requests(ModelView(model), tok, [request], templates)

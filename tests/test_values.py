@@ -157,6 +157,43 @@ def test_a_loss_layer_below_the_last_is_read_through_the_final_norm(tiny, nmke_h
     assert torch.equal(last.z, default.z) and not torch.allclose(low.z, default.z)
 
 
+def test_a_value_stops_once_every_template_gives_the_whole_target_the_probability(atlas, nmke_hparams, requests):
+    model, tok = atlas
+    view, asked = ModelView(model), [Request.from_dict(record) for record in requests(3)]
+    settings = dict(v_lr=1.0, v_num_grad_steps=15, clamp_norm_factor=5, v_weight_decay=1e-3)
+
+    def probability(request, delta):
+        """The smallest of the templates', from whole forward passes with δ added to what the block puts out."""
+        found = []
+        for template in TEMPLATES:
+            text, end = request.fill(template, tok)
+            target, at = target_tokens(tok, text, request.target_new), position_before(tok, text, end)
+
+            def shift(_module, _args, output, at=at):
+                output[0, at] += delta
+                return output
+
+            handle = view.blocks[1].register_forward_hook(shift)
+            with torch.no_grad():
+                ids = tok(text)["input_ids"]
+                logits = model(torch.tensor([ids + target[:-1]]), use_cache=False).logits[0, len(ids) - 1 :]
+            handle.remove()
+            found.append(logits.log_softmax(-1).gather(1, torch.tensor(target)[:, None]).sum().exp().item())
+        return min(found)
+
+    def values(**more):
+        return target_values(view, tok, asked, TEMPLATES, 1, nmke_hparams(model, tok, **{**settings, **more}))
+
+    start, off, found = values(v_num_grad_steps=1), values(), values(v_stop_probability=0.4)
+    assert len({value.steps for value in found}) > 1, "each stops by itself"
+    for request, z0, value, never in zip(asked, start, found, off, strict=True):
+        assert value.steps < never.steps and probability(request, value.z - z0.z) >= 0.4
+    last = max(value.steps for value in found)
+    for request, z0, value, before in zip(asked, start, found, values(v_num_grad_steps=last - 1), strict=True):
+        assert (probability(request, before.z - z0.z) < 0.4) == (value.steps == last)
+    assert [value.steps for value in values(v_stop_probability=1.0)] == [value.steps for value in off]
+
+
 def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_check(tiny, nmke_hparams):
     model, tok = tiny("llama")
     with torch.no_grad():

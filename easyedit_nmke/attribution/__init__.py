@@ -19,7 +19,11 @@ import torch
 from ..messages import how_to_install
 from ..models.products import exact_products
 from . import fast, reference
-from .cached import AttributionCache, Projection
+from .cached import AttributionCache, Made, Projection
+
+__all__ = [
+    "BACKENDS", "NORMS", "STRATEGIES", "AttributionCache", "Made", "Projection", "Strategy", "choose", "neuron_scores",
+]  # fmt: skip
 
 BACKENDS = ("reference", "fast", "fused", "cached")
 NORMS = ("frozen", "exact")
@@ -87,8 +91,8 @@ def neuron_scores(
 
 def choose(backend: str, w_out: torch.Tensor, readout, layers: int = 1, cache: AttributionCache | None = None) -> tuple[str, str]:
     """(name of the backend, why) for so many layers like w_out [D, N]. A named backend is checked: ValueError where it cannot run,
-    MemoryError where its cache does not fit. "auto" takes the fastest that gives the same bits whenever a run is taken up again:
-    what "cached" keeps depends on the edits since it was last computed, so it has to be named."""
+    MemoryError where its cache does not fit. "auto" takes "cached" where there is a `cache` that is a small part of the device's
+    memory, else "fused" on a GPU that can, else "fast"."""
     device = "CUDA" if w_out.is_cuda else w_out.device.type.upper()
     missing = layers - (0 if cache is None else len(cache.layers))
     if backend != "auto":
@@ -98,6 +102,8 @@ def choose(backend: str, w_out: torch.Tensor, readout, layers: int = 1, cache: A
                 raise ValueError("attribution_backend is 'cached', but there is no state to keep the cache from edit to edit")
             cache.check(missing, w_out, readout)
         return backend, f"named, {device}"
+    if cache is not None and cache.suits(layers, w_out, readout):
+        return "cached", f"{device}, {layers * Projection.bytes(w_out, readout) / 1e9:.2g} GB are kept from edit to edit"
     if not w_out.is_cuda:
         return "fast", device
     try:

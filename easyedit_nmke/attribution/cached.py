@@ -1,18 +1,21 @@
 """U = W_U·diag(g)·w_out of the edited layers, kept: an edit changes w_out by a low-rank Δ, and U by W_U·diag(g)·Δ.
 
 Scoring is then bound by memory. What was added since U was last computed is kept beside it as float32 factors, so that small
-changes are not rounded away; after `REFRESH_EVERY` edits U is computed anew. Nothing is trusted: before each use the digest of the
-weights says whether they are what the edits told of made them, and some words' rows are compared with exact ones.
+changes are not rounded away; after `REFRESH_EVERY` edits U is computed anew. Told what the weights are made of (`Made`), U's bits
+depend on that alone, not on when it was asked for: a run that is taken up again, or goes on after an undone edit, scores with the
+same bits. Nothing is trusted: some words' rows are compared with exact ones, and where it is told of edits one by one, the digest
+of the weights says before each use whether they are what those made.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ..models.device import free_memory
+from ..models.device import free_memory, total_memory
 from ..models.products import exact_products, linear
 from ..models.updates import LowRank, fingerprint
 from .linear import project
@@ -26,15 +29,46 @@ DRIFT = {torch.bfloat16: 0.008, torch.float32: 1e-4, torch.float64: 1e-4}
 WORDS_AT_A_TIME = 4096
 
 
+# Of the device's whole memory, what `attribution_backend: auto` gives a cache: not of what is free, which is another time another.
+CPU_SHARE, CUDA_SHARE = 0.1, 0.25
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a layer's values [D, N] are made of: the weights `base` before all of the `updates`, these in order, what `scaled` makes
+    of outputs [D, k] in the stream, and the values `after` the first n of them."""
+
+    base: torch.Tensor
+    updates: Sequence[LowRank]
+    scaled: Callable[[torch.Tensor], torch.Tensor]
+    after: Callable[[int], torch.Tensor]
+
+    def start(self, refresh_every: int, columns: int) -> int:
+        """How many updates U itself has seen: so many that never more than `refresh_every`, or `columns` of theirs, are pending."""
+        start = pending = 0
+        for count, update in enumerate(self.updates, 1):
+            pending += update.requests
+            if count - start >= refresh_every or pending > columns:
+                start, pending = count, 0
+        return start
+
+    def agrees(self, other: Made | None, count: int) -> bool:
+        """Whether another's values after the first `count` updates are the same."""
+        if other is None or len(other.updates) < count or not _same(self.base, other.base):
+            return False
+        return all(map(_same_update, self.updates[:count], other.updates[:count]))
+
+
 class Projection:
     """One layer's U as stored [N, V] + (left [V, K]·right [K, N])ᵀ, K = `width` pending columns."""
 
-    def __init__(self, w_out: torch.Tensor, readout):
+    def __init__(self, w_out: torch.Tensor, readout, refresh: bool = True):
         half = w_out.dtype in (torch.bfloat16, torch.float16)
         shape = (w_out.shape[1], len(readout.head))
         self.stored = torch.empty(shape, dtype=torch.bfloat16 if half else w_out.dtype, device=w_out.device)
-        self.refreshes = 0
-        self.refresh(w_out, readout, "first use")
+        self.refreshes, self.made, self.start = 0, None, 0
+        if refresh:
+            self.refresh(w_out, readout, "first use")
 
     @staticmethod
     def bytes(w_out: torch.Tensor, readout) -> int:
@@ -74,16 +108,33 @@ class Projection:
         self.refreshes, self.reason, self.drift = self.refreshes + 1, reason, 0.0
         logger.debug("projections computed anew: %s", reason)
 
+    def become(self, made: Made, w_out: torch.Tensor, readout, refresh_every: int, bound: float | None) -> None:
+        """Make U that of w_out as `made` says, to the same bits from wherever it was."""
+        start = made.start(refresh_every, w_out.shape[0] // 4)
+        if self.start != start or not made.agrees(self.made, start):
+            self.refresh(made.after(start), readout, f"as after {start} updates" if start else "first use")
+            self.start, self.made = start, None
+        pending, known = made.updates[start:], () if self.made is None else self.made.updates[start:]
+        kept = 0
+        while kept < min(len(pending), len(known)) and _same_update(pending[kept], known[kept]):
+            kept += 1
+        columns = sum(update.requests for update in pending[:kept])
+        self._forget(columns)
+        for update in pending[kept:]:
+            self._add([update._replace(left=made.scaled(update.left.to(w_out.device)))], readout)
+        self.made, self.synced = made, False
+        self.drift = self.measure(w_out, readout, len(made.updates))
+        bound = DRIFT[self.stored.dtype] if bound is None else bound
+        if not self.drift <= bound:
+            self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}")
+            self.made = None
+
     def follow(self, updates: Sequence[LowRank], w_out: torch.Tensor, readout) -> None:
         """All that one edit added to w_out, as it is now."""
         if not self.synced:  # whatever else happened since the last use has not been looked at: there is nothing to follow from
             self.history = []
             return
-        left = torch.cat([update.left.to(self.right) for update in updates], 1)
-        right = torch.cat([update.right.to(self.right) for update in updates])
-        starts = range(0, len(readout.head), WORDS_AT_A_TIME)
-        change = torch.cat([self._head(slice(start, start + WORDS_AT_A_TIME), readout) @ left for start in starts])
-        self.left, self.right = torch.cat([self.left, change], 1), torch.cat([self.right, right])
+        self._add(updates, readout)
         self.history.append((_digest(w_out), self.width))
         self.synced = False
 
@@ -95,13 +146,24 @@ class Projection:
             return self.refresh(w_out, readout, "the weights were changed by something else")
         del self.history[known[-1] + 1 :]
         columns = self.history[-1][1]
-        self.left, self.right = self.left[:, :columns].contiguous(), self.right[:columns].contiguous()
+        self._forget(columns)
         if len(self.history) > refresh_every or columns > w_out.shape[0] // 4:
             return self.refresh(w_out, readout, f"{len(self.history) - 1} edits since the last time")
         self.drift = self.measure(w_out, readout, step)
         bound = DRIFT[self.stored.dtype] if bound is None else bound
         if not self.drift <= bound:
             self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}")
+
+    def _add(self, updates: Sequence[LowRank], readout) -> None:
+        left = torch.cat([update.left.to(self.right) for update in updates], 1)
+        right = torch.cat([update.right.to(self.right) for update in updates])
+        starts = range(0, len(readout.head), WORDS_AT_A_TIME)
+        change = torch.cat([self._head(slice(start, start + WORDS_AT_A_TIME), readout) @ left for start in starts])
+        self.left, self.right = torch.cat([self.left, change], 1), torch.cat([self.right, right])
+
+    def _forget(self, columns: int) -> None:
+        """All but the first pending columns."""
+        self.left, self.right = self.left[:, :columns].contiguous(), self.right[:columns].contiguous()
 
     def measure(self, w_out: torch.Tensor, readout, seed: int = 0) -> float:
         """Largest error of a neuron's projections on sampled words, relative to their norm or the neurons' mean norm."""
@@ -132,16 +194,31 @@ class AttributionCache:
         return AttributionCache(self.memory, self.refresh_every, self.drift)
 
     @exact_products()
-    def projection(self, layer: int, w_out: torch.Tensor, readout) -> Projection:
-        """U of the layer's w_out [D, N] as it is now; MemoryError when it does not fit."""
+    def projection(self, layer: int, w_out: torch.Tensor, readout, made: Made | None = None) -> Projection:
+        """U of the layer's w_out [D, N] as it is now, and as `made` where that is told; MemoryError when it does not fit."""
         found = self.layers.get(layer)
         if found is None or found.stored.shape != (w_out.shape[1], len(readout.head)) or found.stored.device != w_out.device:
             self.layers.pop(layer, None)
             self.check(1, w_out, readout)
-            self.layers[layer] = Projection(w_out, readout)
-        else:
+            found = self.layers[layer] = Projection(w_out, readout, refresh=made is None)
+        elif made is None:
             found.sync(w_out, readout, self.refresh_every, self.drift, self.uses)
-        return self.layers[layer]
+        if made is not None:
+            found.become(made, w_out, readout, self.refresh_every, self.drift)
+        return found
+
+    def suits(self, layers: int, w_out: torch.Tensor, readout) -> bool:
+        """Whether so many layers like this one take a small part of the device's memory, whatever else it holds, and fit."""
+        share = CUDA_SHARE if w_out.is_cuda else CPU_SHARE
+        most = total_memory(w_out.device) * share if self.memory is None else self.memory
+        if layers * Projection.bytes(w_out, readout) > most:
+            return False
+        try:
+            self.check(layers - len(self.layers), w_out, readout)
+        except MemoryError as error:
+            logger.info("%s", error)
+            return False
+        return True
 
     def check(self, layers: int, w_out: torch.Tensor, readout) -> None:
         """MemoryError when so many more layers like this one do not fit."""
@@ -163,3 +240,11 @@ class AttributionCache:
 
 def _digest(w_out: torch.Tensor) -> int:
     return fingerprint({0: w_out if w_out.is_contiguous() else w_out.T})
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or torch.equal(one, other)
+
+
+def _same_update(one: LowRank, other: LowRank) -> bool:
+    return one is other or (_same(one.left, other.left) and _same(one.right, other.right))

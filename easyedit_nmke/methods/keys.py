@@ -120,7 +120,7 @@ class _Part:
             "hidden": (blocks[layer], "input"), "key": (view.down(layer), "input"), "out": (view.down(layer), "output"),
             "value": (blocks[self.z_layer], "output"),
         }  # fmt: skip
-        with frozen(view.device), only_at(self.places), record(wanted, stop=True) as seen:
+        with frozen(view.model), only_at(self.places), record(wanted, stop=True) as seen:
             if self.hidden is None:
                 with record_calls(blocks[layer : self.z_layer + 1]) as self.calls:
                     view.model.base_model(**self.batch.inputs(), use_cache=False)

@@ -40,9 +40,9 @@ class KeyValueHyperParams(HyperParams):
     kl_factor: float = setting(0.0625, least=0)
 
     # Beyond EasyEdit
-    # a z is done as soon as every template gives the whole target this probability
-    v_stop_probability: float | None = setting(None, above=0, most=1, none=None)
     v_extra_steps: int = setting(0, least=0, whole=True)  # for a z that has not made the target the likelier answer by then
+    # a z is finished as soon as every template gives the whole target this probability; None: by its loss and steps alone
+    v_stop_probability: float | None = setting(None, above=0, most=1, none=None)
     locality_factor: float = setting(0.0, least=0)  # weight of keeping the answers to locality_prompts when z is optimised
     locality_prompts: list[str] = setting(factory=list)  # other relations, "{}" for the subject
     # What solved values are rescaled to, times the factor: "nas" (arXiv 2602.02543) what the FFN puts out, to the mean norm of

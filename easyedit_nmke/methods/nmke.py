@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attribution import STRATEGIES, AttributionCache, choose, neuron_scores
+from ..attribution import STRATEGIES, AttributionCache, Made, choose, neuron_scores
 from ..attribution.masks import NeuronMask, neuron_mask, shuffled
 from ..history.durable import Ground
 from ..history.log import EditReport
@@ -19,12 +20,12 @@ from ..messages import did_you_mean
 from ..models.arch import ModelView
 from ..models.prompts import open_end, tokenised_all
 from ..models.requests import Request
-from ..models.updates import LowRank, of_parameter
+from ..models.updates import accumulate, of_parameter
 from ..scores.drift import mask_overlap
 from ..statistics.nullspace import RowSpace
 from . import alphaedit
 from .alphaedit import AlphaEditHyperParams
-from .contract import Method, phase
+from .contract import Method
 from .keys import attribution_inputs
 from .located import edit_layers
 from .solver import NullSpaceSolver, RestrictedSolver
@@ -192,19 +193,7 @@ def edit(
 
     prompts = hparams.locality_prompts if hparams.key_contexts == "relations" else ()
     directions = _uniform if hparams.control == "uniform" else _masked
-    report = edit_layers(view, tok, requests, hparams, state, z, prompts, masks, directions)
-    if state.attribution_cache is not None:
-        with phase(report, "attribution"):
-            kept = [layer for layer in hparams.layers if layer in state.attribution_cache.layers]
-            updates = {layer: _in_the_stream(view, layer, report) for layer in kept}
-            state.attribution_cache.follow(updates, {layer: view.values(layer) for layer in kept}, view.readout)
-    return report
-
-
-def _in_the_stream(view: ModelView, layer: int, report: EditReport) -> list[LowRank]:
-    """An edit's updates of `view.values`."""
-    updates = of_parameter(report.updates, view.weight_name(layer))
-    return [update._replace(left=view.scaled(layer, update.left)) for update in updates]
+    return edit_layers(view, tok, requests, hparams, state, z, prompts, masks, directions)
 
 
 def _note(masks: Mapping[int, NeuronMask], state: LifelongState, report: EditReport) -> None:
@@ -273,9 +262,25 @@ def attributed(
             coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),
             strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
             final_hidden=seen.final_hidden.to(device), backend=backend,
-            projection=cache.projection(layer, w_out, here) if backend == "cached" else None,
+            projection=cache.projection(layer, w_out, here, _made(view, layer, state)) if backend == "cached" else None,
         )  # fmt: skip
     return found
+
+
+def _made(view: ModelView, layer: int, state: LifelongState) -> Made:
+    """What the log says a layer's values are made of."""
+    name = view.weight_name(layer)
+    bases, changes = state.changes()
+    updates = of_parameter(changes, name)
+
+    def after(count: int) -> torch.Tensor:
+        if count == len(updates):
+            return view.values(layer)
+        weight = torch.empty_like(view.w_out(layer))
+        accumulate(weight, bases[name], updates[:count])
+        return view.scaled(layer, weight)
+
+    return Made(bases[name], updates, partial(view.scaled, layer), after)
 
 
 def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:

@@ -3,30 +3,33 @@
 Only the tokens from the subject's last on depend on the value, and only in the blocks above it. So every text is laid out
 with that token in one column: what comes before it runs once, and each step runs the columns from it on, against the kept
 attention keys and values of the rest. FFNs, most of the work, skip padding and, in the last block, all that is not read.
+
+Requests are solved together as far as memory allows, those with texts of one length next to each other; what one of them needs
+no longer is dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import log_softmax
-from transformers import DynamicCache
 
 from .. import facts
 from ..models.arch import ModelView
 from ..models.chat import as_asked
-from ..models.hooks import only_at, record, record_calls, repeated
-from ..models.passes import chunks
-from ..models.products import frozen
-from ..models.prompts import ended, reworded, tokenised
+from ..models.prompts import ended
 from ..models.requests import Request
+from .above import Above
+from .value_texts import OTHER, SUBJECT, Batch, Row, batches, rows_of
 
-KL_PROMPT = "{} is a"
 LOSS_TO_STOP = 0.05
-REQUESTS_AT_A_TIME = 16  # in one batch; its activations are kept for the backward pass
+CPU_BUDGET, CUDA_BUDGET = 4 << 30, 8 << 30  # bytes: half for what is kept between steps, half for the activations of one
+# Activations that the backward pass needs, for each token and block in multiples of a width, for each place of the vocabulary.
+TIMES_HIDDEN, TIMES_NEURONS, TIMES_HEADS, TIMES_WORDS = 18, 4, 8, 5
+LEFT = 0.75  # of a batch's rows; with fewer than that still needed the others are dropped
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def target_values(
     hparams,
     part: str = "block",
     whole_texts: bool = False,
+    budget: int | None = None,
 ) -> list[Value]:
     """z = z0 + δ of each request, for block `z_layer` at the subject's last token, by Adam on δ [D]; z0 is what its `part` puts
     out, the whole "block" (MEMIT and its kin) or the "ffn" (ROME), behind a norm of its output where there is one. δ has the
@@ -54,53 +58,24 @@ def target_values(
 
     Loss of a request: mean NLL of the target under all templates + kl_factor · KL(now || unedited) at the subject of
     "{subject} is a" + locality_factor · mean KL(unedited || now) at the end of the `locality_prompts` that ask something else
-    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||. Stops under 0.05, or after v_num_grad_steps; a target
-    that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. With `v_stop_probability` also as
-    soon as the whole target has at least that probability under every template. All requests share one batch and none changes
-    another's value. The model's weights take no gradient. `whole_texts` runs every token at every step, for
-    comparison. FloatingPointError when a loss is not finite.
+    + v_weight_decay · ||δ|| / ||z0||²; ||δ|| <= clamp_norm_factor · ||z0||. Stops under 0.05, or as soon as every template gives
+    the target at least v_stop_probability (the whole target: the product over its tokens), or after v_num_grad_steps; a target
+    that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. None changes another's value. The
+    model's weights take no gradient. `whole_texts` runs every token at every step, for comparison. budget: bytes that are not
+    exceeded, but for what one request needs (4 GB on a CPU, 8 GB on a GPU). FloatingPointError when a loss is not finite.
     """
-    if len(requests) > REQUESTS_AT_A_TIME:
-        parts = chunks(requests, REQUESTS_AT_A_TIME)
-        return [v for some in parts for v in target_values(view, tok, some, templates, z_layer, hparams, part, whole_texts)]
-    batch = _prepare(view, tok, requests, templates, hparams, whole_texts)
-    above = _Above(view, batch, z_layer)
-    loss_layer = max(view.depth - 1 if hparams.v_loss_layer is None else hparams.v_loss_layer, z_layer)
-    z0 = (above.below if part == "block" else above.ffn)[batch.bare, batch.lookup].float()
-    delta = torch.zeros_like(z0, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=hparams.v_lr)
-    longest = hparams.clamp_norm_factor * z0.norm(dim=1, keepdim=True)
-    reached: list[Value | None] = [None] * len(requests)
-    kept = None
-    enough, stop = hparams.v_num_grad_steps, hparams.v_stop_probability or math.inf
-    last = enough + hparams.v_extra_steps
-    for step in range(1, last + 1):
-        with torch.enable_grad():
-            outputs = above(delta)
-            said, subject, other = _log_probs(view, batch, outputs[loss_layer - z_layer], outputs[-1])
-            if kept is None:
-                kept = _Kept(view, batch, outputs[-1].detach(), subject.detach(), other.detach(), hparams)
-            nll, least = (found.to(delta.device) for found in _nll(batch, said))
-            losses = nll + kept.loss(subject, other).to(delta.device)
-            losses = losses + hparams.v_weight_decay * delta.norm(dim=1) / z0.norm(dim=1) ** 2
-            total = losses.sum()
-        likelier = (nll < math.log(2)).tolist()
-        sure = (least >= stop).tolist()
-        for i, loss in enumerate(losses.tolist()):
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise FloatingPointError(
-                    f"the loss of the target value for {requests[i].prompt!r} is {loss} at step {step}; check v_lr "
-                    f"({hparams.v_lr}) and that the model's weights are finite"
-                )
-            if reached[i] is None and (loss < LOSS_TO_STOP or sure[i] or step == last or (step >= enough and likelier[i])):
-                reached[i] = Value((z0 + delta.detach())[i], loss, step)
-        if all(reached):
-            break
-        (delta.grad,) = torch.autograd.grad(total, delta)
-        optimiser.step()
-        with torch.no_grad():
-            delta.mul_((longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1))
-    return reached
+    texts = [rows_of(tok, i, request, templates, hparams) for i, request in enumerate(requests)]
+    sizes = _Sizes(view, z_layer, budget)
+    found: dict[int, Value] = {}
+    for chosen in sizes.groups(texts):
+        rows = [replace(row, owner=owner) for owner, i in enumerate(chosen) for row in texts[i]]
+        pieces = [
+            _Piece(view, Batch(some, len(templates), view.device, whole_texts), z_layer, hparams)
+            for some in batches(rows, sizes.fits)
+        ]
+        values = _solve([requests[i] for i in chosen], pieces, hparams, part)
+        found.update(zip(chosen, values, strict=True))
+    return [found[i] for i in range(len(requests))]
 
 
 def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int, hparams, part: str = "block") -> float:
@@ -111,229 +86,181 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
     return sum(value.z.norm().item() for value in values) / len(values)
 
 
-# ---- text
+def _solve(requests: Sequence[Request], pieces: list[_Piece], hparams, part: str) -> list[Value]:
+    """The values of requests whose texts are shared out over `pieces`. One wait for the device a step."""
+    starts = [piece.above.start(part) for piece in pieces]
+    z0 = torch.stack([start for _, start in sorted((owner, start) for some in starts for owner, start in some.items())])
+    delta = torch.zeros_like(z0, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=hparams.v_lr)
+    size = z0.norm(dim=1, keepdim=True)
+    longest = hparams.clamp_norm_factor * size
+    reached: list[Value | None] = [None] * len(requests)
+    enough = hparams.v_num_grad_steps
+    last = enough + hparams.v_extra_steps
+    sure = -math.inf if hparams.v_stop_probability is None else -math.log(hparams.v_stop_probability)
+    for step in range(1, last + 1):
+        gradient, waiting, found = torch.zeros_like(delta), [], []
+        for piece in pieces:
+            with torch.enable_grad():
+                nll, other, whole = piece(delta)
+                waiting.append((nll + other).sum())
+            if len(pieces) > 1 and step < last:  # before the next one needs the memory
+                gradient += torch.autograd.grad(waiting.pop(), delta)[0]
+            found.append([term.detach().to(delta.device) for term in (nll, other, whole)])
+        nll, other, whole = (sum(terms) for terms in zip(*found, strict=True))
+        length = delta.detach().norm(dim=1, keepdim=True)
+        losses = nll + other + hparams.v_weight_decay * (length / size**2)[:, 0]
+        done = (losses < LOSS_TO_STOP) | (whole.amax(1) <= sure)
+        if step >= enough:
+            done |= nll < math.log(2)
+        for i, (loss, stops) in enumerate(torch.stack([losses, done]).T.tolist()):
+            if reached[i] is not None:
+                continue
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of the target value for {requests[i].prompt!r} is {loss} at step {step}; check v_lr "
+                    f"({hparams.v_lr}) and that the model's weights are finite"
+                )
+            if stops or step == last:
+                reached[i] = Value((z0 + delta.detach())[i], loss, step)
+        if all(reached):
+            break
+        for total in waiting:
+            gradient += torch.autograd.grad(total, delta)[0]
+        delta.grad = gradient + hparams.v_weight_decay * delta.detach() / (length * size**2).clamp(min=1e-30)
+        optimiser.step()
+        with torch.no_grad():
+            delta.mul_((longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1))
+        if step == 1 and hparams.locality_factor:
+            _weigh_others(pieces, len(requests), hparams.locality_factor)
+        pieces = [piece for piece in pieces if piece.goes_on({i for i, value in enumerate(reached) if value is None})]
+    return reached
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """All rows of all requests, the subject's last token of each in column `lookup`; columns from `start` on run at every step.
-
-    ids, mask [B, T]; needed [B, T]: the tokens that anything read depends on; owner [B] and bare [R]: the request of a row, the
-    row of a request's bare prompt. Places are (row, column): of the tokens before the target's (with their labels), of the KL
-    prompts' subjects, of the locality prompts' ends.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    needed: torch.Tensor
-    start: int
-    lookup: int
-    owner: torch.Tensor
-    bare: torch.Tensor
-    target: tuple[torch.Tensor, torch.Tensor]
-    labels: torch.Tensor
-    subject: tuple[torch.Tensor, torch.Tensor]
-    other: tuple[torch.Tensor, torch.Tensor]
-
-    def at(self, states: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """states [B, columns from start on, D] at `places` -> [places, D]."""
-        rows, columns = (place.to(states.device) for place in places)
-        return states[rows, columns - self.start]
-
-    @property
-    def read(self) -> torch.Tensor:
-        """[B, T]: whether the last block's output is read there."""
-        read = torch.zeros_like(self.needed)
-        for rows, columns in (self.target, self.subject, self.other):
-            read[rows, columns] = True
-        return read
+# ---- memory
 
 
-def _prepare(view: ModelView, tok, requests, templates, hparams, whole_texts: bool) -> _Batch:
-    rows: list[tuple[list[int], int]] = []  # tokens, index of the subject's last
-    owner, bare, target, labels, subject, other = [], [], [], [], [], []
+class _Sizes:
+    """What values take: bytes kept between steps for each text, bytes of activations for each token that is run and place that is
+    read."""
 
-    def add(i: int, ids: list[int], at: int) -> int:
-        rows.append((ids, at))
-        owner.append(i)
-        return len(rows) - 1
+    def __init__(self, view: ModelView, z_layer: int, budget: int | None):
+        config, blocks = view.model.config, view.depth - z_layer - 1
+        hidden, neurons = view.w_out(z_layer).shape
+        size = view.weight(z_layer).dtype.itemsize
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or hidden // heads
+        self.half = ((CPU_BUDGET if view.device.type == "cpu" else CUDA_BUDGET) if budget is None else budget) / 2
+        self.kept = blocks * size * 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
+        self.word = 4 * len(view.head.weight)
+        self.token = blocks * (size * (TIMES_NEURONS * neurons + TIMES_HEADS * heads * head) + max(size, 4) * TIMES_HIDDEN * hidden)
 
-    def add_about(i: int, request: Request, words: str) -> int:
-        text, end = reworded(request.prompt, request.subject, words, tok)
-        found = tokenised(tok, text, end)
-        return add(i, found.ids, found.subject)
+    def fits(self, tokens: int, reads: int) -> bool:
+        return tokens * self.token + reads * TIMES_WORDS * self.word <= self.half
 
-    for i, request in enumerate(requests):
-        bare.append(len(rows))
-        for template in templates:
-            found = tokenised(tok, *request.fill(template, tok), request.target_new, hparams.target_separator)
-            row = add(i, found.ids[:-1], found.subject)
-            target += [(row, column) for column in range(found.target - 1, len(found.ids) - 1)]
-            labels += found.labels
-        row = add_about(i, request, KL_PROMPT)
-        subject.append((row, rows[row][1]))
-        for prompt in hparams.locality_prompts if hparams.locality_factor else ():
-            row = add_about(i, request, prompt)
-            other.append((row, len(rows[row][0]) - 1))
-    # One column more than needed: where no token is padding, attention is called without a mask, which later columns need.
-    lookup = max(at for _, at in rows) + 1
-    width = lookup + max(len(ids) - at for ids, at in rows)
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for row, (tokens, at) in enumerate(rows):
-        place = slice(lookup - at, lookup - at + len(tokens))
-        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    def groups(self, texts: Sequence[Sequence[Row]]) -> Iterator[list[int]]:
+        """Which requests are solved together, in order of their texts' length."""
 
-    def places(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        found = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-        columns = [column + lookup - rows[row][1] for row, column in pairs]
-        return found[:, 0].to(view.device), torch.tensor(columns, dtype=torch.long, device=view.device)
+        def kept(rows: Sequence[Row]) -> float:
+            return sum(row.end * self.kept + (0 if row.labels else self.word) for row in rows)
 
-    ends = [0] * len(rows)
-    for row, column in target + subject + other:
-        ends[row] = max(ends[row], column + lookup - rows[row][1])
-    needed = mask.bool() & (torch.arange(width) <= torch.tensor(ends)[:, None])
-    return _Batch(
-        ids.to(view.device),
-        mask.to(view.device),
-        needed.to(view.device),
-        0 if whole_texts else lookup,
-        lookup,
-        torch.tensor(owner, device=view.device),
-        torch.tensor(bare, device=view.device),
-        places(target),
-        torch.tensor(labels, device=view.device),
-        places(subject),
-        places(other),
-    )
-
-
-# ---- model
-
-
-class _Above:
-    """The blocks above `z_layer`, run again and again on the columns from `batch.start` on with another value at the subject.
-
-    A first forward pass keeps block `z_layer`'s output, its FFN's, the attention keys and values of the columns before, and
-    what each later block is called with besides its hidden states (masks, positions); none of it depends on the value.
-    """
-
-    def __init__(self, view: ModelView, batch: _Batch, z_layer: int):
-        self.batch, self.blocks = batch, list(view.blocks)[z_layer + 1 :]
-        wanted = {"z": (view.blocks[z_layer], "output"), "ffn": (view.addend(z_layer), "output")}
-        positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache()
-        first, self.places = self._places(view, z_layer) if batch.start else ({}, {})
-        with torch.no_grad(), frozen(view.device), only_at(first), record(wanted) as seen, record_calls(self.blocks) as calls:
-            view.model.base_model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-        self.below, self.ffn = seen["z"], seen["ffn"]
-        before = _Before({i: (kv.keys, kv.values) for i, kv in enumerate(cache.layers) if i > z_layer}, batch.start)
-
-        def later(value, name: str = ""):
-            """What a call with all columns passes, for the columns from `start` on."""
-            if value is cache:
-                return before
-            if name == "position_embeddings":
-                return tuple(part[:, batch.start :] for part in value)
-            if name == "position_ids":
-                return value[:, batch.start :]
-            if name == "cache_position":
-                return value[batch.start :]
-            return value[:, :, batch.start :] if torch.is_tensor(value) and value.dim() == 4 else value  # the attention mask
-
-        self.calls = [([later(a) for a in args], {name: later(v, name) for name, v in kwargs.items()}) for args, kwargs in calls]
-
-    def _places(self, view: ModelView, z_layer: int) -> tuple[dict, dict]:
-        """Where the first pass and a step need each FFN (see `only_at`)."""
-        start, needed = self.batch.start, self.batch.needed
-
-        def flat(wanted: torch.Tensor) -> torch.Tensor:
-            return wanted.flatten().nonzero()[:, 0]
-
-        before = needed.clone()
-        before[:, start:] = False
-        whole, before, after, read = (flat(part) for part in (needed, before, needed[:, start:], self.batch.read[:, start:]))
-        last = view.depth - 1
-        first = {
-            view.ffn(layer): whole if layer <= z_layer else before[:0] if layer == last else before for layer in range(view.depth)
-        }
-        return first, {view.ffn(layer): read if layer == last else after for layer in range(z_layer + 1, view.depth)}
-
-    def __call__(self, delta: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs [B, columns from start on, D] of block z_layer (with δ [R, D] added at the subject) and of every block above,
-        right where they are needed."""
-        batch, hidden = self.batch, self.below[:, self.batch.start :]
-        rows = torch.arange(len(hidden), device=hidden.device)
-        columns = torch.full_like(rows, batch.lookup - batch.start)
-        value = delta[batch.owner.to(delta.device)].to(hidden)
-        hidden = hidden.index_put((rows, columns), value, accumulate=True)
-        with frozen(hidden.device), only_at(self.places):
-            return [hidden, *repeated(self.blocks, hidden, self.calls)]
-
-
-class _Before:
-    """Stands for the cache that attention asks: the kept keys and values of earlier columns, then the new ones; nothing stays."""
-
-    def __init__(self, kept: Mapping[int, tuple[torch.Tensor, torch.Tensor]], start: int):
-        self.kept = {layer: (keys[:, :, :start], values[:, :, :start]) for layer, (keys, values) in kept.items()}
-
-    def update(self, keys, values, layer: int, *_args, **_kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        before = self.kept[layer]
-        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+        group, held = [], 0.0
+        for i in sorted(range(len(texts)), key=lambda i: max((row.width, row.at) for row in texts[i])):
+            need = kept(texts[i])
+            if group and held + need > self.half:
+                yield group
+                group, held = [], 0.0
+            group.append(i)
+            held += need
+        if group:
+            yield group
 
 
 # ---- loss
 
 
-class _Kept:
-    """What should stay: the unedited log-probabilities at the KL prompts' subjects and at the ends of the locality prompts.
+class _Piece:
+    """Some rows of a group, what the unedited model says at their places that should stay, and the loss of it."""
 
-    A locality prompt whose unedited answer is the edited prompt's asks for the edited fact itself, and is left out.
-    """
+    def __init__(self, view: ModelView, batch: Batch, z_layer: int, hparams):
+        self.view, self.above, self.kl_factor = view, Above(view, batch, z_layer), hparams.kl_factor
+        self.asks_others = hparams.locality_factor > 0
+        loss_layer = view.depth - 1 if hparams.v_loss_layer is None else hparams.v_loss_layer
+        self.loss_layer = max(loss_layer, z_layer) - z_layer
+        self.kept: list[torch.Tensor] | None = None  # log-probabilities [places, V] at the KL prompts and the locality prompts
+        self.factors: torch.Tensor | None = None  # weights [places] of the latter
+        self.answers: tuple[list[int], torch.Tensor] | None = None
 
-    def __init__(self, view: ModelView, batch: _Batch, final: torch.Tensor, subject: torch.Tensor, other: torch.Tensor, hparams):
-        self.batch, self.kl_factor, self.subject, self.other = batch, hparams.kl_factor, subject, other
-        self.factors = None
-        if len(other):
-            bare = torch.stack([batch.target[1][(batch.target[0] == row).nonzero()[0, 0]] for row in batch.bare])
-            said = view.readout.logits(batch.at(final, (batch.bare, bare))).argmax(-1)
-            owner = batch.owner[batch.other[0]].to(said.device)
-            differs = (other.argmax(-1) != said[owner]).float()
-            count = torch.zeros(len(said), device=said.device).index_add(0, owner, differs)
-            self.factors = hparams.locality_factor * differs / count.clamp(min=1)[owner]
+    @property
+    def batch(self) -> Batch:
+        return self.above.batch
 
-    def loss(self, subject: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """[R]"""
-        loss = self.kl_factor * _kl(subject, self.subject)
-        if self.factors is None:
-            return loss
-        each = self.factors * _kl(self.other, other)
-        return loss.index_add(0, self.batch.owner[self.batch.other[0]].to(each.device), each)
+    def __call__(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(mean NLL [R], the divergences [R], -log p of each template's target [R, templates]), as far as it is here."""
+        batch, outputs = self.batch, self.above(delta)
+        said, *now = self._log_probs(outputs)
+        each = -said.gather(1, batch.labels[:, None].to(said.device))[:, 0]
+        prompt, share, count = batch.prompt.to(each.device), batch.share.to(each), len(delta) * batch.templates
+        nll, whole = (each.new_zeros(count).index_add(0, prompt, part) for part in (each * share, each.detach()))
+        other = each.new_zeros(len(delta))
+        if self.kept is None:  # nothing has moved yet, and the divergences are at their lowest
+            self.kept = [log_probs.detach() for log_probs in now]
+            self.answers = self._answers(outputs[-1].detach()) if self.asks_others else None
+        else:
+            other = other.index_add(0, batch.subject_owner.to(each.device), self.kl_factor * _kl(now[0], self.kept[0]))
+            if self.factors is not None:
+                other = other.index_add(0, batch.other_owner.to(each.device), self.factors * _kl(self.kept[1], now[1]))
+        return nll.view(len(delta), -1).mean(1), other, whole.view(len(delta), -1)
+
+    def goes_on(self, owners: set[int]) -> bool:
+        """Whether a row of these requests is here. Where too few are, the others are dropped."""
+        batch = self.batch
+        rows = [i for i, row in enumerate(batch.rows) if row.owner in owners]
+        if rows and len(rows) < LEFT * len(batch.rows):
+            kinds = [[row.owner in owners for row in batch.rows if row.kind == kind] for kind in (SUBJECT, OTHER)]
+            left = [torch.tensor(kind, dtype=torch.bool).nonzero()[:, 0] for kind in kinds]
+            self.kept = [log_probs.index_select(0, i.to(log_probs.device)) for log_probs, i in zip(self.kept, left, strict=True)]
+            if self.factors is not None:
+                self.factors = self.factors.index_select(0, left[1].to(self.factors.device))
+            self.above.keep(rows)
+        return bool(rows)
+
+    def _log_probs(self, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """[places, V] at the targets (of the loss layer's states), the KL prompts' subjects and the locality prompts' ends (of the
+        last block's), from one product with the head; logits exist at these places only."""
+        batch, final = self.batch, outputs[-1]
+        at = [_at(outputs[self.loss_layer], batch.target).to(final.device), _at(final, batch.subject), _at(final, batch.other)]
+        logits = self.view.readout.logits(torch.cat(at)).float()
+        return log_softmax(logits, -1).split([len(part) for part in at])
+
+    def _answers(self, final: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """(requests whose bare prompt is here, the next word after it), of the last block's output."""
+        owners, places = self.batch.bare_ends
+        return owners, self.view.readout.logits(_at(final, places)).argmax(-1)
 
 
-def _log_probs(view: ModelView, batch: _Batch, states: torch.Tensor, final: torch.Tensor) -> Sequence[torch.Tensor]:
-    """[places, V] at the targets (of `states`), the KL prompts' subjects and the locality prompts' ends (of `final`), from one
-    product with the head; logits exist at these places only."""
-    at = [batch.at(states, batch.target).to(final.device), batch.at(final, batch.subject), batch.at(final, batch.other)]
-    with frozen(view.device):
-        logits = view.readout.logits(torch.cat(at)).float()
-    return log_softmax(logits, -1).split([len(part) for part in at])
+def _weigh_others(pieces: Sequence[_Piece], count: int, factor: float) -> None:
+    """A locality prompt whose unedited answer is the edited prompt's asks for the edited fact itself, and is left out; the others
+    of a request share the factor."""
+    device = pieces[0].kept[1].device
+    said, differing = torch.zeros(count, dtype=torch.long, device=device), torch.zeros(count, device=device)
+    for piece in pieces:
+        owners, words = piece.answers
+        said[owners] = words.to(device)
+    differs = []
+    for piece in pieces:
+        owner = piece.batch.other_owner.to(device)
+        differs.append((piece.kept[1].argmax(-1).to(device) != said[owner]).float())
+        differing.index_add_(0, owner, differs[-1])
+    for piece, here in zip(pieces, differs, strict=True):
+        piece.factors = factor * here / differing.clamp(min=1)[piece.batch.other_owner.to(device)]
+
+
+def _at(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """states [B, columns, D] at `places` -> [places, D]."""
+    return states.flatten(0, 1).index_select(0, places.to(states.device))
 
 
 def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(one || other) of each row of log-probabilities."""
     return (one.exp() * (one - other)).sum(-1)
-
-
-def _nll(batch: _Batch, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R] each: mean over a request's prompts of the mean over target tokens of -log p; the least probability that any of its
-    prompts gives the whole target."""
-    device, rows = log_probs.device, batch.target[0].to(log_probs.device)
-    each = -log_probs.gather(1, batch.labels[:, None].to(device))[:, 0]
-    tokens = torch.bincount(rows, minlength=len(batch.owner)).to(each)
-    owner = batch.owner.to(device)
-    prompts = torch.bincount(owner[tokens > 0]).to(each)
-    mean = torch.zeros_like(prompts).index_add(0, owner[rows], each / tokens[rows]) / prompts
-    whole = torch.zeros_like(tokens).index_add(0, rows, each.detach())
-    return mean, torch.zeros_like(prompts).scatter_reduce(0, owner, whole, "amax").neg().exp()

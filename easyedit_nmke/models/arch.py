@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
 
 from ..extensions import row, with_extensions
 from .post_norm import PostNorm
+from .products import product
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Readout:
 
     def logits(self, hidden: torch.Tensor, statistic: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] -> [..., V]."""
-        out = linear(self.normalise(hidden, statistic), self.head.to(hidden))
+        out = product(self.normalise(hidden, statistic), self.head.to(hidden))
         if self.head_bias is not None:
             out = out + self.head_bias.to(out)
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)

@@ -42,6 +42,13 @@ def free_memory(device: torch.device) -> float:
     return float(psutil.virtual_memory().available)
 
 
+def total_memory(device: torch.device) -> float:
+    """Bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(psutil.virtual_memory().total)
+
+
 def current(device: torch.device) -> AbstractContextManager:
     """Inside it kernels that are launched without torch run on `device`: by themselves they run on GPU 0."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -27,7 +27,7 @@ def read_endings(model, groups: Sequence[Sequence[Tokenised]], read: Reader, tok
     by_share = defaultdict(list)
     for i, rows in enumerate(groups):
         by_share[_shared(rows)].append(i)
-    with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+    with evaluating(model), torch.no_grad(), frozen(model):
         for share, members in sorted(by_share.items()):
             for batch in _batches(groups, members, token_budget):
                 values = iter(_read(model, [groups[i] for i in batch], share, read))

@@ -50,7 +50,7 @@ def greedy_texts(
     rows = _prompt_rows(tok, prompts, counts, context_length(model), separator)
     budget = token_budget if hasattr(model, "generate") else 0
     texts = [""] * len(rows)
-    with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+    with evaluating(model), torch.no_grad(), frozen(model):
         for count in sorted(set(counts)):
             some = [i for i, wanted in enumerate(counts) if wanted == count]
             with _greedy(model, tok, count) as config:

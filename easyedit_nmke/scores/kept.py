@@ -48,7 +48,7 @@ class KeptText:
         if not self._windows:
             raise ValueError(f"the text {text[:40]!r} has no token to predict; give a longer one")
         self._states: list[torch.Tensor] = []
-        with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+        with evaluating(model), torch.no_grad(), frozen(model):
             for ids in self._windows:
                 tokens = pad([ids], input_device(model))
                 hidden = body(**tokens.inputs(), use_cache=False).last_hidden_state[0]
@@ -64,7 +64,7 @@ class KeptText:
         if not known:
             logger.warning("the output head was edited, so the unedited model's probabilities cannot be told; no kept_kl")
         total = torch.zeros(2, dtype=torch.float64)
-        with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+        with evaluating(model), torch.no_grad(), frozen(model):
             for ids, states in zip(self._windows, self._states, strict=True):
                 total += self._window(model, ids, states if known else None)
         kl, nll = (total / sum(map(len, self._states))).tolist()

@@ -47,7 +47,7 @@ def read_targets(
 def read_rows(model, rows: Sequence[Tokenised], read: Reader, token_budget: int = TOKEN_BUDGET) -> list[list]:
     """What `read` gives for each label of each text (see `read_targets`); the texts fit the model's context."""
     values: list[list] = [[] for _ in rows]
-    with evaluating(model), torch.no_grad(), frozen(input_device(model)):
+    with evaluating(model), torch.no_grad(), frozen(model):
         for batch in batches(model, [len(row.ids) for row in rows], token_budget):
             tokens = pad([rows[i].ids for i in batch], input_device(model))
             for i, found in zip(batch, read_labels(model, tokens, [rows[i].target for i in batch], read), strict=True):

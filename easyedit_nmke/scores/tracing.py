@@ -48,7 +48,7 @@ def trace(
     tokens = torch.tensor([list(ids)], device=view.device)
     wanted = {f"s{layer}": (view.blocks[layer], "output") for layer in range(view.depth)}
     wanted |= {f"f{layer}": (view.addend(layer), "output") for layer in range(view.depth)}
-    with evaluating(view.model), frozen(view.device):
+    with evaluating(view.model), frozen(view.model):
         with record({**wanted, "final": (view.norm, "input")}) as clean:
             view.model.base_model(input_ids=tokens, use_cache=False)
         said = torch.log_softmax(_logits(view.readout, clean["final"]), -1)[0]

@@ -138,7 +138,7 @@ def log_likelihoods(view: ModelView, tok, pairs: Sequence[tuple[str, str]]) -> l
     for i, row in enumerate(rows):
         wanted.setdefault(tuple(row.ids[:-1]), []).append(i)
     found, readout = [0.0] * len(rows), view.readout
-    with evaluating(view.model), frozen(view.device):
+    with evaluating(view.model), frozen(view.model):
         for batch in batches(view.model, list(map(len, contexts)), TOKEN_BUDGET):
             tokens = pad([contexts[i] for i in batch], view.device)
             with record({"final": (view.norm, "input")}) as seen:
