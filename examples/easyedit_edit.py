@@ -20,6 +20,7 @@ from pathlib import Path
 
 import easyedit_nmke
 from easyedit_nmke import data
+from easyedit_nmke.methods import methods
 
 # In a folder, the first pattern that matches anything decides.
 FILES = {
@@ -89,13 +90,14 @@ def read_requests(path: Path, size: int) -> list[dict]:
 
 
 def hparams_class(easyeditor, method: str):
-    """The hyperparameter class of a method: EasyEdit writes R-ROME as R_ROMEHyperParams, SERAC as SERACHparams."""
-    if method == easyedit_nmke.NMKEHyperParams.alg_name:
-        return easyedit_nmke.NMKEHyperParams
+    """The hyperparameter class of a method: EasyEdit writes R-ROME as R_ROMEHyperParams, SERAC as SERACHparams. Of those that
+    EasyEdit lacks (NMKE and others), this package's."""
     classes = {plain(name): value for name, value in vars(easyeditor).items() if isinstance(value, type)}
     for suffix in ("hyperparams", "hparams"):
         if plain(method) + suffix in classes:
             return classes[plain(method) + suffix]
+    if method in methods():
+        return methods()[method].hparams
     raise SystemExit(f"EasyEdit has no method {method!r}; it has {', '.join(sorted(easyeditor.ALG_DICT))}")
 
 
