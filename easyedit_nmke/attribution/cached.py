@@ -85,9 +85,9 @@ class Projection:
         return self.right.shape[0]
 
     def block(self, neurons: slice, words: slice) -> torch.Tensor:
-        """U of some neurons and words [n, words]."""
-        block = self.stored[neurons, words].to(self.dtype, copy=True)
-        return block.addmm_(self.right[:, neurons].T, self.left[words].T) if self.width else block
+        """U of some neurons and words [n, words], to be read only: what is stored where nothing is pending."""
+        block = self.stored[neurons, words].to(self.dtype)
+        return torch.addmm(block, self.right[:, neurons].T, self.left[words].T) if self.width else block
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
         """U of some words [ids, N]."""
