@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch.func import functional_call
@@ -14,6 +14,8 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
+from ..models.passes import chunks
+from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, pad, tokenised_all
 from ..models.requests import Request
 from ..models.updates import Dense
@@ -76,24 +78,15 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
         weights = {name: view.model.get_parameter(name) for name in writes(view, hparams)}
         trained = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
         optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
-        for _ in range(hparams.num_steps):
-            total = 0.0
-            for start in range(0, len(requests), hparams.batch_size):
-                batch = texts[start : start + hparams.batch_size]
-                with torch.enable_grad():
-                    loss = target_loss(view, batch, trained, hparams.objective_optimization)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"the loss of FT is {loss.item()}; check lr ({hparams.lr}) and the model's weights")
-                total += loss.item() * len(batch)
-                if loss >= LOSS_TO_STOP:
-                    optimiser.zero_grad()
-                    loss.backward()
-                    optimiser.step()
-                if hparams.norm_constraint:
-                    _clamp(trained, weights, hparams.norm_constraint)
-            if total / len(requests) < LOSS_TO_STOP:
-                break
-        report.value_loss = [total / len(requests)]
+
+        def loss(batch: Sequence[Tokenised]) -> torch.Tensor:
+            return target_loss(view, batch, trained, hparams.objective_optimization)
+
+        def constrain() -> None:
+            if hparams.norm_constraint:
+                _clamp(trained, weights, hparams.norm_constraint)
+
+        report.value_loss = [descend(texts, loss, optimiser, hparams, constrain)]
     with phase(report, "solve"), torch.no_grad():
         if not all(torch.isfinite(new).all() for new in trained.values()):
             raise FloatingPointError("the fine-tuned weights are not finite; the model is left as it was")
@@ -105,6 +98,40 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
                 weights[name].copy_(new)
     report.density = dict.fromkeys(hparams.layers, 1.0)
     return report
+
+
+def descend(
+    texts: MutableSequence[Tokenised],
+    loss_of: Callable[[Sequence[Tokenised]], torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    hparams,
+    after_step: Callable[[], None] = lambda: None,
+    order: Random | None = None,
+) -> float:
+    """The mean loss of the last of `num_steps` rounds over all texts, `batch_size` a step, or of the first that is under 0.01.
+
+    A step whose loss is under 0.01 is not taken. order: shuffles the texts before each round. FloatingPointError when a loss is not
+    finite.
+    """
+    for _ in range(hparams.num_steps):
+        if order is not None:
+            order.shuffle(texts)
+        total = 0.0
+        for batch in chunks(texts, hparams.batch_size):
+            with torch.enable_grad():
+                loss = loss_of(batch)
+            if not torch.isfinite(loss):
+                told = f"the loss of {hparams.alg_name} is {loss.item()}"
+                raise FloatingPointError(f"{told}; check lr ({hparams.lr}) and the model's weights")
+            total += loss.item() * len(batch)
+            if loss >= LOSS_TO_STOP:
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            after_step()
+        if total / len(texts) < LOSS_TO_STOP:
+            break
+    return total / len(texts)
 
 
 def target_loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[str, torch.Tensor], objective: str):
@@ -127,19 +154,6 @@ def target_loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[st
 def _clamp(trained: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor], limit: float) -> None:
     for name, weight in trained.items():
         weight.clamp_(originals[name] - limit, originals[name] + limit)
-
-
-@contextmanager
-def frozen_parameters(model) -> Iterator[None]:
-    """No parameter of the model takes a gradient; what did before does so again afterwards."""
-    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in training:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in training:
-            parameter.requires_grad_(True)
 
 
 METHOD = Method("FT", FTHyperParams, edit, writes=writes, needs_subject=False)

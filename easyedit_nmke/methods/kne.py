@@ -19,11 +19,12 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
+from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, tokenised_all
 from ..models.requests import Request
 from ..models.updates import Sparse
 from .contract import Method, phase
-from .ft import LOSS_TO_STOP, frozen_parameters, target_loss
+from .ft import descend, target_loss
 
 
 @dataclass
@@ -123,22 +124,8 @@ def learn(
             found[name] = view.oriented(name, matrix).to(view.model.get_parameter(name).dtype)
         return found
 
-    for _ in range(hparams.num_steps):
-        total = 0.0
-        for first in range(0, len(texts), hparams.batch_size):
-            batch = texts[first : first + hparams.batch_size]
-            with torch.enable_grad():
-                loss = target_loss(view, batch, changed(), "target_new")
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss of KNE is {loss.item()}; check lr ({hparams.lr}) and the model's weights")
-            total += loss.item() * len(batch)
-            if loss >= LOSS_TO_STOP:
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        if total / len(texts) < LOSS_TO_STOP:
-            break
-    return {name: value.detach() for name, value in values.items()}, total / len(texts)
+    last = descend(texts, lambda batch: target_loss(view, batch, changed(), "target_new"), optimiser, hparams)
+    return {name: value.detach() for name, value in values.items()}, last
 
 
 METHOD = Method("KNE", KNEHyperParams, edit, writes=writes, needs_subject=False)

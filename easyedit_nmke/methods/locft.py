@@ -13,11 +13,12 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
+from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, ended, tokenised_all
 from ..models.requests import Request
 from ..models.updates import Dense
 from .contract import Method, phase
-from .ft import LOSS_TO_STOP, frozen_parameters, target_loss
+from .ft import descend, target_loss
 
 
 @dataclass
@@ -104,28 +105,15 @@ def learn(
     """
     trained = {name: weight.detach().float().clone().requires_grad_() for name, weight in start.items()}
     optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
-    order = random.Random(hparams.seed)
-    texts = list(texts)
-    for _ in range(hparams.num_steps):
-        order.shuffle(texts)
-        total = 0.0
-        for first in range(0, len(texts), hparams.batch_size):
-            batch = texts[first : first + hparams.batch_size]
-            with torch.enable_grad():
-                rounded = {name: weight.to(view.model.get_parameter(name).dtype) for name, weight in trained.items()}
-                loss = target_loss(view, batch, rounded, "target_new")
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss of LocFT-BF is {loss.item()}; check lr ({hparams.lr}) and the model's weights")
-            total += loss.item() * len(batch)
-            if loss >= LOSS_TO_STOP:
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        if total / len(texts) < LOSS_TO_STOP:
-            break
+
+    def loss(batch: Sequence[Tokenised]) -> torch.Tensor:
+        rounded = {name: weight.to(view.model.get_parameter(name).dtype) for name, weight in trained.items()}
+        return target_loss(view, batch, rounded, "target_new")
+
+    last = descend(list(texts), loss, optimiser, hparams, order=random.Random(hparams.seed))
     if not all(torch.isfinite(new).all() for new in trained.values()):
         raise FloatingPointError("the fine-tuned weights are not finite; the model is left as it was")
-    return {name: new.detach() for name, new in trained.items()}, total / len(texts)
+    return {name: new.detach() for name, new in trained.items()}, last
 
 
 METHOD = Method("LocFT-BF", LocFTHyperParams, edit, writes=writes, needs_subject=False)

@@ -19,11 +19,11 @@ from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
 from ..models.hooks import record
 from ..models.passes import chunks
+from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, pad, tokenised_all
 from ..models.requests import Request
 from ..models.updates import LowRank
 from .contract import Method, phase
-from .ft import frozen_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self

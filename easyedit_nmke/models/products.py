@@ -55,17 +55,26 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 @contextmanager
 def frozen(model: torch.nn.Module) -> Iterator[None]:
     """Inside it a model's parameters take no gradient, and its linear layers are computed by `product`."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [module for module in model.modules() if _is_linear(module) and _prefers_onednn(_matrix(module))]
+    with frozen_parameters(model):
+        try:
+            for module in layers:
+                module.forward = partial(_forward, module)
+            yield
+        finally:
+            for module in layers:
+                vars(module).pop("forward", None)
+
+
+@contextmanager
+def frozen_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter of the model takes a gradient; what did before does so again afterwards."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
-        for module in layers:
-            module.forward = partial(_forward, module)
         yield
     finally:
-        for module in layers:
-            del module.forward
         for parameter in learning:
             parameter.requires_grad_(True)
 
