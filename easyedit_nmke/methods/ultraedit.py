@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, setting
 from ..models.arch import ModelView
-from ..models.hooks import record
+from ..models.hooks import altered, record
 from ..models.passes import chunks
 from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, pad, tokenised_all
@@ -244,7 +243,9 @@ def _features(
     tokens = pad([text.ids for text in texts], view.device)
     modules = {name: view.model.get_submodule(name.removesuffix(".weight")) for name in names}
     wanted = {f"{side} {name}": (module, side) for name, module in modules.items() for side in ("input", "output")}
-    with torch.enable_grad(), frozen_parameters(view.model), _differentiable(view.model), record(wanted) as found:
+    # With what the embedding puts out, what modules put out takes a gradient, whatever the weights do.
+    differentiable = altered({view.model.get_input_embeddings(): lambda embedded: embedded.requires_grad_()})
+    with torch.enable_grad(), frozen_parameters(view.model), differentiable, record(wanted) as found:
         logits = view.model(**tokens.inputs(), use_cache=False).logits
         rows = [row for row, text in enumerate(texts) for _ in text.labels]
         before = [at - 1 for text in texts for at in range(text.target, len(text.ids))]
@@ -259,16 +260,6 @@ def _features(
         name: (found[f"input {name}"].detach()[real.to(gradient.device)].float(), gradient[real.to(gradient.device)].float())
         for name, gradient in zip(names, gradients, strict=True)
     }
-
-
-@contextmanager
-def _differentiable(model):
-    """Inside it, what the embedding puts out takes a gradient, so that what modules put out has one, whatever the weights do."""
-    handle = model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 METHOD = Method("UltraEdit", UltraEditHyperParams, edit, build=build, writes=writes, needs_subject=False)

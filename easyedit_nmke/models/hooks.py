@@ -1,10 +1,10 @@
 """The only ways into a forward pass: read what modules see (`record`) and how they are called (`record_calls`), leave out what
-nobody will read (`only_at`), move what a module puts out (`shifted`), and silence inputs (`silenced`)."""
+nobody will read (`only_at`), change what modules put out (`altered`), and silence inputs (`silenced`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -114,20 +114,34 @@ def only_at(places: Mapping[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def shifted(module: torch.nn.Module, columns: torch.Tensor, delta: torch.Tensor) -> Iterator[None]:
-    """Inside the block, the module's output [B, T, D] has `delta` [B, D] added in each row's column of `columns` [B]."""
+def altered(outputs: Mapping[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Inside the block, each module puts out what its function makes of its output (its first tensor)."""
 
-    def add(_module, _args, output):
-        states = first_tensor(output)
-        rows = torch.arange(len(states), device=states.device)
-        moved = states.index_put((rows, columns.to(states.device)), delta.to(states), accumulate=True)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+    def hook_for(change):
+        def alter(_module, _args, output):
+            changed = change(first_tensor(output))
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = module.register_forward_hook(add)
+        return alter
+
+    handles = []
     try:
+        for module, change in outputs.items():
+            handles.append(module.register_forward_hook(hook_for(change)))
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def shifted(module: torch.nn.Module, columns: torch.Tensor, delta: torch.Tensor) -> AbstractContextManager[None]:
+    """Inside the block, the module's output [B, T, D] has `delta` [B, D] added in each row's column of `columns` [B]."""
+
+    def add(states: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(states), device=states.device)
+        return states.index_put((rows, columns.to(states.device)), delta.to(states), accumulate=True)
+
+    return altered({module: add})
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..models.arch import ModelView, Readout, evaluating
-from ..models.hooks import first_tensor, record, record_calls, repeated
+from ..models.hooks import altered, record, record_calls, repeated
 from ..models.passes import chunks
 from ..models.products import frozen
 
@@ -74,53 +74,34 @@ class _Noised:
         self.places = torch.arange(len(drawn) * len(at)), torch.tensor(list(at) * len(drawn))
         added = drawn.repeat_interleave(len(at), 0)
 
-        def noise(_module, _args, output):
-            output = output.clone()
-            output[:, subject.start : subject.stop] += added.to(output)
-            return output
+        def noised(embedded: torch.Tensor) -> torch.Tensor:
+            embedded = embedded.clone()
+            embedded[:, subject.start : subject.stop] += added.to(embedded)
+            return embedded
 
         wanted = {f"i{layer}": (block, "input") for layer, block in enumerate(view.blocks)}
-        handle = view.model.get_input_embeddings().register_forward_hook(noise)
-        try:
-            with record({**wanted, "final": (view.norm, "input")}) as self.seen, record_calls(view.blocks) as self.calls:
-                view.model.base_model(input_ids=tokens.expand(len(added), -1), use_cache=False)
-        finally:
-            handle.remove()
+        wanted["final"] = (view.norm, "input")
+        noise = altered({view.model.get_input_embeddings(): noised})
+        with noise, record(wanted) as self.seen, record_calls(view.blocks) as self.calls:
+            view.model.base_model(input_ids=tokens.expand(len(added), -1), use_cache=False)
         self.probability = self._read(self.seen["final"])
 
     def with_state(self, layer: int, clean: torch.Tensor) -> torch.Tensor:
         """Probabilities [draws, tokens] with the output of a block put back."""
         last = layer == self.view.depth - 1
-        hidden = (self.seen["final"] if last else self.seen[f"i{layer + 1}"]).clone()
-        self._put(hidden, clean)
-        return self._above(layer + 1, hidden)
+        hidden = self.seen["final"] if last else self.seen[f"i{layer + 1}"]
+        return self._above(layer + 1, self._put(hidden, clean))
 
     def with_ffn(self, layers: range, clean: dict[int, torch.Tensor]) -> torch.Tensor:
         """Probabilities [draws, tokens] with what some blocks' FFNs add to the stream put back."""
-        with self._putting({self.view.addend(layer): clean[layer] for layer in layers}):
+        with altered({self.view.addend(layer): partial(self._put, clean=clean[layer]) for layer in layers}):
             return self._above(layers.start, self.seen[f"i{layers.start}"])
 
-    @contextmanager
-    def _putting(self, outputs: dict[torch.nn.Module, torch.Tensor]) -> Iterator[None]:
-        def hook_for(clean):
-            def put(_module, _args, output):
-                changed = first_tensor(output).clone()
-                self._put(changed, clean)
-                return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-            return put
-
-        handles = [module.register_forward_hook(hook_for(clean)) for module, clean in outputs.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _put(self, hidden: torch.Tensor, clean: torch.Tensor) -> None:
-        """The clean run's states [1, T, D] into each row's own token."""
-        rows, columns = self.places
+    def _put(self, hidden: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        """The clean run's states [1, T, D] in each row's own token."""
+        (rows, columns), hidden = self.places, hidden.clone()
         hidden[rows.to(hidden.device), columns.to(hidden.device)] = clean[0][columns.to(clean.device)].to(hidden)
+        return hidden
 
     def _above(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         for output in repeated(self.view.blocks[layer:], hidden, self.calls[layer:]):
