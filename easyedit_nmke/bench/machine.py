@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from statistics import median
 import torch
 
 from ..history.journal import versions
-from ..models.device import free_memory, peak_memory, synchronise
+from ..models.device import free_memory, peak_memory, processor, synchronise
 
 
 @dataclasses.dataclass
@@ -110,7 +109,7 @@ def surroundings() -> dict:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "hardware": {
-            "cpu": _cpu_model(),
+            "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "free_memory_gb": round(free_memory(torch.device("cpu")) / 1e9, 1),
@@ -121,11 +120,3 @@ def surroundings() -> dict:
             "cuda": torch.version.cuda,
         },
     }
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

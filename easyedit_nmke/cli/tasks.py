@@ -47,7 +47,7 @@ def _scores(asked, name: str, device: str, dtype: str) -> tuple[dict, dict[str, 
     from ..history.journal import versions
     from ..methods.nmke import NMKEHyperParams
     from ..models.loading import load_model
-    from ..models.updates import fingerprint
+    from ..models.updates import model_digest
     from ..scores.tasks import Questions
 
     model, tok = load_model(NMKEHyperParams.from_dict({"model_name": name, "layers": [0], "device": device, "dtype": dtype}))
@@ -60,9 +60,8 @@ def _scores(asked, name: str, device: str, dtype: str) -> tuple[dict, dict[str, 
             **task.mark, "right": right, "standard_error": (right * (1 - right) / len(task.questions)) ** 0.5,
             "right_by_length": by_length, "seconds": time.perf_counter() - started,
         }  # fmt: skip
-    weights = fingerprint(dict(model.named_parameters()))
     about = {
-        "model": {"name": name, "type": model.config.model_type, "weights": f"{weights:016x}"}, "device": device, "dtype": dtype,
+        "model": {"name": name, "type": model.config.model_type, "weights": model_digest(model)}, "device": device, "dtype": dtype,
         "threads": torch.get_num_threads(), "versions": versions("easyedit-nmke", "torch", "transformers", "numpy"),
     }  # fmt: skip
     return about, scores

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..experiments.analyses.source import positive
 from ..scores.table import table as metrics
 
 
@@ -32,13 +33,6 @@ class Verb:
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     needs_arguments: bool = False
     goes_on: bool = False
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from ..methods.norms import stamped
 from ..models.arch import ModelView
 from ..models.device import peak_memory
 from ..models.requests import Request
-from ..models.updates import fingerprint
+from ..models.updates import model_digest
 from ..scores import generation, metrics
 from ..scores.drift import weight_drift
 from ..scores.kept import KeptText
@@ -299,7 +299,6 @@ def _mean_by_layer(reports: Sequence[Mapping[int, float]]) -> dict[str, float]:
 def stamp(editor, data: Mapping | None = None, command: str | None = None) -> dict:
     """What a result depends on: method, hyperparameters, data, model and library versions."""
     view = ModelView(editor.model)
-    weights = {name: parameter for name, parameter in editor.model.named_parameters()}
     return {
         "protocol": "edit all, then score all, against the unedited model",
         "method": editor.alg_name,
@@ -307,7 +306,7 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
         "batch_size": getattr(editor.hparams, "batch_size", 1),
         "value_norms": stamped(editor.state.value_norms) if isinstance(editor, LifelongEditor) else {},
         "data": dict(data or {}),
-        "model": {"type": editor.model.config.model_type, "weights": f"{fingerprint(weights):016x}"},
+        "model": {"type": editor.model.config.model_type, "weights": model_digest(editor.model)},
         "device": str(view.device),
         "threads": torch.get_num_threads(),
         "command": command,

@@ -20,7 +20,7 @@ from ..models.arch import ModelView
 from ..models.chat import as_asked
 from ..models.prompts import SUBJECT, ended
 from ..models.requests import Request
-from ..models.updates import fingerprint
+from ..models.updates import model_digest
 from ..statistics.covariance import own_file, save, tokenizer_digest
 from .keys import subject_states
 from .values import reference_norm, target_values
@@ -67,8 +67,8 @@ def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block") -> tor
     """Norms of v* [nas_pilot] for so many facts with false objects, solved under the bare prompt alone. Kept in the cache of
     covariances, under a name that holds the model, the tokenizer and all settings that they depend on."""
     settings = {name: value for name, value in hparams.to_dict().items() if name in _SETTINGS or name.startswith("v_")}
-    model = f"{fingerprint(dict(view.model.named_parameters())):016x}"
-    file = own_file("values", layer, [settings, hparams.nas_pilot, part, model, tokenizer_digest(tok)], hparams)
+    told = [settings, hparams.nas_pilot, part, model_digest(view.model), tokenizer_digest(tok)]
+    file = own_file("values", layer, told, hparams)
     if file.is_file():
         return load_file(file)["norms"]
     logger.info("layer %d: %d pilot values are solved on the unedited model, once", layer, hparams.nas_pilot)

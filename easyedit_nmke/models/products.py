@@ -9,14 +9,14 @@ order.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch.nn.functional import linear as plain
+
+from .device import processor
 
 WIDE = 8192  # outputs, from which on oneDNN is the faster one on an Intel processor too
 
@@ -117,11 +117,8 @@ def _prefers_onednn(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and (not _is_intel() or len(weight) >= WIDE)
 
 
-@cache
 def _is_intel() -> bool:
-    with suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    return "GenuineIntel" in platform.processor()
+    return "Intel" in processor()
 
 
 def _serves(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -165,6 +165,11 @@ def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:
     return digest
 
 
+def model_digest(model: torch.nn.Module) -> str:
+    """`fingerprint` of all parameters of a model, in hexadecimal."""
+    return f"{fingerprint(dict(model.named_parameters())):016x}"
+
+
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bits as int64 [words], with zeros up to the last one's end; its own memory where that is possible."""
     flat = tensor.detach().reshape(-1)

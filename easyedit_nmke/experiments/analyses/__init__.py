@@ -69,6 +69,6 @@ def in_folder(folder: Path) -> list[tuple[Analysis, Path]]:
 
 def _identity(model) -> dict[str, str]:
     """What tells one model, with its weights, from another."""
-    from ...models.updates import fingerprint
+    from ...models.updates import model_digest
 
-    return {"type": model.config.model_type, "weights": f"{fingerprint(dict(model.named_parameters())):016x}"}
+    return {"type": model.config.model_type, "weights": model_digest(model)}

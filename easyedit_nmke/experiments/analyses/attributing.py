@@ -18,7 +18,7 @@ from ...attribution.roles import activity
 from ...files import whole
 from ...methods.keys import attribution_inputs
 from ...models.arch import ModelView, evaluating
-from ...models.updates import fingerprint
+from ...models.updates import model_digest
 from .questions import Question
 
 
@@ -47,8 +47,7 @@ def task_scores(
     """Each block's, with a progress bar. Kept in `folder` block by block, and read from there when the same is asked again."""
     tasks = list(dict.fromkeys(question.task for question in questions))
     asked = [[question.task, question.prompt] for question in questions]
-    model = f"{fingerprint(dict(view.model.named_parameters())):016x}"
-    mark = hashlib.sha256(json.dumps([asked, strategy, threshold, model]).encode()).hexdigest()
+    mark = hashlib.sha256(json.dumps([asked, strategy, threshold, model_digest(view.model)]).encode()).hexdigest()
     files = {layer: folder / "attribution" / f"block-{layer}.safetensors" for layer in layers}
     missing = [layer for layer in layers if not _is_of(files[layer], mark)]
     of = torch.tensor([tasks.index(question.task) for question in questions])

@@ -136,12 +136,11 @@ class _Stream:
         import hashlib
         import json
 
-        from ...models.updates import fingerprint
+        from ...models.updates import model_digest
 
         hparams = {name: value for name, value in self.editor.hparams.to_dict().items() if name not in ("device", "stats_dir")}
-        weights = fingerprint(dict(self.editor.model.named_parameters()))
         asked = [(request.prompt, request.subject, request.target_new) for request in requests]
-        return hashlib.sha256(json.dumps([hparams, asked, weights]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([hparams, asked, model_digest(self.editor.model)]).encode()).hexdigest()
 
     def edited(self, hparams, tell) -> dict:
         """Scores after all edits with one setting; the model is put back."""

@@ -28,7 +28,7 @@ from ...methods.nmke import NMKEHyperParams, attributed
 from ...models.arch import ModelView, editing
 from ...models.loading import load_model
 from ...models.requests import Request
-from ...models.updates import fingerprint
+from ...models.updates import model_digest
 from ...scores import metrics
 from ...scores.kept import own_text
 from ...statistics.covariance import each_moment, moment_files
@@ -324,8 +324,7 @@ def _templates(bed: Bed, base: HyperParams) -> list[str]:
 
 def _digest(bed: Bed, plan: Plan, templates: Sequence[str]) -> str:
     """Names what values depend on: weights, facts, templates, seed."""
-    weights = fingerprint(dict(bed.model.named_parameters()))
-    return _hash([weights, [request.to_dict() for request in bed.requests], list(templates), plan.seed, SEARCHED])
+    return _hash([model_digest(bed.model), [request.to_dict() for request in bed.requests], list(templates), plan.seed, SEARCHED])
 
 
 def _hash(content) -> str:
