@@ -3,8 +3,8 @@
 Scoring is then bound by memory. What was added since U was last computed is kept beside it as float32 factors, so that small
 changes are not rounded away; after `REFRESH_EVERY` edits U is computed anew. Told what the weights are made of (`Made`), U's bits
 depend on that alone, not on when it was asked for: a run that is taken up again, or goes on after an undone edit, scores with the
-same bits. Nothing is trusted: some words' rows are compared with exact ones, and where it is told of edits one by one, the digest of
-the weights says before each use whether they are what those made.
+same bits. Nothing is trusted: some words' rows are compared with exact ones, and where it is told of edits one by one, the digest
+of the weights says before each use whether they are what those made.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Projection:
         return self.right.shape[0]
 
     def block(self, neurons: slice, words: slice) -> torch.Tensor:
-        """U of some neurons and words [n, words]."""
-        block = self.stored[neurons, words].to(self.dtype, copy=True)
-        return block.addmm_(self.right[:, neurons].T, self.left[words].T) if self.width else block
+        """U of some neurons and words [n, words], to be read only: what is stored where nothing is pending."""
+        block = self.stored[neurons, words].to(self.dtype)
+        return torch.addmm(block, self.right[:, neurons].T, self.left[words].T) if self.width else block
 
     def words(self, ids: torch.Tensor) -> torch.Tensor:
         """U of some words [ids, N]."""

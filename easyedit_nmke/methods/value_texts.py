@@ -58,13 +58,13 @@ def rows_of(tok, owner: int, request: Request, templates: Sequence[str], hparams
 
 def batches(rows: Sequence[Row], fits: Callable[[int, int], bool]) -> Iterator[list[Row]]:
     """Rows that are run together: those with targets first, wide before narrow. `fits` says whether a batch of so many tokens,
-    padding included, and places that are read may be; where there are many tokens already, a row that would be more than a tenth
-    padding begins another batch."""
+    padding included, and places that are read may be; where there are many tokens already, a row that would be, or make,
+    more than a tenth of padding begins another batch."""
     batch: list[Row] = []
     width = reads = 0
     for row in sorted(rows, key=lambda row: (row.kind != TARGET, -row.width)):
         wider = max(width, row.width)
-        padded = len(batch) * width >= MANY and row.width < (1 - PADDING) * width
+        padded = len(batch) * width >= MANY and min(width, row.width) < (1 - PADDING) * wider
         if batch and (padded or not fits((len(batch) + 1) * wider, reads + row.reads)):
             yield batch
             batch, reads, wider = [], 0, row.width

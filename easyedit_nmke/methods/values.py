@@ -20,6 +20,7 @@ from torch.nn.functional import log_softmax
 from .. import facts
 from ..models.arch import ModelView
 from ..models.chat import as_asked
+from ..models.products import frozen
 from ..models.requests import Request
 from .above import Above
 from .value_texts import OTHER, SUBJECT, Batch, Row, batches, rows_of
@@ -68,11 +69,10 @@ def target_values(
     found: dict[int, Value] = {}
     for chosen in sizes.groups(texts):
         rows = [replace(row, owner=owner) for owner, i in enumerate(chosen) for row in texts[i]]
-        pieces = [
-            _Piece(view, Batch(some, len(templates), view.device, whole_texts), z_layer, hparams)
-            for some in batches(rows, sizes.fits)
-        ]
-        values = _solve([requests[i] for i in chosen], pieces, hparams, part)
+        parts = [Batch(some, len(templates), view.device, whole_texts) for some in batches(rows, sizes.fits)]
+        with frozen(view.model):
+            pieces = [_Piece(view, batch, z_layer, hparams) for batch in parts]
+            values = _solve([requests[i] for i in chosen], pieces, hparams, part)
         found.update(zip(chosen, values, strict=True))
     return [found[i] for i in range(len(requests))]
 
