@@ -1,7 +1,7 @@
 """What is measured on: a model of a known shape, a tokenizer of its vocabulary, requests, statistics, past keys.
 
-Time and memory do not depend on what the weights are, so nothing is downloaded: everything here follows from a seed. A model that is
-installed (`Shape.model`) has its own weights, and is told facts of the real world.
+Time and memory do not depend on what the weights are, so nothing is downloaded: everything here follows from a seed. A model that
+is installed (`Shape.model`) has its own weights, and is told facts of the real world.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TEMPLATE_LENGTH = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """A configuration for `AutoConfig.for_model`, the edited blocks, whose file the settings of target values come from, and the name
-    of a trained model of that shape, which takes the place of random weights."""
+    """A configuration for `AutoConfig.for_model`, the edited blocks, whose file the settings of target values come from, and a
+    trained model of that shape by its name, which takes the place of random weights."""
 
     model_type: str
     config: dict
