@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from easyedit_nmke import bench, cli
+from easyedit_nmke import atlas, bench, cli, facts
 from easyedit_nmke.bench import engines, machine, parts, shapes
 from easyedit_nmke.methods.solver import NullSpaceSolver
+from easyedit_nmke.models import gguf
 from easyedit_nmke.models.prompts import encode, target_tokens
 
 TINY = shapes.Shape("llama", shapes._llama("llama", 32, 96, 4, 4, 2, 700), (0, 1))
@@ -30,6 +31,28 @@ def alone(monkeypatch):
         raise ImportError("EasyEdit was not found")
 
     monkeypatch.setattr(bench, "EasyEdit", absent)
+
+
+def test_a_trained_model_is_measured_with_its_own_weights_and_facts_of_the_real_world(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "trained", shapes.Shape("llama", {}, (0, 1), "atlas", model="atlas"))
+    bed, (model, _) = shapes.build("trained", 2, None, "cpu", torch.float32), atlas.load()
+    assert torch.equal(bed.view.w_out(0), model.model.layers[0].mlp.down_proj.weight) and bed.layers == [0, 1]
+    assert [request.prompt for request in bed.requests] == [record["prompt"] for record in facts.requests(2, "test", 0)]
+    with pytest.raises(ValueError, match="trained is a trained one"):
+        shapes.build("trained", 2, 3, "cpu", torch.float32)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_the_shape_of_a_real_model_is_that_models(name):
+    try:
+        gguf.find(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    bed = shapes.build(name, 1, None, "cpu", torch.float32)
+    assert parts.sizes(name) == (*bed.view.w_out(0).shape, len(bed.view.head.weight))
+    assert bed.view.depth == shapes.SHAPES[name].config["num_hidden_layers"]
+    assert bed.model.config.model_type == shapes.SHAPES[name].model_type
 
 
 def by_engine(content, count):

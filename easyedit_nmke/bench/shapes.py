@@ -1,6 +1,7 @@
 """What is measured on: a model of a known shape, a tokenizer of its vocabulary, requests, statistics, past keys.
 
-Time and memory do not depend on what the weights are, so nothing is downloaded: everything here follows from a seed.
+Time and memory do not depend on what the weights are, so nothing is downloaded: everything here follows from a seed. A model that
+is installed (`Shape.model`) has its own weights, and is told facts of the real world.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import atlas
+from .. import atlas, facts
 from ..history.log import EditReport
 from ..hparams import HyperParams
 from ..messages import did_you_mean
@@ -21,6 +22,7 @@ from ..methods.contract import phase
 from ..methods.keys import Contexts, keys_of
 from ..models.arch import ModelView, evaluating
 from ..models.device import free_memory
+from ..models.loading import load_model
 from ..models.prompts import context_templates
 from ..models.requests import Request
 
@@ -33,12 +35,14 @@ TEMPLATE_LENGTH = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """A configuration for `AutoConfig.for_model`, the edited blocks, and whose file the settings of target values come from."""
+    """A configuration for `AutoConfig.for_model`, the edited blocks, whose file the settings of target values come from, and a
+    trained model of that shape by its name, which takes the place of random weights."""
 
     model_type: str
     config: dict
     layers: tuple[int, ...]
     settings: str = "llama3-8b"
+    model: str | None = None
 
 
 def _llama(model_type: str, hidden: int, neurons: int, depth: int, heads: int, shared: int, words: int, **more) -> dict:
@@ -55,7 +59,11 @@ SHAPES = {
         "gpt2", dict(n_embd=1600, n_layer=48, n_head=25, n_positions=1024, vocab_size=50257), (13, 14, 15, 16, 17), "gpt2-xl"
     ),
     "small": Shape("llama", _llama("llama", 768, 3072, 12, 12, 12, 32000), (0, 1, 2, 3, 4)),
-    "atlas": Shape("llama", {}, (0, 1, 2), "atlas"),
+    "smollm2": Shape("llama", _llama("llama", 576, 1536, 30, 9, 3, 49152, rope_theta=1e5), (4, 5, 6, 7, 8), model="smollm2"),
+    "gemma3-270m": Shape(
+        "gemma3_text", _llama("gemma3_text", 640, 2048, 18, 4, 1, 262144, head_dim=256), (2, 3, 4, 5, 6), model="gemma3-270m"
+    ),
+    "atlas": Shape("llama", {}, (0, 1, 2), "atlas", model="atlas"),
 }
 
 
@@ -150,12 +158,13 @@ def build(name: str, edits: int, layers: int | None, device, dtype: torch.dtype,
     """The bed of a shape. layers: only so many blocks (None: all). ValueError where it is unknown or does not fit."""
     shape = shape_named(name)
     settings = _settings(shape)
-    if name == "atlas":
+    if shape.model:
         if layers is not None:
-            raise ValueError("--layers leaves blocks out of models with random weights; atlas is a trained one")
-        model, tok = atlas.load()
-        requests = [Request.from_dict(record) for record in atlas.requests(edits, "tune", seed)]
-        model, edited, notes = model.to(device, dtype), list(shape.layers), []
+            raise ValueError(f"--layers leaves blocks out of models with random weights; {name} is a trained one")
+        model, tok = load_model(_loading(shape, device, dtype))
+        records = atlas.requests(edits, "tune", seed) if name == "atlas" else facts.requests(edits, "test", seed)
+        requests = [Request.from_dict(record) for record in records]
+        edited, notes = list(shape.layers), []
     else:
         config, edited, notes = _config(shape, layers)
         _check_fits(config, device, dtype)
@@ -165,6 +174,11 @@ def build(name: str, edits: int, layers: int | None, device, dtype: torch.dtype,
         notes.insert(0, "random weights")
     settings["v_loss_layer"] = ModelView(model).depth - 1
     return Bed(model, tok, edited, requests, settings, seed, notes)
+
+
+def _loading(shape: Shape, device, dtype: torch.dtype) -> HyperParams:
+    kind = method_named("AlphaEdit").hparams
+    return kind(model_name=shape.model, layers=list(shape.layers), device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
 def _settings(shape: Shape) -> dict:

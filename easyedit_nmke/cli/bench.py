@@ -12,7 +12,9 @@ from .verb import Verb, numbers, positive, quiet_libraries
 
 
 def _arguments(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--shape", metavar="NAME", help="llama3-8b, qwen2.5-7b, gpt2-xl, small or atlas (default atlas)")
+    bench.add_argument(
+        "--shape", metavar="NAME", help="llama3-8b, qwen2.5-7b, gpt2-xl, small, atlas (default), smollm2, gemma3-270m"
+    )
     bench.add_argument("--part", metavar="PART", help="only this step, one layer: solve or attribution (default shape llama3-8b)")
     bench.add_argument("--edits", type=positive, default=3, metavar="N", help="repetitions of each measurement (default 3)")
     bench.add_argument("--at", type=numbers, metavar="LIST", help="with so many past edits (default 1,500; solve: 100,2000)")

@@ -39,11 +39,11 @@ def subject_states(
 
 
 def _distinct(tok, texts: Sequence[Sequence[tuple[str, int]]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The texts' tokens up to the subject's last, each row once, and which of them each text is. Attention looks back only, so
-    nothing after the subject matters; without it many texts are the same."""
+    """The texts' tokens up to the subject's last, each row once and short ones first, and which of them each text is. Attention
+    looks back only, so nothing after the subject matters; without it many texts are the same."""
     read = tokenised_all(tok, [(text, end, None) for of_request in texts for text, end in of_request])
     rows = [tuple(found.ids[: found.subject + 1]) for found in read]
-    distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    distinct = {row: i for i, row in enumerate(sorted(dict.fromkeys(rows), key=len))}
     return list(distinct), [distinct[row] for row in rows]
 
 
