@@ -170,11 +170,12 @@ def test_masks_found_again_are_those_of_the_edits(made, place):
             assert block["bytes"]["coefficients"] == 6 * 2048 * 4
 
 
-def test_settings_write_the_values_that_were_solved_once(made, place):
-    """By hand: each z of the unedited model, written one after the other."""
+def test_settings_write_the_values_and_use_the_attributions_that_were_found_once(made, place):
+    """By hand: each z and mask of the unedited model, written one after the other."""
     from functools import partial
 
     from easyedit_nmke.methods.contract import apply_method
+    from easyedit_nmke.methods.nmke import attributed
     from easyedit_nmke.methods.values import target_values
     from easyedit_nmke.scores import metrics
 
@@ -188,13 +189,17 @@ def test_settings_write_the_values_that_were_solved_once(made, place):
     before = metrics.quality(editor.model, editor.tok, requests)
     state = open_state(editor.model, editor.tok, editor.hparams)
     values = target_values(ModelView(editor.model), editor.tok, requests, state.flat_templates, 1, editor.hparams)
-    for request, value in zip(requests, values, strict=True):
-        edit = partial(editor.method.replay, z=value.z[:, None])
+    scores = [attributed(ModelView(editor.model), editor.tok, [r], state.flat_templates, editor.hparams) for r in requests]
+    for request, value, found in zip(requests, values, scores, strict=True):
+        edit = partial(editor.method.replay, z=value.z[:, None], scores=found)
         apply_method(editor.method, editor.model, editor.tok, [request], editor.hparams, state=state, edit=edit)
     wanted = metrics.summary(before, metrics.quality(editor.model, editor.tok, requests))
     assert {name: lines["default"][name] for name in ("rel", "gen", "loc")} == {
         name: wanted[name] for name in ("rel", "gen", "loc")
     }
+    assert lines["default"]["density"] == pytest.approx(np.mean([r.density[layer] for r in state.reports for layer in (0, 1)]))
+    assert lines["default"]["phases"]["attribution"] > 0 and lines["default"]["phases"].get("values", 0) < 0.1
+    assert sorted(path.name for path in (out / "found" / "seed-0").iterdir()) == ["lps-30", "mpc-30", "values"]
 
 
 def test_every_setting_can_be_read(place):
@@ -331,7 +336,7 @@ def test_the_report_has_a_section_for_each(page, made):
 
 def test_the_report_of_a_comparison_has_them_behind_it(made, place, tmp_path, capsys):
     out, _ = made
-    shutil.copytree(out, tmp_path / "both", ignore=shutil.ignore_patterns("report", "values", "attribution"))
+    shutil.copytree(out, tmp_path / "both", ignore=shutil.ignore_patterns("report", "found", "attribution"))
     shutil.copy(place / "NMKE" / "results.jsonl", tmp_path / "both")
     assert cli.main(["report", str(tmp_path / "both")]) == 0
     text = (tmp_path / "both" / "report" / "report.html").read_text()

@@ -162,7 +162,8 @@ def _or(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def said(lines: Sequence[Mapping]) -> list[str]:
+def _least_first(lines: Sequence[Mapping]) -> str:
+    """|ΔW|/|W| of each run over the edited blocks together, with its Rel."""
     head, changes = lines[0]["settings"], _changes(lines)
     totals = {
         label: (
@@ -172,16 +173,20 @@ def said(lines: Sequence[Mapping]) -> list[str]:
         ** 0.5
         for label in head["runs"]
     }
-    order = sorted(totals, key=totals.__getitem__)
     told = []
-    for label in order:
+    for label in sorted(totals, key=totals.__getitem__):
         scored = head["scores"].get(label)
         told.append(
             f"{label} {totals[label]:.3f}" + (f" (Rel {_or(scored['rel'])} after {scored['edits']} edits)" if scored else "")
         )
-    text = [f"{head['name']}: |ΔW|/|W| over the edited blocks together, least first: {', '.join(told)}."]
+    return ", ".join(told)
+
+
+def said(lines: Sequence[Mapping]) -> list[str]:
+    head = lines[0]["settings"]
+    text = [f"{head['name']}: |ΔW|/|W| over the edited blocks together, least first: {_least_first(lines)}."]
     rels = [scored["rel"] for scored in head["scores"].values() if scored]
-    if len(rels) == len(order) > 1 and max(rels) - min(rels) > 0.02:
+    if len(rels) == len(head["runs"]) > 1 and max(rels) - min(rels) > 0.02:
         text.append("Their Rel differ by more than .02, so less drift may only mean that less was written.")
     if (maps := _last(lines, "map")) is not None:
         text.append(f"The two directions of the PCA hold {sum(maps['explained']):.0%} of the change of block {head['layers'][-1]}.")
@@ -190,7 +195,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 
 def figure(lines: Sequence[Mapping]):
     """Distances by block; entries and row norms of the last block; t-SNE of its rows, and PCA of what was added to them."""
-    from .drawing import COLOURS, np
+    from .drawing import COLOURS, headline, np
     from .drawing import figure as made
 
     head, changes = lines[0]["settings"], _changes(lines)
@@ -236,8 +241,8 @@ def figure(lines: Sequence[Mapping]):
         first, second = maps["explained"]
         grid[1, 2].set(title="PCA of what was added (+: nothing)", xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
     handles = {label: handle for ax in grid.flat[:3] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles))
-    drawn.suptitle(f"Drift of the down projections: {head['name']}", fontsize=10, x=0.01, ha="left")
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=len(handles))
+    headline(drawn, f"{head['name']}: the edited weights have moved by |ΔW|/|W| = {_least_first(lines)}")
     return drawn
 
 

@@ -133,19 +133,26 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
     ]
 
 
+def _total(lines: Sequence[Mapping], which: str) -> dict[str, float]:
+    """Kind of role -> its share of the neurons of all blocks."""
+    sizes = [line["neurons"] for line in lines[1:]]
+    return {
+        name: sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+        for name, shares in _shares(lines, which).items()
+    }
+
+
+def _told(lines: Sequence[Mapping]) -> tuple[list[str], str]:
+    """(kinds of roles, the most frequent first; their shares beside those of chance)."""
+    seen, chance = _total(lines, "counts"), _total(lines, "chance")
+    order = sorted(KINDS[:3], key=lambda name: -seen[name])
+    return order, ", ".join(f"{TITLES[name]} {seen[name]:.1%} (by chance {chance[name]:.1%})" for name in order)
+
+
 def said(lines: Sequence[Mapping]) -> list[str]:
     head = lines[0]["settings"]
-    total = sum(line["neurons"] for line in lines[1:])
-    counts = {
-        which: {
-            name: sum(share * line["neurons"] for share, line in zip(shares, lines[1:], strict=True))
-            for name, shares in _shares(lines, which).items()
-        }
-        for which in ("counts", "chance")
-    }
-    seen, chance = counts["counts"], counts["chance"]
-    order = sorted(KINDS[:3], key=lambda name: -seen[name])
-    told = ", ".join(f"{TITLES[name]} {seen[name] / total:.1%} (by chance {chance[name] / total:.1%})" for name in order)
+    seen, chance = _total(lines, "counts"), _total(lines, "chance")
+    order, told = _told(lines)
     as_told = "as" if order == list(KINDS[:3]) else "not as"
     tasks = head["tasks"]
     pairs = [(a, b) for i, a in enumerate(tasks) for b in list(tasks)[:i]]
@@ -154,8 +161,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     text = [
         f"{head['name']}, {len(tasks)} tasks, {head['questions']} prompts, blocks {', '.join(map(str, head['layers']))}: {told}.",
         f"The order general, domain, task is {as_told} the paper tells it; general neurons are "
-        f"{seen['general'] / max(chance['general'], 0.5):.1f} "
-        "times as many as tasks without anything in common would give.",
+        f"{seen['general'] / max(chance['general'], 1e-4):.1f} times as many as tasks without anything in common would give.",
     ]
     if within and across:
         text.append(
@@ -173,7 +179,7 @@ def _overlap(lines: Sequence[Mapping], one: str, other: str) -> float:
 
 def figure(lines: Sequence[Mapping]):
     """Shares of the roles by block, as dots those of chance; the overlap of the tasks."""
-    from .drawing import COLOURS, heat, np
+    from .drawing import COLOURS, headline, heat, np
     from .drawing import figure as made
 
     names = list(lines[0]["settings"]["tasks"])
@@ -196,18 +202,11 @@ def figure(lines: Sequence[Mapping]):
         for i in range(len(names)):
             for j in range(len(names)):
                 if i != j:
-                    right.text(
-                        j,
-                        i,
-                        f"{mean[i, j]:.2f}",
-                        ha="center",
-                        va="center",
-                        color="white" if mean[i, j] > 0.55 else "black",
-                        fontsize=8,
-                    )
+                    colour = "white" if mean[i, j] > 0.55 else "black"
+                    right.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     drawn.colorbar(image, ax=right, shrink=0.9)
     right.set_title("active neurons that two tasks share (Jaccard)")
-    drawn.suptitle(f"Roles of FFN neurons: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")
+    headline(drawn, f"{lines[0]['settings']['name']}: {_told(lines)[1]}")
     return drawn
 
 
