@@ -47,6 +47,7 @@ def place(tmp_path_factory):
             editor.apply([request])
         editor.close()
     (home / "two.json").write_text(json.dumps(embedded.requests(2)))
+    (home / "free.jsonl").write_text('{"question": "What is two and two?", "answer": "4"}\n')
     (home / "NMKE" / "results.jsonl").write_text(
         json.dumps({"method": "NMKE", "seed": 0, "checkpoint": 3, "scores": {"rel": 0.5, "gen": 0.25, "loc": 1.0}}) + "\n"
     )
@@ -126,6 +127,15 @@ def test_without_a_name_it_shows_what_there_is_an_example_a_line(capsys):
 
 
 # ---- what the lines hold
+
+
+def test_roles_say_when_the_model_answers_everything_alike(made):
+    out, _ = made
+    lines = record.read(out / "roles.jsonl")
+    answer, share = lines[1]["commonest answer"]
+    assert answer and 0 < share <= 1 / 3 and not any("The model answers" in said for said in analyses()["roles"].said(lines))
+    alike = [lines[0], *({**line, "commonest answer": ["A", 1.0]} for line in lines[1:])]
+    assert any("The model answers 'A' to 100% of the prompts" in said for said in analyses()["roles"].said(alike))
 
 
 def test_the_explanation_is_of_the_model_before_and_after_that_edit(made, place):
@@ -260,11 +270,24 @@ def test_runs_of_another_model_and_paths_without_edits_are_refused(place, tmp_pa
         down_projections(tmp_path / "same.safetensors", view)
 
 
+@pytest.mark.parametrize("words", ["drift {home}/NMKE", "layers {home}/NMKE", "explain {home}/NMKE 1"])
+def test_a_run_of_another_model_is_one_sentence(place, tmp_path, tiny, capsys, words):
+    model, tok = tiny("gpt2")
+    model.save_pretrained(tmp_path / "other")
+    tok.save_pretrained(tmp_path / "other")
+    command = ["analyze", *words.format(home=place).split(), "--model", str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 1
+    *_, err = capsys.readouterr().err.strip().splitlines()
+    assert err.startswith("nmke analyze: ") and re.search("another model|was made on|edits of", err), err
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         ("roles --only country", "there is 1 task (country)"),
         ("roles --model smollm2", "--tasks is missing"),
+        ("roles --tasks {home}/free.jsonl", "a question without choices; tasks need one format, multiple choice, in common"),
         ("roles --domains nothing", "expected domain=task,task"),
         ("ablate --only country,sport --limit 1 --layers 4 --top 3000", "fewer than the 3000 of --top"),
         ("trace --prompt Rome", "--prompt and --subject go together"),

@@ -16,7 +16,7 @@ ROWS = {**{name: TITLES[name] for name in KINDS[:3]}, "largest": "largest |c|·|
 def arguments(sub) -> None:
     task_arguments(sub)
     sub.add_argument("--top", type=source.numbers, default=(10, 50), metavar="LIST", help="how many are silenced (default 10,50)")
-    sub.add_argument("--roles", metavar="LIST", help="general, domain NAME, task NAME (default: all with as many neurons)")
+    sub.add_argument("--roles", metavar="LIST", help="general, domain NAME, task NAME (default: all that have as many neurons)")
     sub.add_argument("--draws", type=source.positive, default=5, metavar="N", help="of the random control (default 5)")
     sub.add_argument("--also", type=Path, nargs="+", default=(), metavar="FILE",
                      help="other tasks, each choice asked in full: arc_easy.jsonl piqa.jsonl")  # fmt: skip
@@ -71,16 +71,15 @@ def _sets(args, tasks: Mapping[str, str], found: Mapping) -> dict[tuple, list[tu
     wanted = [name.strip() for name in args.roles.split(",")] if args.roles else None
     if unknown := [role for role in wanted or () if role not in ranked]:
         raise ValueError(f"there is no role {unknown[0]!r}; roles are {', '.join(ranked)}")
-    roles = wanted or [role for role in ranked if role == "general" or len(ranked[role]) >= max(args.top)]
-    for role in roles:
+    for role in wanted or ["general"]:
         if len(ranked[role]) < max(args.top):
             raise ValueError(
                 f"{role} has {len(ranked[role])} neurons in these blocks, fewer than the {max(args.top)} of --top; ask for "
-                f"fewer, or "
-                "for more blocks"
+                "fewer, or for more blocks"
             )
     sets: dict[tuple, list[tuple[int, int]]] = {("nothing", 0): []}
     for top in args.top:
+        roles = wanted or [role for role, neurons in ranked.items() if len(neurons) >= top]
         sets |= {(role, top): ranked[role][:top] for role in roles}
         sets["largest", top] = _largest(found, top)
         for draw in range(args.draws):
@@ -168,7 +167,7 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
         for row, sets in _losses(lines, top).items():
             cells = [_mean(sets, name) for name in COLUMNS]
             shown = ["-" if cell is None else f"{cell[0]:+.3f}" + (f" ± {cell[1]:.3f}" if len(sets) > 1 else "") for cell in cells]
-            rows.append((f"{ROWS[row]}, top {top}" if row != "random" else f"random, {top}", str(len(sets)), *shown))
+            rows.append((f"{top} {ROWS[row]}", str(len(sets)), *shown))
     asked = {**base["tasks"], **base["also"]}
     plain = [(task, f"{said['accuracy']:.2f}", f"{said['log_prob']:.3f}") for task, said in asked.items()]
     return [
@@ -178,9 +177,10 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
 
 
 def said(lines: Sequence[Mapping]) -> list[str]:
-    head = lines[0]["settings"]
-    top = max(head["top"])
-    found, text = _losses(lines, top), []
+    top, text = _top(lines), []
+    found = _losses(lines, top)
+    if "random" not in found:
+        return ["Not finished: random neurons, without which the others say nothing, are yet to be silenced."]
     chance = _mean(found["random"], "own")
     for row in KINDS[:3]:
         if row in found:
@@ -208,19 +208,23 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     return text
 
 
+def _top(lines: Sequence[Mapping]) -> int:
+    """The largest number of neurons that was silenced of most kinds of sets."""
+    return max(lines[0]["settings"]["top"], key=lambda top: (len(_losses(lines, top)), top))
+
+
 def _headline(lines: Sequence[Mapping]) -> str:
-    head = lines[0]["settings"]
-    top = max(head["top"])
+    top = _top(lines)
     found = _losses(lines, top)
-    told = [f"{ROWS[row]} {_mean(sets, 'own')[0]:+.2f}" for row, sets in found.items() if row != "random"]
+    told = [f"{ROWS[row]} {_mean(sets, 'own')[0]:+.3f}" for row, sets in found.items() if row != "random"]
     mean, spread = _mean(found["random"], "own")
-    return (f"{head['name']}, {top} neurons silenced: log p of the right choice changes by {', '.join(told)}; random ones "
-            f"{mean:+.2f} ± {spread:.2f}")  # fmt: skip
+    return (f"{lines[0]['settings']['name']}, {top} neurons silenced, change of log p(right choice) of their tasks: "
+            f"{', '.join(told)}, random {mean:+.3f} ± {spread:.3f}")  # fmt: skip
 
 
 def figure(lines: Sequence[Mapping]):
-    """For each kind of set, by its size: what the right choice loses on its own and on other tasks, and kept text; as a band what
-    random ones lose."""
+    """For each kind of set, by its size: what the right choice loses on its own and on other tasks, and kept text; on each bar what
+    as many random ones lose. None before all has been measured."""
     from matplotlib.ticker import MaxNLocator
 
     from .drawing import COLOURS, headline, np
@@ -228,6 +232,8 @@ def figure(lines: Sequence[Mapping]):
 
     tops = lines[0]["settings"]["top"]
     found = {top: _losses(lines, top) for top in tops}
+    if not all("random" in sets for sets in found.values()):
+        return None
     rows = [row for row in ROWS if any(row in sets for sets in found.values())]
     panels = [name for name in PANELS if any(_mean(sets, name) for of in found.values() for sets in of.values())]
     drawn = made(0.5 * len(rows) + 1.9)
@@ -241,9 +247,12 @@ def figure(lines: Sequence[Mapping]):
             several = [len(found[top].get(row, [])) > 1 for row in rows]
             errors = [cell[1] if cell and more else np.nan for cell, more in zip(cells, several, strict=True)]
             ax.errorbar(heights, at, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        mean, spread = _mean(found[tops[-1]]["random"], name)
-        band = mean - 2 * spread, mean + 2 * spread
-        ax.axvspan(*band, color="#999999", alpha=0.35, linewidth=0, label="random ± 2 spreads", zorder=0)
+            mean, spread = _mean(found[top]["random"], name)
+            beside = [place for place, row, cell in zip(at, rows, cells, strict=True) if cell and row != "random"]
+            ax.barh(beside, 4 * spread, width * 0.92, left=mean - 2 * spread, color="#bbbbbb", edgecolor="#666666", linewidth=0.8,
+                    alpha=0.75, label="as many random ones, ± 2 spreads" if top == tops[-1] else None)  # fmt: skip
+        if not any(_mean(sets, name)[0] for of in found.values() for sets in of.values() if _mean(sets, name)):
+            ax.text(0.5, 0.5, "no change", transform=ax.transAxes, ha="center", va="center", color="#666666")
         ax.axvline(0, color="#666666", linewidth=0.8)
         ax.set_yticks(places, [ROWS[row] for row in rows])
         ax.grid(axis="y", visible=False)
@@ -269,6 +278,6 @@ ANALYSIS = Analysis(
     said,
     "On LLaMA2-7B, silencing the top 10 or 50 general neurons takes accuracy from 37.5 % to 4.2 % or .7 %; task-specific ones cost "
     "2 % to 6 % (Figure 2), on high school chemistry 14 % (Table 5). The paper has no control of random neurons.",
-    "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. Grey: as many "
-    "random neurons, within two spreads; a bar that ends inside says nothing about the role.",
+    "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. Grey boxes: "
+    "as many random neurons, within two spreads; a bar that ends in its box says nothing about the role.",
 )

@@ -26,11 +26,12 @@ from .questions import Question
 
 class TaskScores(NamedTuple):
     """Of one block, [tasks, F] each. active: the share of a task's prompts on which a neuron is active; score: its mean
-    attribution; size: its mean |c|·||v||."""
+    attribution; size: its mean |c|·||v||. answers: [prompts], the tokens that are scored."""
 
     active: torch.Tensor
     score: torch.Tensor
     size: torch.Tensor
+    answers: torch.Tensor
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def scores(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(block, scores [texts, F]) of one block after the other: how much each neuron moves the model's own next token after each
     text (Eqs. 2, 3)."""
-    for layer, of_layer, _ in _scores(view, tok, texts, layers, strategy, amplification):
+    for layer, of_layer, *_ in _scores(view, tok, texts, layers, strategy, amplification):
         yield layer, of_layer
 
 
@@ -50,19 +51,22 @@ def task_scores(
     likeliest. Kept in `folder` block by block, and read from there when the same is asked again."""
     tasks = list(dict.fromkeys(question.task for question in questions))
     asked = [[question.task, question.prompt, question.choices] for question in questions]
-    mark = hashlib.sha256(json.dumps([asked, strategy, threshold, model_digest(view.model)]).encode()).hexdigest()
+    mark = hashlib.sha256(
+        json.dumps([asked, strategy, threshold, TaskScores._fields, model_digest(view.model)]).encode()
+    ).hexdigest()
     files = {layer: folder / "attribution" / f"block-{layer}.safetensors" for layer in layers}
     missing = [layer for layer in layers if not holds(files[layer], mark)]
     of = torch.tensor([tasks.index(question.task) for question in questions])
     with tqdm(total=len(missing), desc="attribution", unit="block", disable=not missing) as bar:
         texts, chosen = [question.prompt for question in questions], partial(_chosen, view, tok, questions)
-        for layer, found, sizes in _scores(view, tok, texts, missing, strategy, 30.0, chosen) if missing else ():
+        for layer, found, sizes, answers in _scores(view, tok, texts, missing, strategy, 30.0, chosen) if missing else ():
             rows = [of.to(found.device) == t for t in range(len(tasks))]
             made = TaskScores(
-                torch.stack([activity(found[row], threshold) for row in rows]), torch.stack([found[row].mean(0) for row in rows]),
-                torch.stack([sizes[row].mean(0) for row in rows]),
+                torch.stack([activity(found[row], threshold).float() for row in rows]),
+                torch.stack([found[row].float().mean(0) for row in rows]), torch.stack([sizes[row].float().mean(0) for row in rows]),
+                answers,
             )  # fmt: skip
-            tensors = {name: tensor.float().cpu().contiguous() for name, tensor in made._asdict().items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in made._asdict().items()}
             with whole(files[layer]) as temporary:
                 save_file(tensors, temporary, metadata={"of": mark})
             bar.update()
@@ -92,9 +96,9 @@ def _chosen(view: ModelView, tok, questions: Sequence[Question], final_hidden: t
 
 def _scores(
     view, tok, texts, layers, strategy, amplification, targets: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(block, scores, |c|·||v||, both [texts, F]). targets: of the final states the tokens [texts] that are scored; without it the
-    model's own next ones."""
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(block, scores, |c|·||v||, both [texts, F], the tokens [texts] that are scored). targets: those of the final states; without
+    it they are the model's own next ones."""
     with evaluating(view.model):
         seen = attribution_inputs(view, tok, texts, layers)
     readout, words = view.readout, seen.predicted if targets is None else targets(seen.final_hidden)
@@ -106,4 +110,4 @@ def _scores(
             "backend": choose("auto", values, readout)[0],
         }  # fmt: skip
         states = coefficients, seen.residual[layer].to(device), values, readout.to(device), words.to(device)
-        yield layer, neuron_scores(*states, **options), neuron_scores(*states, strategy="mpc")
+        yield layer, neuron_scores(*states, **options), neuron_scores(*states, strategy="mpc"), words

@@ -29,7 +29,7 @@ def figure(height: float, width: float = WIDTH) -> Figure:
 
 def headline(drawn: Figure, text: str) -> None:
     """What a figure says, over it."""
-    drawn.suptitle(textwrap.fill(text, round(9.6 * drawn.get_figwidth())), fontsize=11, fontweight="bold", x=0.01, ha="left")
+    drawn.suptitle(textwrap.fill(text, round(10.6 * drawn.get_figwidth())), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
 
 
 def save(made: Figure | None, file: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from . import source
 from .record import Analysis, Table
 
+PAPER = 0.42, 0.51  # of a block's neurons in a mask (Table 9)
 SHARES = {"general": "general", "specific": "specific", "both": "general and specific", "mask": "mask"}
 
 
@@ -156,6 +157,7 @@ def figure(lines: Sequence[Mapping]):
     edits = [line["key"][0] for line in lines[1:]]
     for i, layer in enumerate(layers):
         middle.plot(edits, _of(lines, layer, "mask"), color=COLOURS[i % len(COLOURS)], label=f"block {layer}")
+    middle.axhspan(*PAPER, color="#999999", alpha=0.35, linewidth=0, zorder=0, label="the paper")
     middle.set(xlabel="edit", title="share in the mask, over the edits", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
     middle.legend(fontsize=7.5, ncols=3, loc="upper left")
     for i, (name, title) in enumerate((("resonance", "resonance (general)"), ("burst", "burst (specific)"))):

@@ -37,6 +37,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "no mask (AlphaEdit)": {"neurons": "all"},
     }
 )
+CLAIMED = ("general only", "fixed ratio .3", "overlap", "soft mask")  # whose effects the paper tells in words
 SCORES = {"rel": "Rel ↑", "gen": "Gen ↑", "loc": "Loc ↑", "kept_kl": "KL, kept text ↓", "density": "neurons", "seconds": "s/edit ↓"}
 AT_A_TIME = 4  # requests, between two writes
 
@@ -253,19 +254,25 @@ def _balance(lines: Sequence[Mapping]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda pair: -pair[1]))
 
 
+def _differences(lines: Sequence[Mapping], label: str) -> str:
+    """Of Rel, Gen and Loc to the default's."""
+    told = []
+    for name in ("rel", "gen", "loc"):
+        mean, error = _against(lines, label, name)
+        told.append(f"{SCORES[name].split()[0]} {mean:+.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+    return ", ".join(told)
+
+
 def said(lines: Sequence[Mapping]) -> list[str]:
     found, text, balance = _scored(lines), [], _balance(lines)
     if balance:
         best = next(iter(balance))
-        text.append(
-            f"The highest harmonic mean of Rel, Gen and Loc is {best}'s: {balance[best]:.3f}; the default's {balance[DEFAULT]:.3f}."
-        )
+        others = "" if best == DEFAULT else f"; the default's {balance[DEFAULT]:.3f}"
+        text.append(f"The highest harmonic mean of Rel, Gen and Loc is that of {best}: {balance[best]:.3f}{others}.")
     if "random mask" in found:
-        told = []
-        for name in ("rel", "gen", "loc"):
-            mean, error = _against(lines, "random mask", name)
-            told.append(f"{SCORES[name].split()[0]} {mean:+.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-        text.append(f"The random mask of the same density, against the default: {', '.join(told)}.")
+        text.append(f"The random mask of the same density, against the default: {_differences(lines, 'random mask')}.")
+    if told := [f"{label}: {_differences(lines, label)}" for label in CLAIMED if label in found]:
+        text.append(f"What the paper tells apart, against the default: {'; '.join(told)}.")
     times = {label: fmean(found[label]["seconds"]) for label in (DEFAULT, "PSA", "MPC", "no mask (AlphaEdit)") if label in found}
     text.append(f"Seconds an edit without the values: {', '.join(f'{label} {value:.2f}' for label, value in times.items())}.")
     if lines[0]["settings"]["seeds"] == 1:
