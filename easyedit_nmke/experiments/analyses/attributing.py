@@ -63,7 +63,8 @@ def task_scores(
             rows = [of.to(found.device) == t for t in range(len(tasks))]
             made = TaskScores(
                 torch.stack([activity(found[row], threshold).float() for row in rows]),
-                torch.stack([found[row].float().mean(0) for row in rows]), torch.stack([sizes[row].float().mean(0) for row in rows]),
+                torch.stack([found[row].float().mean(0) for row in rows]),
+                torch.stack([sizes[row].float().mean(0) for row in rows]),
                 answers,
             )  # fmt: skip
             tensors = {name: tensor.cpu().contiguous() for name, tensor in made._asdict().items()}
