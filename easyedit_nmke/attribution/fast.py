@@ -127,10 +127,8 @@ def _log_sums(prompts: Perturbation, w_out, readout, block, projection) -> tuple
         head = head if rows is None else project(head, readout)
         for first in range(0, neurons, width):
             some = slice(first, min(first + width, neurons))
-            if projection is None:
-                product = linear(w_out[:, some].to(dtype).T, head)  # U [n, words]
-            else:
-                product = projection.block(some, chosen)
+            values = w_out[:, some].to(dtype)
+            product = linear(values.T, head) if projection is None else projection.block(some, chosen)  # U [n, words]
             logits = scratch[: product.numel()].view(product.shape)
             part = _fold(product, base, lean, slopes[:, some], None if tilt is None else tilt[:, some], softcap, logits)
             totals[:, some] = torch.logaddexp2(totals[:, some], part)
