@@ -55,6 +55,8 @@ def _shared_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="JSON lines: question, choices, answer")
     sub.add_argument("--tasks-at", choices=("last", "each"), default="last", help="which checkpoints they are asked at (last)")
     sub.add_argument("--tasks-limit", type=positive, metavar="N", help="only the first N questions of each file")
+    sub.add_argument("--judge", metavar="NAME", help="a model that judges free answers: here, or at OPENAI_BASE_URL if that is set")
+    sub.add_argument("--also", default="", metavar="LIST", help="further readings of each edit: prefix, overedit")
     sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
     sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
     sub.add_argument("--harness-limit", type=positive, metavar="N", help="only N items of each task")
@@ -99,7 +101,7 @@ def _table(lines: list[dict]) -> Table:
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
-    headings, lost = in_shell(), any(map(failed_edits, lines))
+    headings, lost = in_shell({name for line in lines for name in line["scores"]}), any(map(failed_edits, lines))
     table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
     for line in lines:
         edits = line["checkpoint"]
@@ -135,9 +137,10 @@ def _overrides(args, model: str | None) -> dict[str, str]:
 
 
 def _scored_with(args) -> dict:
-    """A `Plan`'s text, questions and tasks of the harness; an error before any model is loaded when they, or the folder for the
-    results, cannot be used."""
-    from ..scores import kept
+    """A `Plan`'s text, questions, judge, further readings and tasks of the harness; an error before any model is loaded when they,
+    or the folder for the results, cannot be used."""
+    from ..scores import harder, kept
+    from ..scores import judge as judges
     from ..scores import tasks as questions
 
     if args.out.exists() and not args.out.is_dir():
@@ -151,6 +154,8 @@ def _scored_with(args) -> dict:
         "text": None if args.text_eval is None else kept.read(args.text_eval),
         "questions": questions.read(args.tasks, args.tasks_limit),
         "questions_each": args.tasks_at == "each",
+        "judge": judges.named(args.judge, args.out) if args.judge else None,
+        "also": harder.readings(args.also),
         "tasks": tasks,
     }
 

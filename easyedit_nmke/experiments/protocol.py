@@ -27,8 +27,9 @@ from ..models.arch import ModelView
 from ..models.device import peak_memory
 from ..models.requests import Request
 from ..models.updates import model_digest
-from ..scores import generation, metrics
+from ..scores import free, generation, metrics
 from ..scores.drift import weight_drift
+from ..scores.harder import Harder
 from ..scores.kept import KeptText
 from ..scores.table import measured
 from ..scores.tasks import Questions, Task
@@ -36,6 +37,7 @@ from ..scores.tasks import Questions, Task
 logger = logging.getLogger(__name__)
 
 FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
+COLUMNS = ("judge", "also")  # of a stamp's `scored_with`: columns that not every result has
 # What a model worn out by its edits raises: numbers that are not finite, systems that cannot be solved.
 WORN_OUT = (FloatingPointError, torch.linalg.LinAlgError)
 
@@ -62,7 +64,8 @@ class Scorer:
 
     exercises: (prompt, answer) pairs of general ability. tasks: called with (model, tok), gives more scores by name. separator:
     between prompt and target, as the editor's `target_separator`. text: to see by how much the model has moved; None: the
-    package's own. questions: of files, asked of the unedited model and from `questions_from` edits on.
+    package's own. questions: of files, asked of the unedited model and from `questions_from` edits on. judge: of what is said
+    freely. also: further readings (see `Harder`).
     """
 
     def __init__(
@@ -76,9 +79,13 @@ class Scorer:
         text: str | None = None,
         questions: Sequence[Task] = (),
         questions_from: int = 0,
+        judge: free.Judge | None = None,
+        also: Sequence[str] = (),
     ):
         self.requests, self.exercises, self.tasks, self.separator = list(requests), list(exercises), tasks, separator
         metrics.check(model, tok, self.requests, separator)
+        self.judge, self.harder = judge, Harder(model, tok, self.requests, also, separator)
+        self.kept = free.Kept(model, tok, self.requests, separator)
         self.text = KeptText(model, tok, text)
         self.questions, self.questions_from = Questions(model, tok, questions), questions_from
         self.before = metrics.quality(model, tok, self.requests, separator=separator)
@@ -106,6 +113,8 @@ class Scorer:
         scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
         for name, prompts in (("rel", [(r.prompt,) for r in requests]), ("gen", [r.rephrase_prompts for r in requests])):
             scores.update(self._said(model, tok, name, requests, prompts))
+        scores |= self.kept.score(model, tok, len(requests), self.judge)
+        scores |= self.harder.score(model, tok, len(requests), self.judge)
         prompts = [r.prompt for r in requests[:FLUENCY_TEXTS]]
         texts = generation.greedy_texts(model, tok, prompts, FLUENCY_TOKENS, separator=self.separator)
         scores["fluency"] = generation.fluency(texts)
@@ -118,32 +127,13 @@ class Scorer:
     def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[Sequence[str]]) -> dict:
         """Free generation against the target or any of its aliases, and the target's probability against the old answer's: means
         over each request's prompts, then over requests."""
-        asked = [
-            (i, prompt, request, old)
-            for i, (several, request, old) in enumerate(zip(prompts, requests, self.old, strict=False))
-            for prompt in several
-        ]
-        if not asked:
-            return dict.fromkeys((f"{name}_exact", f"{name}_contains", f"{name}_preferred"))
-        truths = [(prompt, (request.target_new, *request.aliases)) for _, prompt, request, _ in asked]
-        judged = generation.judge(model, tok, truths, separator=self.separator)
-        compared = [(i, prompt, request.target_new, old) for i, prompt, request, old in asked if old]
-        pairs = [(prompt, new) for _, prompt, new, _ in compared], [(prompt, old) for _, prompt, _, old in compared]
+        truths = [(request.target_new, *request.aliases) for request in requests]
+        asked = [free.Asked(i, prompt, truths[i]) for i, several in enumerate(prompts) for prompt in several]
+        compared = [(one.owner, one.prompt, self.old[one.owner]) for one in asked if self.old[one.owner]]
+        pairs = [(prompt, requests[i].target_new) for i, prompt, _ in compared], [(prompt, old) for _, prompt, old in compared]
         new, old = (generation.target_log_probs(model, tok, some, separator=self.separator) for some in pairs)
-        owners = [i for i, *_ in asked]
-        return {
-            f"{name}_exact": _mean_by_request(owners, [verdict.exact for verdict in judged]),
-            f"{name}_contains": _mean_by_request(owners, [verdict.contains for verdict in judged]),
-            f"{name}_preferred": _mean_by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)]),
-        }
-
-
-def _mean_by_request(owners: Sequence[int], values: Sequence[float]) -> float | None:
-    """Mean over each request's values, then over requests; None without any."""
-    by_request: dict[int, list[float]] = {}
-    for owner, value in zip(owners, values, strict=True):
-        by_request.setdefault(owner, []).append(value)
-    return fmean(map(fmean, by_request.values())) if by_request else None
+        preferred = free.mean_by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)])
+        return {**free.said(model, tok, name, asked, self.separator, self.judge), f"{name}_preferred": preferred}
 
 
 def batches(count: int, size: int, checkpoints: Sequence[int], start: int = 0) -> list[tuple[int, int]]:
@@ -319,8 +309,15 @@ def settings_differ(one: Mapping, other: Mapping) -> list[str]:
     that are scored with, those that both have: older stamps name none."""
     found = [f"{key} {one[key]!r} -> {other[key]!r}" for key in ("method", "data", "model") if one[key] != other[key]]
     ours, theirs = one.get("scored_with", {}), other.get("scored_with", {})
-    found += [f"{key} {ours[key]!r} -> {theirs[key]!r}" for key in ours if key in theirs and ours[key] != theirs[key]]
+    found += columns_differ(ours, theirs)
+    both = [key for key in ours if key in theirs and key not in COLUMNS]
+    found += [f"{key} {ours[key]!r} -> {theirs[key]!r}" for key in both if ours[key] != theirs[key]]
     return found + hparams_differ(one["hparams"], other["hparams"])
+
+
+def columns_differ(one: Mapping, other: Mapping) -> list[str]:
+    """The judge and the further readings that one of two stamps' `scored_with` has and the other has not, in words."""
+    return [f"{key} {one.get(key)} -> {other.get(key)}" for key in COLUMNS if one.get(key) != other.get(key)]
 
 
 def hparams_differ(one: Mapping, other: Mapping) -> list[str]:

@@ -5,7 +5,7 @@ A package adds one by an entry point of the group easyedit_nmke.metrics: the sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
@@ -26,6 +26,7 @@ class Metric:
     leaves it out there, and curve=False out of the figures. what: what the number is, under the report's table. said: what the
     leading method does, in the report's first lines; a format of the number, "gets {:.0%} of them right". share: it lies between
     0 and 1. baseline: the unedited model's is drawn beside the curves. digits: behind the point, in tables.
+    asked: only runs that ask for it have it.
 
     measure(model, tok, requests, before), for scores that others add, is called at every checkpoint for the `requests` edited so
     far (a list of `Request`), and for all of them on the unedited model; `before` is `metrics.quality` of the same requests on the
@@ -43,6 +44,7 @@ class Metric:
     baseline: bool = True
     digits: int = 2
     measure: Measure | None = None
+    asked: bool = False
 
     @property
     def arrow(self) -> str:
@@ -71,6 +73,33 @@ OWN: Mapping[str, Metric] = MappingProxyType(
         "gen_exact": Metric("Gen, generated: exact", baseline=False),
         "gen_contains": Metric("Gen, generated: contains", baseline=False),
         "gen_preferred": Metric("Gen: new over old answer", baseline=False),
+        "rel_natural_exact": Metric(
+            "Rel, natural stop: exact", column="Natural exact", baseline=False,
+            what="edited prompts to which the model says the new answer, nothing more, and stops by itself",
+        ),
+        "rel_natural_contains": Metric(
+            "Rel, natural stop: contains", "Natural", "Natural", baseline=False,
+            what="edited prompts with the new answer in all that the model says until it stops",
+        ),
+        "gen_natural_exact": Metric("Gen, natural stop: exact", baseline=False),
+        "gen_natural_contains": Metric(
+            "Gen, natural stop: contains", column="Gen natural", what="Natural for a paraphrase of the prompt", baseline=False
+        ),
+        "rel_judged": Metric(
+            "Rel, judged", "Judged", "Judged", "edited prompts where the judge finds the new answer in it", baseline=False,
+            asked=True,
+        ),
+        "gen_judged": Metric(
+            "Gen, judged", column="Gen judged", what="Judged for a paraphrase", baseline=False, asked=True
+        ),
+        "prefix": Metric(
+            "Prefix", "Prefix", "Prefix", "Rel when three unrelated sentences come first", baseline=False, asked=True
+        ),
+        "prefix_exact": Metric("Prefix, generated: exact", curve=False, asked=True),
+        "prefix_contains": Metric("Prefix, generated: contains", curve=False, asked=True),
+        "prefix_natural_exact": Metric("Prefix, natural stop: exact", curve=False, asked=True),
+        "prefix_natural_contains": Metric("Prefix, natural stop: contains", baseline=False, asked=True),
+        "prefix_judged": Metric("Prefix, judged", baseline=False, asked=True),
         "loc": Metric(
             "Loc", "Loc", "Loc", "share of outputs to prompts about other subjects that are still the unedited model's",
             said="leaves {:.0%} of the outputs about other subjects as they were",
@@ -78,6 +107,13 @@ OWN: Mapping[str, Metric] = MappingProxyType(
         "neighborhood": Metric("Loc: neighborhood"),
         "unrelated": Metric("Loc: unrelated"),
         "same_subject": Metric("Same subject", "Same", "Same subject", "the same for other facts of the edited subject"),
+        "loc_natural_exact": Metric("Loc, natural stop: exact"),
+        "loc_natural_contains": Metric(
+            "Loc, natural stop: contains", column="Loc natural",
+            what="prompts about other subjects with the unedited model's answer in all that the model says",
+        ),
+        "loc_judged": Metric("Loc, judged", column="Loc judged", what="those where the judge finds it", asked=True),
+        "overedit": Metric("Over-editing", "Overedit", "Overedit", "Loc when the edited sentence comes first", asked=True),
         "portability": Metric("Portability", "Port", "Port", "portability, the same for what follows from the new answer"),
         "general": Metric("General", "General", "General", "held-out exercises answered exactly"),
         "kept_kl": Metric(
@@ -132,9 +168,9 @@ def _of_task(name: str) -> tuple[str, str, str]:
     return name, f"{name}.norm", f"{name}.same"
 
 
-def in_shell() -> dict[str, str]:
-    """{name: heading} of the shell's tables."""
-    return {name: row.short for name, row in table().items() if row.short}
+def in_shell(scores: Collection[str] = ()) -> dict[str, str]:
+    """{name: heading} of the shell's tables; of scores that have to be asked for, those among `scores`."""
+    return {name: row.short for name, row in table().items() if row.short and (not row.asked or name in scores)}
 
 
 def in_report() -> dict[str, Metric]:
