@@ -95,10 +95,43 @@ OWN: Mapping[str, Metric] = MappingProxyType(
     }
 )  # fmt: skip
 
+# Scores that only some data have: CounterFact's own, what should follow from edits.
+_PASSED = "share of ripple tests that free answers pass, of"
+OF_DATA: Mapping[str, Metric] = MappingProxyType(
+    {
+        "efficacy_success": Metric(
+            "Efficacy success", "ES", "ES", "share of edited prompts after which the new answer is likelier than the true one"
+        ),
+        "paraphrase_success": Metric("Paraphrase success", "PS", "PS", "the same for paraphrases"),
+        "neighborhood_success": Metric(
+            "Neighbourhood success", "NS", "NS", "share of neighbours' prompts after which their true answer is the likelier one"
+        ),
+        "counterfact_score": Metric("CounterFact's score", "S", "S", "harmonic mean of ES, PS and NS"),
+        "efficacy_magnitude": Metric("Efficacy magnitude", column="EM", what="mean of p(new) - p(true)", curve=False, share=False),
+        "paraphrase_magnitude": Metric(
+            "Paraphrase magnitude", column="PM", what="the same for paraphrases", curve=False, share=False
+        ),
+        "neighborhood_magnitude": Metric(
+            "Neighbourhood magnitude", column="NM", what="mean of p(true) - p(new)", curve=False, share=False
+        ),
+        "multi_hop": Metric(
+            "Multi-hop", "Hop", "Multi-hop", "share of cases of which any question is answered freely with the new answer"
+        ),
+        "ripple:Logical_Generalization": Metric("Ripple: logical generalization", "LG", "LG", f"{_PASSED} logical generalization"),
+        "ripple:Compositionality_I": Metric("Ripple: compositionality I", "CI", "CI", f"{_PASSED} compositionality I"),
+        "ripple:Compositionality_II": Metric("Ripple: compositionality II", "CII", "CII", f"{_PASSED} compositionality II"),
+        "ripple:Subject_Aliasing": Metric("Ripple: subject aliasing", "SA", "SA", f"{_PASSED} subject aliasing"),
+        "ripple:Relation_Specificity": Metric("Ripple: relation specificity", "RS", "RS", f"{_PASSED} relation specificity"),
+        "ripple:Forgetfulness": Metric("Ripple: forgetfulness", "FN", "FN", f"{_PASSED} forgetfulness (preservation)"),
+        "ripple:Reasoning": Metric("Ripple: reasoning", "Reason", "Reasoning", f"{_PASSED} reasoning"),
+        "ripple_counted": Metric("Ripple: share of tests that count", curve=False),
+    }
+)  # fmt: skip
+
 
 def table() -> dict[str, Metric]:
     """Every score by name: this package's, then those that others add. ValueError for what is no `Metric`."""
-    rows = with_extensions("metrics", OWN)
+    rows = with_extensions("metrics", {**OWN, **OF_DATA})
     for name, row in rows.items():
         if not isinstance(row, Metric):
             raise ValueError(
@@ -132,15 +165,16 @@ def _of_task(name: str) -> tuple[str, str, str]:
     return name, f"{name}.norm", f"{name}.same"
 
 
-def in_shell() -> dict[str, str]:
-    """{name: heading} of the shell's tables."""
-    return {name: row.short for name, row in table().items() if row.short}
+def in_shell(lines: Iterable[Mapping] = ()) -> dict[str, str]:
+    """{name: heading} of the shell's tables, with those scores of some data that any of the lines has."""
+    there = {name for line in lines for name, value in line["scores"].items() if value is not None}
+    return {name: row.short for name, row in table().items() if row.short and (name not in OF_DATA or name in there)}
 
 
 def in_report() -> dict[str, Metric]:
-    """The columns of the report's table: what the shell shows too comes first."""
+    """The columns of the report's table: what the shell always shows too comes first."""
     found = {name: row for name, row in table().items() if row.column}
-    return dict(sorted(found.items(), key=lambda item: item[1].short is None))
+    return dict(sorted(found.items(), key=lambda item: item[1].short is None or item[0] in OF_DATA))
 
 
 def measured(model, tok, requests: Sequence, before: Sequence[dict]) -> dict[str, float | None]:
