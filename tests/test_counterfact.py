@@ -11,7 +11,7 @@ from easyedit_nmke import atlas
 from easyedit_nmke.data import load
 from easyedit_nmke.experiments.protocol import Scorer
 from easyedit_nmke.models.requests import Request
-from easyedit_nmke.scores import metrics
+from easyedit_nmke.scores import metrics, table
 from easyedit_nmke.scores.counterfact import counterfact, fits
 
 DATA = Path(__file__).parent / "data"
@@ -84,6 +84,13 @@ def test_they_are_scores_of_counterfacts_records_alone(tiny):
     assert scores["attribute"] == 1.0
     other = load(DATA / "zsre_100.json").requests[:1]
     assert "efficacy_success" not in Scorer(model, tok, [*requests, *other]).unedited(model, tok)
+
+
+def test_tables_have_the_columns_of_data_that_bring_them():
+    brought = {"efficacy_success": "ES", "paraphrase_success": "PS", "neighborhood_success": "NS", "counterfact_score": "S"}
+    assert not set(brought) & set(table.in_shell()) and brought.items() <= table.in_shell(set(brought)).items()
+    last = [row.column for row in table.in_report().values()][-15:]
+    assert {"ES", "EM", "PS", "PM", "NS", "NM", "S", "Multi-hop"} < set(last)
 
 
 def test_a_side_without_prompts_has_no_score(tiny):

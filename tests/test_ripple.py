@@ -329,7 +329,10 @@ def test_edits_of_cases_raise_the_multi_hop_score_of_the_embedded_model(tmp_path
     facts = [record for record in embedded.requests(40, "tune") if "following" in record["portability"]][:4]
     cases = [_case(facts[:2], 1), _case(facts[2:3], 0), _case(facts[3:], 0)]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    settings = Path(__file__).parents[1] / "hparams" / "AlphaEdit" / "atlas.yaml"
+    settings = tmp_path / "settings.yaml"
+    shipped = Path(__file__).parents[1] / "hparams" / "AlphaEdit" / "atlas.yaml"
+    text = shipped.read_text(encoding="utf-8").replace("mom2_n_samples: 4000", "mom2_n_samples: 300")
+    settings.write_text(text.replace("stats_dir: null", f"stats_dir: {tmp_path}"), encoding="utf-8")
     argv = ["run", "--hparams", str(settings), "--data", "cases.json", "--out", "out", "--checkpoints", "1,4"]
     assert cli.main(argv) == 0
     assert "Hop" in capsys.readouterr().out

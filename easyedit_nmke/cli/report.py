@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..scores.table import OF_DATA, in_report, task_scores
+from ..scores.table import in_report, task_scores
 from .verb import Verb, task_table
 
 
@@ -47,9 +47,7 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
     headings, body = report.rows(lines, last)
     title, left_out = f"Scores after {report.count(last, 'edit')}", []
     optional = [
-        f"{row.column} {row.arrow}"
-        for name, row in in_report().items()
-        if (row.short is None or name in OF_DATA) and name != "seconds"
+        f"{row.column} {row.arrow}" for name, row in in_report().items() if (row.short is None or row.asked) and name != "seconds"
     ]
     optional = [heading for heading in optional if heading in headings]
     anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is

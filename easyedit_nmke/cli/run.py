@@ -99,7 +99,7 @@ def _table(lines: list[dict]) -> Table:
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
-    headings, lost = in_shell(lines), any(map(failed_edits, lines))
+    headings, lost = in_shell({name for line in lines for name in line["scores"]}), any(map(failed_edits, lines))
     table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
     for line in lines:
         edits = line["checkpoint"]

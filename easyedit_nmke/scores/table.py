@@ -5,7 +5,7 @@ A package adds one by an entry point of the group easyedit_nmke.metrics: the sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
@@ -26,6 +26,7 @@ class Metric:
     leaves it out there, and curve=False out of the figures. what: what the number is, under the report's table. said: what the
     leading method does, in the report's first lines; a format of the number, "gets {:.0%} of them right". share: it lies between
     0 and 1. baseline: the unedited model's is drawn beside the curves. digits: behind the point, in tables.
+    asked: only runs that ask for it have it, or data that bring it.
 
     measure(model, tok, requests, before), for scores that others add, is called at every checkpoint for the `requests` edited so
     far (a list of `Request`), and for all of them on the unedited model; `before` is `metrics.quality` of the same requests on the
@@ -43,6 +44,7 @@ class Metric:
     baseline: bool = True
     digits: int = 2
     measure: Measure | None = None
+    asked: bool = False
 
     @property
     def arrow(self) -> str:
@@ -95,38 +97,42 @@ OWN: Mapping[str, Metric] = MappingProxyType(
     }
 )  # fmt: skip
 
-# Scores that only some data have: CounterFact's own, what should follow from edits.
+# What data may bring: CounterFact's own scores, and what should follow from edits.
 _PASSED = "share of ripple tests that free answers pass, of"
+
+
+def _brought(title: str, short: str | None = None, column: str | None = None, what: str = "", **more) -> Metric:
+    return Metric(title, short, column or short, what, asked=True, **more)
+
+
 OF_DATA: Mapping[str, Metric] = MappingProxyType(
     {
-        "efficacy_success": Metric(
-            "Efficacy success", "ES", "ES", "share of edited prompts after which the new answer is likelier than the true one"
+        "efficacy_success": _brought(
+            "Efficacy success", "ES", what="share of edited prompts after which the new answer is likelier than the true one"
         ),
-        "paraphrase_success": Metric("Paraphrase success", "PS", "PS", "the same for paraphrases"),
-        "neighborhood_success": Metric(
-            "Neighbourhood success", "NS", "NS", "share of neighbours' prompts after which their true answer is the likelier one"
+        "paraphrase_success": _brought("Paraphrase success", "PS", what="ES of paraphrases"),
+        "neighborhood_success": _brought(
+            "Neighbourhood success", "NS", what="share of neighbours' prompts after which the true answer is the likelier one"
         ),
-        "counterfact_score": Metric("CounterFact's score", "S", "S", "harmonic mean of ES, PS and NS"),
-        "efficacy_magnitude": Metric("Efficacy magnitude", column="EM", what="mean of p(new) - p(true)", curve=False, share=False),
-        "paraphrase_magnitude": Metric(
-            "Paraphrase magnitude", column="PM", what="the same for paraphrases", curve=False, share=False
+        "counterfact_score": _brought("CounterFact's score", "S", what="harmonic mean of ES, PS and NS"),
+        "efficacy_magnitude": _brought("Efficacy magnitude", None, "EM", "mean of p(new) - p(true)", curve=False, share=False),
+        "paraphrase_magnitude": _brought("Paraphrase magnitude", None, "PM", "EM of paraphrases", curve=False, share=False),
+        "neighborhood_magnitude": _brought(
+            "Neighbourhood magnitude", None, "NM", "mean of p(true) - p(new) of neighbours", curve=False, share=False
         ),
-        "neighborhood_magnitude": Metric(
-            "Neighbourhood magnitude", column="NM", what="mean of p(true) - p(new)", curve=False, share=False
-        ),
-        "multi_hop": Metric(
+        "multi_hop": _brought(
             "Multi-hop", "Hop", "Multi-hop", "share of cases of which any question is answered freely with the new answer"
         ),
-        "ripple:Logical_Generalization": Metric("Ripple: logical generalization", "LG", "LG", f"{_PASSED} logical generalization"),
-        "ripple:Compositionality_I": Metric("Ripple: compositionality I", "CI", "CI", f"{_PASSED} compositionality I"),
-        "ripple:Compositionality_II": Metric("Ripple: compositionality II", "CII", "CII", f"{_PASSED} compositionality II"),
-        "ripple:Subject_Aliasing": Metric("Ripple: subject aliasing", "SA", "SA", f"{_PASSED} subject aliasing"),
-        "ripple:Relation_Specificity": Metric("Ripple: relation specificity", "RS", "RS", f"{_PASSED} relation specificity"),
-        "ripple:Forgetfulness": Metric("Ripple: forgetfulness", "FN", "FN", f"{_PASSED} forgetfulness (preservation)"),
-        "ripple:Reasoning": Metric("Ripple: reasoning", "Reason", "Reasoning", f"{_PASSED} reasoning"),
-        "ripple_counted": Metric("Ripple: share of tests that count", curve=False),
+        "ripple:Logical_Generalization": _brought("Ripple: logical generalization", "LG", what=f"{_PASSED} logical generalization"),
+        "ripple:Compositionality_I": _brought("Ripple: compositionality I", "CI", what=f"{_PASSED} compositionality I"),
+        "ripple:Compositionality_II": _brought("Ripple: compositionality II", "CII", what=f"{_PASSED} compositionality II"),
+        "ripple:Subject_Aliasing": _brought("Ripple: subject aliasing", "SA", what=f"{_PASSED} subject aliasing"),
+        "ripple:Relation_Specificity": _brought("Ripple: relation specificity", "RS", what=f"{_PASSED} relation specificity"),
+        "ripple:Forgetfulness": _brought("Ripple: forgetfulness", "FN", what=f"{_PASSED} forgetfulness (preservation)"),
+        "ripple:Reasoning": _brought("Ripple: reasoning", "Reason", "Reasoning", f"{_PASSED} reasoning"),
+        "ripple_counted": _brought("Ripple: share of tests that count", curve=False),
     }
-)  # fmt: skip
+)
 
 
 def table() -> dict[str, Metric]:
@@ -165,16 +171,15 @@ def _of_task(name: str) -> tuple[str, str, str]:
     return name, f"{name}.norm", f"{name}.same"
 
 
-def in_shell(lines: Iterable[Mapping] = ()) -> dict[str, str]:
-    """{name: heading} of the shell's tables, with those scores of some data that any of the lines has."""
-    there = {name for line in lines for name, value in line["scores"].items() if value is not None}
-    return {name: row.short for name, row in table().items() if row.short and (name not in OF_DATA or name in there)}
+def in_shell(scores: Collection[str] = ()) -> dict[str, str]:
+    """{name: heading} of the shell's tables; of scores that have to be asked for, those among `scores`."""
+    return {name: row.short for name, row in table().items() if row.short and (not row.asked or name in scores)}
 
 
 def in_report() -> dict[str, Metric]:
     """The columns of the report's table: what the shell always shows too comes first."""
     found = {name: row for name, row in table().items() if row.column}
-    return dict(sorted(found.items(), key=lambda item: item[1].short is None or item[0] in OF_DATA))
+    return dict(sorted(found.items(), key=lambda item: item[1].short is None or item[1].asked))
 
 
 def measured(model, tok, requests: Sequence, before: Sequence[dict]) -> dict[str, float | None]:
