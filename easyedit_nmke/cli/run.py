@@ -24,7 +24,7 @@ NOTES = 5  # on odd records that are shown
 def _run_arguments(run: argparse.ArgumentParser) -> None:
     run.add_argument("--hparams", required=True, metavar="FILE", help="a YAML file, or the name of one that comes with the package")
     run.add_argument(
-        "--data", required=True, metavar="FILE", help="ZsRE, CounterFact or KnowEdit records (JSON, JSON lines); or atlas, facts"
+        "--data", required=True, metavar="FILE", help="records of a known format (JSON, JSON lines; docs/data.md); or atlas, facts"
     )
     run.add_argument("--edits", type=positive, metavar="N", help="only the first N records that can be edited")
     run.add_argument("--model", metavar="NAME", help="instead of the file's model_name")
