@@ -97,11 +97,13 @@ def _run(args, console: Console) -> int:
 
 
 def _table(lines: list[dict]) -> Table:
-    """Scores by checkpoint; how many edits could not be written only where there are any."""
+    """Scores by checkpoint, those that there are; how many edits could not be written only where there are any."""
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
-    headings, lost = in_shell({name for line in lines for name in line["scores"]}), any(map(failed_edits, lines))
+    known = {name for line in lines for name, value in line["scores"].items() if value is not None}
+    headings = {name: heading for name, heading in in_shell(known).items() if name in known}
+    lost = any(map(failed_edits, lines))
     table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
     for line in lines:
         edits = line["checkpoint"]
