@@ -19,8 +19,8 @@ SECONDS = 0.1  # of each measurement of this machine
 @dataclass(frozen=True)
 class Card:
     """Figures of a device: memory (bytes), bandwidth (bytes/s), rates of products by dtype (FLOP/s, dense, sums in float32 or
-    better), exponentials/s, seconds of an operation's launch and of a wait for the device; whether launches go on while it
-    computes; where the figures are from."""
+    better), exponentials/s, seconds of an operation's launch and of a wait for the device; whether it computes, moves
+    bytes and is given launches at once; where the figures are from."""
 
     name: str
     memory: float

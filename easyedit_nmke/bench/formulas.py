@@ -2,8 +2,8 @@
 
 They follow the code of each phase, one request an edit; tests hold them against counts on tiny models of each architecture. Seconds
 are a roofline: products at the device's rate and exponentials after them, or bytes at its bandwidth, or launches, whichever takes
-longest (launches are added where the device computes in the thread that launches), and waits. No kernel reaches its rate or its
-bandwidth everywhere, so they are rather too few than too many.
+longest, and waits; on a CPU, which does one thing at a time, all of them. No kernel reaches its rate or bandwidth everywhere, so
+they are rather too few than too many.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from ..attribution import fast
 from ..attribution.cached import REFRESH_EVERY, SAMPLED_WORDS
+from ..methods.above import FEW
 from ..methods.ridge import STEP, SWITCH, block_height
 from ..methods.value_texts import SUBJECT, TARGET, Batch, Row
 from ..methods.values import TIMES_HEADS, TIMES_HIDDEN, TIMES_NEURONS, TIMES_WORDS
@@ -30,6 +31,7 @@ UNIT, PRECISE = 128, "float64"
 # Launches of a block: of a forward pass, and of the backward pass of a value's step.
 LAUNCHES = {"llama": (39, 63), "qwen2": (39, 63), "gpt2": (20, 25), "gemma3_text": (69, 109)}
 HOOKED = 5  # more where an FFN skips tokens and attention's keys and values are continued
+SKIPPING = (3, 4)  # of these, and of the backward pass, for the former
 SETUP, FORWARD, BACKWARD = 62, 54, 57  # of a value: once, and of its steps what is in no block
 POST_NORM = 900  # more for an update that has to go through a norm (`PostNorm.change`)
 
@@ -109,7 +111,8 @@ class Work:
     def seconds(self, card: Card) -> float:
         computing = self.flops / card.rates[self.precision] + self.exponentials / card.exponentials
         moving, launching, waiting = self.bytes / card.bandwidth, self.launches * card.launch, self.waits * card.wait
-        return max(computing, moving, launching) + waiting if card.overlaps else max(computing, moving) + launching + waiting
+        together = max if card.overlaps else lambda *parts: sum(parts)
+        return together(computing, moving, launching) + waiting
 
 
 @dataclass(frozen=True)
@@ -160,20 +163,23 @@ class Edit:
         whole, before = int(batch.mask.sum()), int(batch.mask[:, : batch.start].sum())
         first = 2 * m.depth * rows * width * m.attention + self._attending(rows, width, width, m.depth)
         first += 2 * m.ffn * (whole * (self.layers[-1] + 1) + before * (self.above - 1))
-        linear = 2 * self.above * rows * columns * m.attention + 2 * m.ffn * (real * (self.above - 1) + read)
+        few = self.cuda and rows * columns <= FEW  # every FFN is computed for all of them
+        ffns = self.above * rows * columns if few else real * (self.above - 1) + read
+        linear = 2 * self.above * rows * columns * m.attention + 2 * m.ffn * ffns
         linear += 2 * read * m.hidden * m.words
         attending = self._attending(rows, columns, width, self.above)
         forward, backward = self.steps, self.steps - 1
         weights = self.above * (m.attention + m.ffn) + m.words * m.hidden
         kept = rows * columns * self._token() + 2 * TIMES_WORDS * 4 * read * m.words
         block, back = self._launches
+        step, back = (block + HOOKED - SKIPPING[0], back - SKIPPING[1]) if few else (block + HOOKED, back)
         return Work(
             self.dtype,
             first + forward * (linear + attending) + backward * (linear + 2.5 * attending),  # attention's scores are made again
             self.size * (m.depth * (m.attention + m.ffn) + (forward + backward) * weights) + (forward + 2 * backward) * kept,
             forward * rows * m.heads * columns * width * self.above,
             SETUP + forward * FORWARD + backward * BACKWARD
-            + (block + HOOKED) * (m.depth + forward * self.above) + back * backward * self.above,
+            + (block + HOOKED) * m.depth + (step * forward + back * backward) * self.above,
             8 + self.steps,
         )  # fmt: skip
 

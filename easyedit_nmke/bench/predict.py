@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..attribution.cached import CPU_SHARE, CUDA_SHARE
 from ..statistics.covariance import STRIPS, SUMS
@@ -23,12 +24,13 @@ def predict(shapes: Sequence[str], cards: Sequence[str], past: int, dtype: str |
     if dtype is not None:
         check_device("cpu", dtype if dtype != "float16" else "bfloat16")
     known = {name: card_named(name, device) for name in cards}
-    made = {name: shape_named(name) for name in shapes}
     results = []
-    for name, shape in made.items():
+    for name, shape in {name: shape_named(name) for name in shapes}.items():
+        plain, samples = edit_of(shape, past, dtype or "bfloat16", None, True), settings_of(shape)["mom2_n_samples"]
         for short, card in known.items():
             cuda = short != HERE or device.startswith("cuda")
-            results += [{"shape": name, "card": short, **r} for r in _engines(shape, card, past, dtype, cuda)]
+            edit = replace(plain, cuda=cuda, dtype=dtype or ("bfloat16" if cuda else "float32"))
+            results += [{"shape": name, "card": short, **r} for r in _engines(edit, samples, card)]
     return {
         "what": f"predicted, not measured: one request an edit, {past} past edits, {RANK:.0%} of directions protected",
         "cards": {name: _told(card) for name, card in known.items()},
@@ -44,24 +46,28 @@ def edit_of(shape: Shape, past: int, dtype: str, backend: str | None, cuda: bool
     return Edit(model, texts or Texts.usual(), shape.layers, steps, past, rank, dtype, backend, cuda)
 
 
-def _engines(shape: Shape, card: Card, past: int, dtype: str | None, cuda: bool) -> list[dict]:
-    dtype = dtype or ("bfloat16" if cuda else "float32")
-    covariance = _covariance(edit_of(shape, 0, dtype, None, cuda), settings_of(shape)["mom2_n_samples"])
+def _engines(plain: Edit, samples: int, card: Card) -> list[dict]:
+    """What AlphaEdit's edit and NMKE's take on a card."""
+    covariance = sum(part.seconds(card) for part in _covariance(plain, samples))
+    room = card.memory - (KEPT_FREE if plain.cuda else 0)
     found = []
-    for name, backend in (("NMKE, fused" if cuda else "NMKE, fast", "fused"), ("NMKE, cached", "cached"), ("AlphaEdit", None)):
-        edit = edit_of(shape, past, dtype, backend, cuda)
-        if backend == "cached" and len(shape.layers) * edit.cached() > (CUDA_SHARE if cuda else CPU_SHARE) * card.memory:
+    for name, backend in (
+        ("NMKE, fused" if plain.cuda else "NMKE, fast", "fused"),
+        ("NMKE, cached", "cached"),
+        ("AlphaEdit", None),
+    ):
+        edit = replace(plain, backend=backend)
+        if backend == "cached" and len(edit.layers) * edit.cached() > (CUDA_SHARE if edit.cuda else CPU_SHARE) * card.memory:
             continue  # `attribution_backend: auto` does not choose it
         work = edit.work()
         seconds = {phase: part.seconds(card) for phase, part in work.items()}
-        ends = [sum(part.seconds(card) for part in edit_of(shape, t, dtype, backend, cuda).work().values()) for t in (0, 1000)]
-        room = card.memory - (KEPT_FREE if cuda else 0)
+        ends = [sum(part.seconds(card) for part in replace(edit, past=past).work().values()) for past in (0, 1000)]
         found.append(
             {
-                "engine": name, "dtype": dtype, "at": past, "total": sum(seconds.values()), "seconds": seconds,
+                "engine": name, "dtype": edit.dtype, "at": edit.past, "total": sum(seconds.values()), "seconds": seconds,
                 "thousand": 500 * sum(ends), "work": {phase: vars(part) for phase, part in work.items()},
                 "held": edit.held(), "memory": edit.memory(), "peak": edit.peak(), "devices": math.ceil(edit.peak() / room),
-                "covariance": sum(part.seconds(card) for part in covariance),
+                "covariance": covariance,
             }
         )  # fmt: skip
     return found
