@@ -19,8 +19,8 @@ TINY_GPT2 = shapes.Shape("gpt2", dict(n_embd=32, n_layer=4, n_head=4, n_position
 def tiny(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setitem(shapes.SHAPES, "tiny-gpt2", TINY_GPT2)
-    settings = shapes._settings
-    monkeypatch.setattr(shapes, "_settings", lambda shape: {**settings(shape), "v_num_grad_steps": 4})
+    settings = shapes.settings_of
+    monkeypatch.setattr(shapes, "settings_of", lambda shape: {**settings(shape), "v_num_grad_steps": 4})
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,17 @@ def test_a_batch_fits_the_memory_that_is_free(view, monkeypatch):
     assert covariance._tokens_at_a_time(view, [0, 1]) == 100
     monkeypatch.setattr(covariance, "ACTIVATIONS", 50.5 * each)
     assert covariance._tokens_at_a_time(view, [0, 1]) == 50
+
+
+def test_batches_of_a_gpu_are_larger(monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2, device="cuda")
+    config = SimpleNamespace(num_attention_heads=32)
+    seen = SimpleNamespace(weight=lambda _: weight, w_out=lambda _: torch.empty(4096, 14336, device="meta"))
+    seen.model = SimpleNamespace(config=config)
+    monkeypatch.setattr(covariance, "free_memory", lambda _: 60e9)
+    assert covariance._tokens_at_a_time(seen, [4, 5, 6, 7, 8]) > 7500
+    weight.is_cuda = False
+    assert covariance._tokens_at_a_time(seen, [4, 5, 6, 7, 8]) < 2000
 
 
 def test_layers_that_do_not_fit_take_a_pass_of_their_own(view, nmke_hparams, monkeypatch):

@@ -15,12 +15,12 @@ from ..attribution import BACKENDS
 from ..methods.solver import NullSpaceSolver
 from ..models.device import peak_memory
 from ..models.requests import Request
-from . import parts
+from . import parts, predict
 from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, Together, covariance_solvers
 from .machine import Clock, Measured, busy, check_device, spread, surroundings
 from .shapes import SHAPES, Bed, build, shape_named
 
-__all__ = ["PHASES", "SHAPES", "Plan", "build", "engines_for", "measure", "parts", "rows", "shape_named", "surroundings"]
+__all__ = ["PHASES", "SHAPES", "Plan", "build", "engines_for", "measure", "parts", "predict", "rows", "shape_named", "surroundings"]
 
 PHASES = ("values", "keys", "attribution", "solve", "apply", "rest", "evaluate")
 BASELINE = "EasyEdit's AlphaEdit"

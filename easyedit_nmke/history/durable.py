@@ -35,11 +35,18 @@ FREE = ("model_name", "device", "model_parallel", "stats_dir")
 
 @dataclass(frozen=True)
 class Ground:
-    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer."""
+    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer. files:
+    those statistics that stand in a file of their own, and are not written once more, by the end of their names ("4"): what the
+    method needs to find them again."""
 
     templates: list[list[str]]
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     value_norms: Mapping[int, ValueNorm] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def unfiled(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self.statistics.items() if name.rpartition(".")[2] not in self.files}
 
 
 def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: HyperParams) -> LifelongState:
@@ -49,8 +56,10 @@ def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: Hype
         "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norms or None,
         "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
     }  # fmt: skip
+    if ground.files:
+        header["files"] = ground.files
     state.follow(weights)
-    state.book = Book(Journal.create(hparams.state_dir, header, ground.statistics))
+    state.book = Book(Journal.create(hparams.state_dir, header, ground.unfiled))
     return state
 
 
@@ -66,7 +75,7 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
         book.check(hparams)
         book.check_model(weights)
         header = book.journal.header
-        state = build(Ground(header["templates"], book.journal.tensors(), _value_norms(header)))
+        state = build(Ground(header["templates"], book.journal.tensors(), _value_norms(header), header.get("files", {})))
         state.follow(weights)
         state.replay(*history(book.journal))
     except BaseException:

@@ -155,7 +155,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 def build(view: ModelView, ground: Ground, hparams: NMKEHyperParams) -> Mapping[int, NullSpaceSolver | RestrictedSolver]:
     last = set(hparams.z_layers)
-    return {layer: _solver(alphaedit.row_space(view, ground, layer), hparams, layer in last) for layer in hparams.layers}
+    return {layer: _solver(alphaedit.row_space(view, ground, layer, hparams), hparams, layer in last) for layer in hparams.layers}
 
 
 def _solver(space: RowSpace, hparams: NMKEHyperParams, last: bool) -> NullSpaceSolver | RestrictedSolver:
@@ -271,32 +271,31 @@ def attributed(
     if hparams.attribution_target == "target_new":
         read = tokenised_all(tok, [(text, None, request.target_new) for request, text in filled], hparams.target_separator)
         targets = torch.tensor([found.labels[0] for found in read])
-    found, readout = {}, view.readout
+    found, device = {}, view.readout.head.device
+    readout = view.readout.to(device)
     for layer in hparams.layers:
-        coefficients = seen.coefficients[layer]
-        device, w_out = coefficients.device, view.values(layer)
-        here = readout.to(device)
+        w_out = view.values(layer).to(device)  # the values go to the head, which is many times as large
         found[layer] = neuron_scores(
-            coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),
+            seen.coefficients[layer].to(device), seen.residual[layer].to(device), w_out, readout, targets.to(device),
             strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
             final_hidden=seen.final_hidden.to(device), backend=backend,
-            projection=cache.projection(layer, w_out, here, _made(view, layer, state)) if backend == "cached" else None,
+            projection=cache.projection(layer, w_out, readout, _made(view, layer, state)) if backend == "cached" else None,
         )  # fmt: skip
     return found
 
 
 def _made(view: ModelView, layer: int, state: LifelongState) -> Made:
     """What the log says a layer's values are made of."""
-    name = view.weight_name(layer)
+    name, device = view.weight_name(layer), view.readout.head.device
     bases, changes = state.changes()
     updates = of_parameter(changes, name)
 
     def after(count: int) -> torch.Tensor:
         if count == len(updates):
-            return view.values(layer)
+            return view.values(layer).to(device)
         weight = torch.empty_like(view.w_out(layer))
         accumulate(weight, bases[name], updates[:count])
-        return view.scaled(layer, weight)
+        return view.scaled(layer, weight).to(device)
 
     return Made(bases[name], updates, partial(view.scaled, layer), after)
 

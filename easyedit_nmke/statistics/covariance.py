@@ -2,7 +2,7 @@
 
 Memory at F neurons, a layer: 0.56·F² numbers while summing (the upper triangle, in strips) and on disk; F² where it is used.
 At 14336 neurons in float32 that is 462 MB and 822 MB: five layers are summed in one pass with 2.3 GB, besides a batch's
-activations (at most ACTIVATIONS). In float64 a pass takes as many layers as SUMS allows.
+activations (at most 1 GB, on a GPU 4). In float64 a pass takes as many layers as SUMS allows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .corpus import SELF, Corpus, corpus, identity, own_texts
 logger = logging.getLogger(__name__)
 
 LONGEST_TEXT = 512  # tokens of one text that count; EasyEdit takes as many as the model can read
-TOKENS_AT_A_TIME = 4096
-ACTIVATIONS = 1.0e9  # bytes that a batch may need
+TOKENS_AT_A_TIME, CUDA_TOKENS = 4096, 8192  # on a GPU as many as a product needs to run at its rate
+ACTIVATIONS, CUDA_ACTIVATIONS = 1.0e9, 4.0e9  # bytes that a batch may need
 SUMS = 2.5e9  # bytes of sums in one pass
 STRIPS = 8
 TEXTS_AT_A_TIME = 256  # tokenised together, then batched by length
@@ -142,13 +142,14 @@ def _batches(view: ModelView, tok, texts: Iterable[str], budget: int) -> Iterato
 
 
 def _tokens_at_a_time(view: ModelView, layers: Sequence[int]) -> int:
-    """Tokens of a batch, padding included, so that it fits ACTIVATIONS and a quarter of the memory that is free. Counted: the
+    """Tokens of a batch, padding included, so that it fits its bytes and a quarter of the memory that is free. Counted: the
     keys of all layers, one FFN and its float copy, eight residual streams, one layer's attention weights."""
     weight = view.weight(layers[0])
     size, (width, neurons) = weight.element_size(), view.w_out(layers[0]).shape
     heads = getattr(view.model.config, "num_attention_heads", 0)
     each = neurons * (size * (len(layers) + 3) + 8) + 8 * size * width + heads * LONGEST_TEXT * (size + 4)
-    return int(min(TOKENS_AT_A_TIME, min(ACTIVATIONS, free_memory(weight.device) / 4) // each))
+    most, room = (CUDA_TOKENS, CUDA_ACTIVATIONS) if weight.is_cuda else (TOKENS_AT_A_TIME, ACTIVATIONS)
+    return int(min(most, min(room, free_memory(weight.device) / 4) // each))
 
 
 # ---- files

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..models.arch import ModelView
-from .covariance import each_moment, moment_files, own_file, save
+from ..models.updates import fingerprint
+from .covariance import cache_directory, each_moment, moment_files, own_file, save
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,35 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
         found = _cut(unsaved.pop(layer), hparams) if layer in unsaved else _read(files[layer], hparams)
         spaces[layer] = RowSpace(*(tensor.to(view.weight(layer).device) for tensor in found))
     return _told(spaces)
+
+
+def row_space_files(view: ModelView, tok, hparams) -> dict[int, Path]:
+    """layer -> the file that `row_spaces` has read, or left: none with a projector, nor where the cache could not be written."""
+    if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
+        return {}
+    files = {layer: _eigen_file(layer, file, hparams) for layer, file in moment_files(view, tok, hparams).items()}
+    return {layer: file for layer, file in files.items() if file.is_file()}
+
+
+def read_row_space(file: Path, digest: str, hparams) -> RowSpace:
+    """From one of `row_space_files`, wherever `stats_dir` is now. ValueError when it is not there, or `space_digest` is another."""
+    found = next((place for place in (file, cache_directory(hparams) / file.name) if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{file}, which this state of edits was begun with, is not there; put it back, or set stats_dir to its folder"
+        )
+    try:
+        space = _read(found, hparams)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{found} cannot be read ({error}); put back the file that this state of edits was begun with") from None
+    if space_digest(space) != digest:
+        raise ValueError(f"{found} is not the file that this state of edits was begun with; put that back")
+    return space
+
+
+def space_digest(space: RowSpace) -> str:
+    """Of its bits, in hexadecimal."""
+    return f"{fingerprint(space._asdict()):016x}"
 
 
 def _told(spaces: dict[int, RowSpace]) -> dict[int, RowSpace]:
