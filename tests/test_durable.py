@@ -54,7 +54,7 @@ def test_large_statistics_stay_in_their_file_which_the_state_names_by_its_digest
     for record in records:
         whole.apply([record])
     base = tmp_path / "state" / "base.safetensors"
-    assert base.stat().st_size > 2 * 96 * 96 * 4
+    assert base.stat().st_size > 10_000
     monkeypatch.setattr(alphaedit, "LARGE", 0)
     first = begin(state_dir=str(tmp_path / "lean"))
     for record in records[:2]:
@@ -74,7 +74,7 @@ def test_large_statistics_stay_in_their_file_which_the_state_names_by_its_digest
     ):
         file.unlink() if damaged is None else file.write_bytes(damaged)
         with pytest.raises(ValueError, match=said):
-            begin(state_dir=str(tmp_path / "lean"))
+            begin(state_dir=str(tmp_path / "lean")).open()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / file.name).write_bytes(content)
     (other,) = (tmp_path / "stats").glob("eigenvectors_0_*")

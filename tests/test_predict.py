@@ -130,7 +130,7 @@ def test_a_dry_run_tells_of_every_card_and_writes_json(tmp_path, capsys):
     "argv, said",
     [
         (["--dry", "--part", "solve"], "leave out --part"),
-        (["--dry", "--device-model", "h10"], "no card 'h10'; did you mean 'h100'?; known: h100, h200, a100, rtx4090, here"),
+        (["--dry", "--device-model", "h10"], "no card 'h10' (did you mean 'h100'?); known: h100, h200, a100, rtx4090, here"),
         (["--dry", "--shape", "huge"], "no shape 'huge'"),
         (["--dry", "--dtype", "int8"], "dtype is 'int8'"),
         (["--device-model", "h100"], "--device-model goes with --dry"),
