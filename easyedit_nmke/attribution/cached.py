@@ -47,7 +47,7 @@ class Made:
         """How many updates U itself has seen: so many that never more than `refresh_every`, or `columns` of theirs, are pending."""
         start = pending = 0
         for count, update in enumerate(self.updates, 1):
-            pending += update.requests
+            pending += update.left.shape[1]
             if count - start >= refresh_every or pending > columns:
                 start, pending = count, 0
         return start
@@ -118,7 +118,7 @@ class Projection:
         kept = 0
         while kept < min(len(pending), len(known)) and _same_update(pending[kept], known[kept]):
             kept += 1
-        columns = sum(update.requests for update in pending[:kept])
+        columns = sum(update.left.shape[1] for update in pending[:kept])
         self._forget(columns)
         for update in pending[kept:]:
             self._add([update._replace(left=made.scaled(update.left.to(w_out.device)))], readout)

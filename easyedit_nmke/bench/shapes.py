@@ -59,7 +59,7 @@ SHAPES = {
         "gpt2", dict(n_embd=1600, n_layer=48, n_head=25, n_positions=1024, vocab_size=50257), (13, 14, 15, 16, 17), "gpt2-xl"
     ),
     "small": Shape("llama", _llama("llama", 768, 3072, 12, 12, 12, 32000), (0, 1, 2, 3, 4)),
-    "smollm2": Shape("llama", _llama("llama", 576, 1536, 30, 9, 3, 49152, rope_theta=1e5), (4, 5, 6, 7, 8), model="smollm2"),
+    "smollm2": Shape("llama", _llama("llama", 576, 1536, 30, 9, 3, 49152, rope_theta=1e5), (4, 5, 6, 7, 8), "smollm2", "smollm2"),
     "gemma3-270m": Shape(
         "gemma3_text", _llama("gemma3_text", 640, 2048, 18, 4, 1, 262144, head_dim=256), (2, 3, 4, 5, 6), model="gemma3-270m"
     ),
@@ -88,6 +88,7 @@ class Bed:
     settings: dict
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    trained: bool = False
 
     def __post_init__(self):
         self.view = ModelView(self.model)
@@ -173,7 +174,7 @@ def build(name: str, edits: int, layers: int | None, device, dtype: torch.dtype,
         requests = list(itertools.islice(synthetic_requests(config.vocab_size, seed), edits))
         notes.insert(0, "random weights")
     settings["v_loss_layer"] = ModelView(model).depth - 1
-    return Bed(model, tok, edited, requests, settings, seed, notes)
+    return Bed(model, tok, edited, requests, settings, seed, notes, trained=shape.model is not None)
 
 
 def _loading(shape: Shape, device, dtype: torch.dtype) -> HyperParams:
@@ -182,7 +183,7 @@ def _loading(shape: Shape, device, dtype: torch.dtype) -> HyperParams:
 
 
 def _settings(shape: Shape) -> dict:
-    """The settings of target values that EasyEdit's file for the model has."""
+    """The settings of target values that the model's file for AlphaEdit has."""
     known = vars(read(f"AlphaEdit/{shape.settings}"))
     return {name: known[name] for name in known if name.startswith("v_")} | {
         name: known[name] for name in ("clamp_norm_factor", "kl_factor", "fact_token", "template_prefixes")

@@ -18,6 +18,7 @@ def _arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--part", metavar="PART", help="only this step, one layer: solve or attribution (default shape llama3-8b)")
     bench.add_argument("--edits", type=positive, default=3, metavar="N", help="repetitions of each measurement (default 3)")
     bench.add_argument("--at", type=numbers, metavar="LIST", help="with so many past edits (default 1,500; solve: 100,2000)")
+    bench.add_argument("--batch", type=positive, metavar="N", help="also so many edits at once")
     bench.add_argument("--layers", type=positive, metavar="N", help="a model of only so many blocks, where memory is short")
     bench.add_argument("--neurons", type=positive, metavar="N", help="of --part attribution (default 1024, on a GPU all)")
     bench.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
@@ -53,12 +54,13 @@ def _measured(args, device: str, said) -> dict:
     if args.part is None:
         if args.neurons:
             raise ValueError("--neurons goes with --part attribution")
-        plan = bench.Plan(args.shape or "atlas", args.edits, args.at or (1, 500), args.layers, device, args.dtype)
+        plan = bench.Plan(args.shape or "atlas", args.edits, args.at or (1, 500), args.layers, device, args.dtype, batch=args.batch)
         return bench.measure(plan, said)
     if args.part not in bench.parts.PARTS:
         raise ValueError(f"no part {args.part!r}; known: {', '.join(bench.parts.PARTS)}")
-    if args.layers:
-        raise ValueError("--layers goes with whole edits; a part is measured for one layer")
+    for given, option in ((args.layers, "--layers"), (args.batch, "--batch")):
+        if given:
+            raise ValueError(f"{option} goes with whole edits; a part is measured for one layer")
     return bench.parts.measure(
         args.part, args.shape or "llama3-8b", args.edits, args.at or (100, 2000), args.neurons, device, args.dtype, said
     )

@@ -24,7 +24,7 @@ NOTES = 5  # on odd records that are shown
 def _run_arguments(run: argparse.ArgumentParser) -> None:
     run.add_argument("--hparams", required=True, metavar="FILE", help="a YAML file, or the name of one that comes with the package")
     run.add_argument(
-        "--data", required=True, metavar="FILE", help="ZsRE, CounterFact or KnowEdit records (JSON, JSON lines); or atlas, facts"
+        "--data", required=True, metavar="FILE", help="records of a known format (JSON, JSON lines; docs/data.md); or atlas, facts"
     )
     run.add_argument("--edits", type=positive, metavar="N", help="only the first N records that can be edited")
     run.add_argument("--model", metavar="NAME", help="instead of the file's model_name")
@@ -97,11 +97,13 @@ def _run(args, console: Console) -> int:
 
 
 def _table(lines: list[dict]) -> Table:
-    """Scores by checkpoint; how many edits could not be written only where there are any."""
+    """Scores by checkpoint, those that there are; how many edits could not be written only where there are any."""
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
-    headings, lost = in_shell({name for line in lines for name in line["scores"]}), any(map(failed_edits, lines))
+    known = {name for line in lines for name, value in line["scores"].items() if value is not None}
+    headings = {name: heading for name, heading in in_shell(known).items() if name in known}
+    lost = any(map(failed_edits, lines))
     table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
     for line in lines:
         edits = line["checkpoint"]

@@ -61,6 +61,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "binary": {"mask": "binary"},
             "soft": {"mask": "soft"},
             "restricted": {"solve": "restricted"},
+            "compensated": {"solve": "compensated"},
             "none": {"neurons": "all"},
         },
         "lambda": {f"λ = {value}": {"amplification": value} for value in (1.0, 10.0, 30.0, 100.0)},

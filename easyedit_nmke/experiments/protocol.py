@@ -28,9 +28,11 @@ from ..models.device import peak_memory
 from ..models.requests import Request
 from ..models.updates import model_digest
 from ..scores import free, generation, metrics
+from ..scores.counterfact import counterfact, fits
 from ..scores.drift import weight_drift
 from ..scores.harder import Harder
 from ..scores.kept import KeptText
+from ..scores.ripple import Ripples
 from ..scores.table import measured
 from ..scores.tasks import Questions, Task
 
@@ -89,6 +91,7 @@ class Scorer:
         self.text = KeptText(model, tok, text)
         self.questions, self.questions_from = Questions(model, tok, questions), questions_from
         self.before = metrics.quality(model, tok, self.requests, separator=separator)
+        self.ripples, self.counterfact = Ripples(model, tok, self.requests, separator), fits(self.requests)
         unknown = [request.prompt for request in self.requests if request.ground_truth is None]
         said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS, separator=separator))
         self.old = [
@@ -120,7 +123,8 @@ class Scorer:
         scores["fluency"] = generation.fluency(texts)
         general = metrics.exact_match(model, tok, self.exercises, separator=self.separator)
         scores["general"] = fmean(general) if general else None
-        scores |= self.text.score(model, tok)
+        scores |= self.text.score(model, tok) | self.ripples.score(model, tok, len(requests))
+        scores |= counterfact(model, tok, requests, self.separator) if self.counterfact else {}
         scores |= measured(model, tok, requests, before)
         return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
 

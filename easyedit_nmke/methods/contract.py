@@ -25,6 +25,7 @@ from ..models.device import peak_memory, synchronise
 from ..models.prompts import SUBJECT, ended, tokenised_all
 from ..models.requests import Request
 from ..models.weights import Matrices, check_finite, check_model, down_projections
+from .consolidation import when_due
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Method:
     measure(view, tok, hparams, progress): what it has to know of the unedited model, once.
     build(view, ground, hparams): from that the solvers which remember past keys, by layer.
     writes(view, hparams): names of the parameters that it edits.
-    replay: `edit` that may be given z [D, requests], where edits can be solved again from their values (undo with resolve).
+    replay: `edit` that may be given z [D, requests], where edits can be solved again from their values (undo with resolve,
+        consolidation); a method whose reports have masks must take `masks`, layer -> [F] bool, too.
     needs_subject: whether a request has to say which words of the prompt are the subject.
     """
 
@@ -129,19 +131,26 @@ def apply_method(
     with editing(model):
         if state is None:
             state = carried_state(model, tok, hparams, method)
-        elif state.settings != hparams.state_settings():
-            raise ValueError(_different_state(state, hparams))
-        elif state.book is not None:
-            state.book.check(hparams)
+        check_state(state, hparams)
         setattr(model, HANDLE, state)
         check_requests(view, tok, learnt, state.flat_templates, hparams.target_separator)
         weights = method.matrices(model, hparams)
         state.follow(weights)
+        when_due(method, view, tok, hparams, state)  # a process was stopped between an edit and this, or went back to there
         with _unchanged_on_error({name: model.get_parameter(name) for name in weights}) as originals:
             if not state.claim(requests):
                 with state.superseding(requests):
                     state.advance((edit or method.edit)(view, tok, learnt, hparams, state), requests)
+        when_due(method, view, tok, hparams, state)
     return model, originals if return_orig_weights else {}
+
+
+def check_state(state: LifelongState, hparams: HyperParams) -> None:
+    """ValueError for a state that was opened with other hyperparameters."""
+    if state.settings != hparams.state_settings():
+        raise ValueError(_different_state(state, hparams))
+    if state.book is not None:
+        state.book.check(hparams)
 
 
 def _check_copy(hparams: HyperParams, state: LifelongState | None) -> None:

@@ -18,7 +18,7 @@ from ..history.log import EditReport
 from ..history.state import LifelongState, ValueNorm
 from ..models.arch import ModelView
 from ..models.chat import as_asked
-from ..models.prompts import SUBJECT, ended
+from ..models.prompts import SUBJECT
 from ..models.requests import Request
 from ..models.updates import model_digest
 from ..statistics.covariance import own_file, save, tokenizer_digest
@@ -72,7 +72,7 @@ def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block") -> tor
     if file.is_file():
         return load_file(file)["norms"]
     logger.info("layer %d: %d pilot values are solved on the unedited model, once", layer, hparams.nas_pilot)
-    requests = ended(tok, as_asked(tok, pilot_requests(hparams.nas_pilot), hparams), hparams)
+    requests = as_asked(tok, pilot_requests(hparams.nas_pilot), hparams)
     z = torch.stack([value.z for value in target_values(view, tok, requests, [SUBJECT], layer, hparams, part)], 1)
     stream, _ = _around_ffn(view, tok, requests, layer, part)
     norms = (z - stream.to(z)).norm(dim=0).cpu()

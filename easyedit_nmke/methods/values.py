@@ -65,6 +65,7 @@ def target_values(
     model's weights take no gradient. `whole_texts` runs every token at every step, for comparison. budget: bytes that are not
     exceeded, but for what one request needs (4 GB on a CPU, 8 GB on a GPU). FloatingPointError when a loss is not finite.
     """
+    requests = ended(tok, requests, hparams)
     texts = [rows_of(tok, i, request, templates, hparams) for i, request in enumerate(requests)]
     sizes = _Sizes(view, z_layer, budget)
     found: dict[int, Value] = {}
@@ -82,7 +83,7 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
     """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
     value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
     requests = [Request(prompt, subject, target) for prompt, subject, target in facts.calibration()]
-    values = target_values(view, tok, ended(tok, as_asked(tok, requests, hparams), hparams), templates, z_layer, hparams, part)
+    values = target_values(view, tok, as_asked(tok, requests, hparams), templates, z_layer, hparams, part)
     return sum(value.z.norm().item() for value in values) / len(values)
 
 

@@ -45,12 +45,19 @@ def in_chat(tok, request):
     def probes(kinds):
         return {kind: tuple((put(prompt), answer) for prompt, answer in pairs) for kind, pairs in kinds.items()}
 
+    def queries(some):
+        return tuple(replace(query, prompt=put(query.prompt)) for query in some)
+
+    def tests(some):
+        return tuple(replace(test, queries=queries(test.queries), conditions=queries(test.conditions)) for test in some)
+
     return replace(
         request,
         prompt=put(request.prompt),
         rephrase_prompts=tuple(map(put, request.rephrase_prompts)),
         locality=probes(request.locality),
         portability=probes(request.portability),
+        ripple={kind: tests(some) for kind, some in request.ripple.items()},
     )
 
 

@@ -26,7 +26,7 @@ class Metric:
     leaves it out there, and curve=False out of the figures. what: what the number is, under the report's table. said: what the
     leading method does, in the report's first lines; a format of the number, "gets {:.0%} of them right". share: it lies between
     0 and 1. baseline: the unedited model's is drawn beside the curves. digits: behind the point, in tables.
-    asked: only runs that ask for it have it.
+    asked: only runs that ask for it have it, or data that bring it.
 
     measure(model, tok, requests, before), for scores that others add, is called at every checkpoint for the `requests` edited so
     far (a list of `Request`), and for all of them on the unedited model; `before` is `metrics.quality` of the same requests on the
@@ -131,10 +131,47 @@ OWN: Mapping[str, Metric] = MappingProxyType(
     }
 )  # fmt: skip
 
+# What data may bring: CounterFact's own scores, and what should follow from edits.
+_PASSED = "share of ripple tests that free answers pass, of"
+
+
+def _brought(title: str, short: str | None = None, column: str | None = None, what: str = "", **more) -> Metric:
+    return Metric(title, short, column or short, what, asked=True, **more)
+
+
+OF_DATA: Mapping[str, Metric] = MappingProxyType(
+    {
+        "efficacy_success": _brought(
+            "Efficacy success", "ES", what="share of edited prompts after which the new answer is likelier than the true one"
+        ),
+        "paraphrase_success": _brought("Paraphrase success", "PS", what="ES of paraphrases"),
+        "neighborhood_success": _brought(
+            "Neighbourhood success", "NS", what="share of neighbours' prompts after which the true answer is the likelier one"
+        ),
+        "counterfact_score": _brought("CounterFact's score", "S", what="harmonic mean of ES, PS and NS"),
+        "efficacy_magnitude": _brought("Efficacy magnitude", None, "EM", "mean of p(new) - p(true)", curve=False, share=False),
+        "paraphrase_magnitude": _brought("Paraphrase magnitude", None, "PM", "EM of paraphrases", curve=False, share=False),
+        "neighborhood_magnitude": _brought(
+            "Neighbourhood magnitude", None, "NM", "mean of p(true) - p(new) of neighbours", curve=False, share=False
+        ),
+        "multi_hop": _brought(
+            "Multi-hop", "Hop", "Multi-hop", "share of cases of which any question is answered freely with the new answer"
+        ),
+        "ripple:Logical_Generalization": _brought("Ripple: logical generalization", "LG", what=f"{_PASSED} logical generalization"),
+        "ripple:Compositionality_I": _brought("Ripple: compositionality I", "CI", what=f"{_PASSED} compositionality I"),
+        "ripple:Compositionality_II": _brought("Ripple: compositionality II", "CII", what=f"{_PASSED} compositionality II"),
+        "ripple:Subject_Aliasing": _brought("Ripple: subject aliasing", "SA", what=f"{_PASSED} subject aliasing"),
+        "ripple:Relation_Specificity": _brought("Ripple: relation specificity", "RS", what=f"{_PASSED} relation specificity"),
+        "ripple:Forgetfulness": _brought("Ripple: forgetfulness", "FN", what=f"{_PASSED} forgetfulness (preservation)"),
+        "ripple:Reasoning": _brought("Ripple: reasoning", "Reason", "Reasoning", f"{_PASSED} reasoning"),
+        "ripple_counted": _brought("Ripple: share of tests that count", curve=False),
+    }
+)
+
 
 def table() -> dict[str, Metric]:
     """Every score by name: this package's, then those that others add. ValueError for what is no `Metric`."""
-    rows = with_extensions("metrics", OWN)
+    rows = with_extensions("metrics", {**OWN, **OF_DATA})
     for name, row in rows.items():
         if not isinstance(row, Metric):
             raise ValueError(
@@ -174,9 +211,9 @@ def in_shell(scores: Collection[str] = ()) -> dict[str, str]:
 
 
 def in_report() -> dict[str, Metric]:
-    """The columns of the report's table: what the shell shows too comes first."""
+    """The columns of the report's table: what the shell always shows too comes first."""
     found = {name: row for name, row in table().items() if row.column}
-    return dict(sorted(found.items(), key=lambda item: item[1].short is None))
+    return dict(sorted(found.items(), key=lambda item: item[1].short is None or item[1].asked))
 
 
 def measured(model, tok, requests: Sequence, before: Sequence[dict]) -> dict[str, float | None]:
