@@ -78,7 +78,7 @@ OWN: Mapping[str, Metric] = MappingProxyType(
             what="edited prompts to which the model says the new answer, nothing more, and stops by itself",
         ),
         "rel_natural_contains": Metric(
-            "Rel, natural stop: contains", "Natural", "Natural", baseline=False,
+            "Rel, natural stop: contains", column="Natural", baseline=False,
             what="edited prompts with the new answer in all that the model says until it stops",
         ),
         "gen_natural_exact": Metric("Gen, natural stop: exact", baseline=False),
