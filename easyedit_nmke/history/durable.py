@@ -35,11 +35,13 @@ FREE = ("model_name", "device", "model_parallel", "stats_dir")
 
 @dataclass(frozen=True)
 class Ground:
-    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer."""
+    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer; and the
+    seconds that each part took to be made, also where it comes from the cache (None: not known)."""
 
     templates: list[list[str]]
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     value_norms: Mapping[int, ValueNorm] = field(default_factory=dict)
+    seconds: dict[str, float | None] = field(default_factory=dict)
 
 
 def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: HyperParams) -> LifelongState:
@@ -47,6 +49,7 @@ def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: Hype
     model = weights.view.model
     header = {
         "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norms or None,
+        "startup": state.startup,
         "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
     }  # fmt: skip
     state.follow(weights)
@@ -66,7 +69,8 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
         book.check(hparams)
         book.check_model(weights)
         header = book.journal.header
-        state = build(Ground(header["templates"], book.journal.tensors(), _value_norms(header)))
+        ground = Ground(header["templates"], book.journal.tensors(), _value_norms(header), header.get("startup", {}))
+        state = build(ground)
         state.follow(weights)
         state.replay(*history(book.journal))
     except BaseException:

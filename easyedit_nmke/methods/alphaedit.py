@@ -48,11 +48,12 @@ class AlphaEditHyperParams(SpreadHyperParams):
 
 def measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
     """Context templates, each layer's row space, and norms of values, of the model as it is now."""
-    found = templates(view, tok, hparams)
-    spaces = row_spaces(view, tok, hparams, progress)
+    spent: dict[str, float | None] = {}
+    found = templates(view, tok, hparams, spent)
+    spaces = row_spaces(view, tok, hparams, progress, spent)
     check_protection(spaces, hparams)
     statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
-    return Ground(found, statistics, value_norms(view, tok, hparams, found, hparams.z_layers))
+    return Ground(found, statistics, value_norms(view, tok, hparams, found, hparams.z_layers, spent=spent), spent)
 
 
 def row_space(view: ModelView, ground: Ground, layer: int) -> RowSpace:

@@ -17,6 +17,12 @@ from ..extensions import with_extensions
 # measure(model, tok, requests, before) -> a number, or None where there is nothing to measure; see `Metric.measure`.
 Measure = Callable[[Any, Any, Sequence[Any], Sequence[dict]], "float | None"]
 
+# How a score is taken. Where it is as EasyEdit takes it, EasyEdit's word (its `metric_meta`).
+FREE = "free_generation"  # the model goes on from the prompt by itself, greedily
+FORCED = "decoder_only_teacher_forcing"  # it sees the target, and says each next token
+UNCHANGED = "pre_post_argmax_token_match"  # each next token of a text, before the edits and after
+AFTER_ALL, BEFORE = "after_all_edits", "before_any_edit"
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -25,7 +31,8 @@ class Metric:
     title: above its curve and in its place in the legend. short: its heading in the shell's tables, column: in the report's; None
     leaves it out there, and curve=False out of the figures. what: what the number is, under the report's table. said: what the
     leading method does, in the report's first lines; a format of the number, "gets {:.0%} of them right". share: it lies between
-    0 and 1. baseline: the unedited model's is drawn beside the curves. digits: behind the point, in tables.
+    0 and 1. baseline: the unedited model's is drawn beside the curves. digits: behind the point, in tables. protocol, scorer: how
+    it is taken and what is counted, for `metric_meta`; scores by free generation come first in tables.
 
     measure(model, tok, requests, before), for scores that others add, is called at every checkpoint for the `requests` edited so
     far (a list of `Request`), and for all of them on the unedited model; `before` is `metrics.quality` of the same requests on the
@@ -42,6 +49,8 @@ class Metric:
     share: bool = True
     baseline: bool = True
     digits: int = 2
+    protocol: str = "own"
+    scorer: str = "own"
     measure: Measure | None = None
 
     @property
@@ -56,41 +65,62 @@ OWN: Mapping[str, Metric] = MappingProxyType(
         "rel": Metric(
             "Rel", "Rel", "Rel", "share of the new answer's tokens that the edited prompt gets right", baseline=False,
             said="gets {:.0%} of the new answers' tokens right on the edited prompts",
+            protocol=FORCED, scorer="token_accuracy",
         ),
         "rel_exact": Metric(
-            "Rel, generated: exact", column="Generated exact", baseline=False,
+            "Rel, generated: exact", column="Free Rel", baseline=False,
             what="edited prompts that greedy free generation answers with exactly the new answer",
             said="gives exactly the new answer to {:.0%} of them when it generates freely",
+            protocol=FREE, scorer="exact_match",
         ),
-        "rel_contains": Metric("Rel, generated: contains", baseline=False),
-        "rel_preferred": Metric("Rel: new over old answer", baseline=False),
+        "rel_contains": Metric("Rel, generated: contains", baseline=False, protocol=FREE, scorer="contains"),
+        "rel_preferred": Metric("Rel: new over old answer", baseline=False, protocol=FORCED, scorer="likelier_than_old_answer"),
         "gen": Metric(
-            "Gen", "Gen", "Gen", "the same for a paraphrase of the prompt", baseline=False,
+            "Gen", "Gen", "Gen", "as Rel, for a paraphrase of the prompt", baseline=False,
             said="gets {:.0%} of the tokens right on paraphrases",
+            protocol=FORCED, scorer="token_accuracy",
         ),
-        "gen_exact": Metric("Gen, generated: exact", baseline=False),
-        "gen_contains": Metric("Gen, generated: contains", baseline=False),
-        "gen_preferred": Metric("Gen: new over old answer", baseline=False),
+        "gen_exact": Metric(
+            "Gen, generated: exact", column="Free Gen", what="the same for paraphrases", baseline=False,
+            protocol=FREE, scorer="exact_match",
+        ),
+        "gen_contains": Metric("Gen, generated: contains", baseline=False, protocol=FREE, scorer="contains"),
+        "gen_preferred": Metric("Gen: new over old answer", baseline=False, protocol=FORCED, scorer="likelier_than_old_answer"),
         "loc": Metric(
             "Loc", "Loc", "Loc", "share of outputs to prompts about other subjects that are still the unedited model's",
             said="leaves {:.0%} of the outputs about other subjects as they were",
+            protocol=UNCHANGED, scorer="token_match",
         ),
-        "neighborhood": Metric("Loc: neighborhood"),
-        "unrelated": Metric("Loc: unrelated"),
-        "same_subject": Metric("Same subject", "Same", "Same subject", "the same for other facts of the edited subject"),
-        "portability": Metric("Portability", "Port", "Port", "portability, the same for what follows from the new answer"),
-        "general": Metric("General", "General", "General", "held-out exercises answered exactly"),
+        "neighborhood": Metric("Loc: neighborhood", protocol=UNCHANGED, scorer="token_match"),
+        "unrelated": Metric("Loc: unrelated", protocol=UNCHANGED, scorer="token_match"),
+        "same_subject": Metric(
+            "Same subject", "Same", "Same subject", "the same for other facts of the edited subject",
+            protocol=UNCHANGED, scorer="token_match",
+        ),
+        "portability": Metric(
+            "Portability", "Port", "Port", "portability: as Rel, for what follows from the new answer",
+            protocol=FORCED, scorer="token_accuracy",
+        ),
+        "general": Metric(
+            "General", "General", "General", "held-out exercises answered exactly",
+            protocol=FORCED, scorer="sequence_exact_match",
+        ),
         "kept_kl": Metric(
             "Kept text: KL", "KL", "Kept KL", "how far the model has moved on other text, in nats a token",
             better="lower", share=False, digits=3,
+            protocol="kept_text", scorer="kl_from_unedited",
         ),
-        "perplexity": Metric("Kept text: perplexity", better="lower", share=False, digits=1),
+        "perplexity": Metric(
+            "Kept text: perplexity", better="lower", share=False, digits=1, protocol="kept_text", scorer="perplexity"
+        ),
         "fluency": Metric(
-            "Fluency (bits)", column="Fluency", what="entropy of the n-grams of generated text, in bits", share=False
+            "Fluency (bits)", column="Fluency", what="entropy of the n-grams of generated text, in bits", share=False,
+            protocol="free_continuation", scorer="ngram_entropy",
         ),
-        "immediate": Metric("Rel right after each edit"),
+        "immediate": Metric("Rel right after each edit", protocol=FORCED, scorer="token_accuracy"),
         "seconds": Metric(
-            "Seconds per edit", column="s/edit", what="seconds per edit", better="lower", curve=False, share=False, baseline=False
+            "Seconds per edit", column="s/edit", what="seconds per edit", better="lower", curve=False, share=False, baseline=False,
+            said="takes {:.2g} s an edit", protocol="wall_clock", scorer="mean_per_edit",
         ),
     }
 )  # fmt: skip
@@ -109,8 +139,14 @@ def table() -> dict[str, Metric]:
 
 def with_tasks(names: Iterable[str]) -> dict[str, Metric]:
     """`table`, and rows for those of `names` that are scores of tasks: the harness' and questions' from files."""
-    asked = {name: Metric(name.removeprefix("tasks.")) for name in names if name.startswith(("harness.", "tasks."))}
-    return {**table(), **asked}
+    return {**table(), **{name: _of_task(name) for name in names if name.startswith(("harness.", "tasks."))}}
+
+
+def _of_task(name: str) -> Metric:
+    if name.startswith("harness."):
+        return Metric(name, protocol="lm_evaluation_harness", scorer="main_metric")
+    scorer = {"norm": "accuracy_by_length", "same": "as_unedited"}.get(name.rpartition(".")[2], "accuracy")
+    return Metric(name.removeprefix("tasks."), protocol="questions", scorer=scorer)
 
 
 def task_scores(lines: Sequence[Mapping], checkpoint: int) -> list[tuple[str, str, list[float | None]]]:
@@ -121,14 +157,14 @@ def task_scores(lines: Sequence[Mapping], checkpoint: int) -> list[tuple[str, st
     tasks = [name for name in names if not name.endswith((".norm", ".same")) or f"{name}.same" in names]
     found = []
     for task, method in product(tasks, dict.fromkeys(line["method"] for line in now)):
-        values = [[line["scores"].get(name) for line in now if line["method"] == method] for name in _of_task(task)]
+        values = [[line["scores"].get(name) for line in now if line["method"] == method] for name in _names_of(task)]
         means = [fmean(known) if (known := [v for v in some if v is not None]) else None for some in values]
         if means[0] is not None:
             found.append((task.removeprefix("tasks."), method, means))
     return found
 
 
-def _of_task(name: str) -> tuple[str, str, str]:
+def _names_of(name: str) -> tuple[str, str, str]:
     return name, f"{name}.norm", f"{name}.same"
 
 
@@ -138,9 +174,36 @@ def in_shell() -> dict[str, str]:
 
 
 def in_report() -> dict[str, Metric]:
-    """The columns of the report's table: what the shell shows too comes first."""
+    """The columns of the report's table: free generation first, then what the shell shows too, then the rest."""
     found = {name: row for name, row in table().items() if row.column}
-    return dict(sorted(found.items(), key=lambda item: item[1].short is None))
+    return dict(sorted(found.items(), key=lambda item: (item[1].protocol != FREE, item[1].short is None)))
+
+
+def metric_meta(scores: Mapping[str, Any], batch_size: int | None = None) -> dict[str, dict[str, str]]:
+    """Beside every score its protocol, in the spirit of EasyEdit's field of this name: {score: {"protocol", "scorer", "taken",
+    "comparable_group"}}. taken: after all edits so far; of `immediate` after each edit or, of batches, after each batch; before any
+    (`batch_size` None). Numbers of one comparable_group are of one kind; of others, do not compare them."""
+    found, known = {}, with_tasks(scores)
+    for name in scores:
+        row = known.get(name) or known["neighborhood"]  # a type of locality that a file named
+        taken = AFTER_ALL if batch_size else BEFORE
+        if name == "immediate":
+            taken = "after_each_edit" if batch_size == 1 else "after_each_batch"
+        found[name] = _meta(row, taken)
+    return found
+
+
+def edit_meta(edits: Sequence[Mapping]) -> dict[str, dict[str, dict[str, str]]]:
+    """`metric_meta` of the scores of single edits, of the unedited model ("pre") and after all edits ("post")."""
+    rows = {"rewrite_acc": "rel", "rephrase_acc": "gen", "locality": "loc", "portability": "portability"}
+    names = dict.fromkeys(name for edit in edits for name in edit["post"] if name in rows)
+    moments = {"pre": BEFORE, "post": AFTER_ALL}
+    return {part: {name: _meta(OWN[rows[name]], taken) for name in names} for part, taken in moments.items()}
+
+
+def _meta(row: Metric, taken: str) -> dict[str, str]:
+    group = f"{row.protocol}.{row.scorer}.{taken}"
+    return {"protocol": row.protocol, "scorer": row.scorer, "taken": taken, "comparable_group": group}
 
 
 def measured(model, tok, requests: Sequence, before: Sequence[dict]) -> dict[str, float | None]:
