@@ -58,7 +58,8 @@ class Metric:
         return "↑" if self.better == "higher" else "↓"
 
 
-# In rows of four curves: the edited prompt, its paraphrases, what should have stayed, what follows and what else the model can do.
+# In rows of four curves (free generation comes first): the new answer, what should have stayed, what follows and what else the
+# model can do.
 # Of new answers the unedited model knows nothing: its line at 0 would only flatten their curves.
 OWN: Mapping[str, Metric] = MappingProxyType(
     {
