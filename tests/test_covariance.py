@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import easyedit_nmke
 from easyedit_nmke import AlphaEditHyperParams, MEMITHyperParams, NMKEHyperParams, ROMEHyperParams, apply_to_model
@@ -233,7 +234,7 @@ def test_gpt2s_positions_are_in_the_name(tiny, nmke_hparams):
 def test_an_interrupted_write_leaves_no_file(view, nmke_hparams, tmp_path, monkeypatch, error):
     view, tok = view
 
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise error
 
@@ -328,3 +329,17 @@ def test_layer_stats_of_easyedit_leave_a_file_that_is_found(tiny, nmke_hparams, 
     assert covariance.moment_files(view, tok, settings)[1] == easyedit_file(settings, 1)
     found = covariance.moments(view, tok, settings, progress=False)[1]
     assert close(found, theirs.mom2.moment().double(), 1e-6) and close(found, by_hand(view, tok, texts, 1), 1e-5)
+
+
+def test_the_seconds_of_a_pass_count_once_and_are_unknown_of_files_that_tell_none(tiny, nmke_hparams):
+    model, tok = tiny("llama")
+    chosen, view = nmke_hparams(model, tok, layers=[0, 1, 2]), ModelView(model)
+    spent, again, two = {}, {}, {}
+    covariance.moments(view, tok, chosen, spent=spent)
+    covariance.moments(view, tok, chosen, spent=again)
+    covariance.moments(view, tok, nmke_hparams(model, tok, layers=[0, 2]), spent=two)
+    assert spent["covariance"] > 0 and spent == again == two  # one pass made all layers
+    file = covariance.moment_files(view, tok, chosen)[1]
+    save_file(load_file(file), file)
+    covariance.moments(view, tok, chosen, spent=spent)
+    assert spent == {"covariance": None}

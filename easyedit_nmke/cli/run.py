@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -33,8 +34,13 @@ def _run_arguments(run: argparse.ArgumentParser) -> None:
 
 
 def _compare_arguments(compare: argparse.ArgumentParser) -> None:
-    compare.add_argument("--model", default="atlas", metavar="NAME", help="which file of each method's hparams (default atlas)")
-    compare.add_argument("--methods", metavar="LIST", help="for example NMKE,NMKE+,AlphaEdit[L2=10],easyedit:WISE")
+    compare.add_argument(
+        "--model",
+        default="atlas",
+        metavar="LIST",
+        help="which file of each method's hparams (default atlas); of several, DIR/NAME each",
+    )
+    compare.add_argument("--methods", metavar="LIST", help="for example NMKE,AlphaEdit@100,MEMIT+BLUE,NMKE[L2=10],easyedit:WISE")
     compare.add_argument("--ablation", metavar="SET", help="a named set of NMKE's settings in place of --methods")
     compare.add_argument("--base", metavar="METHOD", help="what an ablation changes (default NMKE)")
     compare.add_argument("--hparams-dir", type=Path, metavar="DIR", help="<method>/<model>.yaml (default: the package's own)")
@@ -79,7 +85,7 @@ def _run(args, console: Console) -> int:
     try:
         stream = chosen(editor, args.data, args.edits, args.seed, args.checkpoints or ())
         method = Method(settings.alg_name, settings, loaded=editor)
-        lines = _compared(args, scored_with, [method], len(stream.requests), (args.seed,), keep_weights=True)
+        lines = _compared(args, _plan(args, scored_with, [method], len(stream.requests), (args.seed,), args.out, keep_weights=True))
     finally:
         editor.close()
     console.print(_table(lines))
@@ -118,17 +124,27 @@ def _compare(args, console: Console) -> int:
 
     quiet_libraries(args)
     scored_with = _scored_with(args)
-    overrides = _overrides(args, args.model_path)
-    if args.ablation:
-        (base,) = known.methods(args.base or "NMKE", args.model, args.hparams_dir, overrides)
-        methods = known.ablation(args.ablation, base.settings)
-    else:
-        methods = known.methods(args.methods or ", ".join(known.METHODS), args.model, args.hparams_dir, overrides)
-    lines = _compared(args, scored_with, methods, args.edits, tuple(range(args.seeds)))
-    try:
-        comparison(lines, [], console)
-    except ImportError as error:
-        console.print(f"results in {args.out}; {error}", highlight=False, markup=False, soft_wrap=True)
+    models = list(dict.fromkeys(filter(None, (name.strip() for name in args.model.split(",")))))
+    if len(models) > 1 and args.model_path:
+        raise ValueError(f"--model-path is one model, but --model names {len(models)}; compare each by a command of its own")
+    if len(models) > 1 and (args.out / "results.jsonl").is_file():
+        raise ValueError(f"{args.out} holds the results of one model; several need another folder")
+    plans = {}  # all of them, before anything is edited
+    for model in models:
+        overrides = _overrides(args, args.model_path)
+        if args.ablation:
+            (base,) = known.methods(args.base or "NMKE", model, args.hparams_dir, overrides)
+            methods = known.ablation(args.ablation, base.settings)
+        else:
+            methods = known.methods(args.methods or ", ".join(known.METHODS), model, args.hparams_dir, overrides)
+        folder = args.out if len(models) == 1 else args.out / re.sub(r"[^A-Za-z0-9+.=-]+", "_", model)
+        plans[folder] = _plan(args, scored_with, methods, args.edits, tuple(range(args.seeds)), folder)
+    for folder, plan in plans.items():
+        lines = _compared(args, plan)
+        try:
+            comparison(lines, [], console)
+        except ImportError as error:
+            console.print(f"results in {folder}; {error}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -162,17 +178,22 @@ def _scored_with(args) -> dict:
     }
 
 
-def _compared(args, scored_with: dict, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
-    """Run a comparison under a progress bar; its lines."""
-    from ..experiments.compare import Plan, compare
-    from ..experiments.protocol import Event, Progress
+def _plan(args, scored_with: dict, methods, edits: int, seeds: tuple[int, ...], folder: Path, keep_weights: bool = False):
+    from ..experiments.compare import Plan
 
-    plan = Plan(
-        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, **scored_with,
+    return Plan(
+        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, folder, **scored_with,
         task_folder=args.harness_tasks, task_limit=args.harness_limit, allow_code=args.harness_allow_code,
         command=args.command, keep_weights=keep_weights,
     )  # fmt: skip
-    total = len(methods) * len(seeds) * edits
+
+
+def _compared(args, plan) -> list[dict]:
+    """Run a `Plan` under a progress bar; its lines."""
+    from ..experiments.compare import compare
+    from ..experiments.protocol import Event, Progress
+
+    total = len(plan.methods) * len(plan.seeds) * plan.edits
     with tqdm(total=total, desc="editing", unit="edit", smoothing=0.02) as bar, _asked_to_stop() as asked:
 
         def tell(event: Event) -> None:

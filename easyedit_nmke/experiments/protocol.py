@@ -24,7 +24,7 @@ from ..hparams import defaults, differences
 from ..methods import methods
 from ..methods.norms import stamped
 from ..models.arch import ModelView
-from ..models.device import peak_memory
+from ..models.device import peak_memory, synchronise
 from ..models.requests import Request
 from ..models.updates import model_digest
 from ..scores import free, generation, metrics
@@ -33,7 +33,7 @@ from ..scores.drift import weight_drift
 from ..scores.harder import Harder
 from ..scores.kept import KeptText
 from ..scores.ripple import Ripples
-from ..scores.table import measured
+from ..scores.table import measured, metric_meta
 from ..scores.tasks import Questions, Task
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Segment:
         self.lines: list[dict] = []
         self.immediate: list[float] = []
         self.failed: list[int] = []
-        self.seconds = 0.0
+        self.seconds, self.memory = 0.0, 0.0  # of edits; MB
         ours = isinstance(self.editor, LifelongEditor)
         self.weights = _edited(self.editor) if ours else {}
         self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
@@ -195,13 +195,18 @@ class Segment:
             yield Progress(stop - done)
 
     def _edit(self, batch: Sequence[Request]) -> None:
+        if not self.weights:  # ours measure every phase
+            peak_memory(reset=True)
         started, failed = time.perf_counter(), 0
         try:
             self.editor.apply(batch)
         except WORN_OUT as error:  # those that cannot be written count as failed
             logger.warning("%s, edit %d: %s", self.label, len(self.immediate) + 1, error)
             failed = len(batch)
+        synchronise()
         seconds = time.perf_counter() - started
+        if not self.weights:
+            self.memory = max(self.memory, peak_memory())
         pairs = [(request.prompt, request.target_new) for request in batch]
         right = metrics.token_accuracy(self.editor.model, self.editor.tok, pairs, separator=self.scorer.separator)
         self._count(immediate=right, failed=failed, seconds=seconds)
@@ -232,14 +237,16 @@ class Segment:
     def _line(self, edits: int) -> dict:
         peak_memory(reset=True)
         scores, ages = self.scorer(self.editor.model, self.editor.tok, edits)
+        scored = peak_memory()
         scores["immediate"] = fmean(self.immediate)
-        memory = {"score": peak_memory()}
-        reports = self.editor.state.reports[self.first :] if self.weights else []
+        made = list(self.editor.state.log)[self.first :] if self.weights else []
+        reports = [edit.report for edit in made]
+        peaks = [self.memory, *(peak for report in reports for peak in report.peak_memory.values())]
         seconds: dict[str, float] = {}
         for report in reports:
             for name, value in report.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
-            memory["edit"] = max(memory.get("edit", 0.0), *report.peak_memory.values())
+        startup = self.editor.state.startup if self.weights else getattr(self.editor, "startup", {})
         return {
             "method": self.label,
             "seed": self.seed,
@@ -247,11 +254,14 @@ class Segment:
             "failed": list(self.failed),
             "skipped": self._skipped(reports),
             "scores": scores,
+            "metric_meta": metric_meta(scores, self.stamp["batch_size"]),
             "retention": ages,
             "drift": self._drift(),
             "mask": {name: _mean_by_layer([getattr(report, name) for report in reports]) for name in ("density", "overlap")},
             "seconds": {**seconds, "total": self.seconds},
-            "peak_memory_mb": memory,
+            "startup_seconds": dict(startup),
+            "peak_memory_mb": {"score": scored, "edit": max(peaks)},
+            "kept_bytes": sum(edit.bytes for edit in made) if self.weights else None,
             "protocol": self.stamp,
         }
 
@@ -306,6 +316,12 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
         "command": command,
         "versions": versions("easyedit-nmke", "torch", "transformers", "numpy"),
     }
+
+
+def models_differ(one: Mapping, other: Mapping) -> bool:
+    """Whether two stamps are of different models, as far as they tell (older ones tell no weights)."""
+    mine, theirs = one.get("model") or {}, other.get("model") or {}
+    return any(name in mine and name in theirs and mine[name] != theirs[name] for name in ("type", "weights"))
 
 
 def settings_differ(one: Mapping, other: Mapping) -> list[str]:

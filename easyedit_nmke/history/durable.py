@@ -37,12 +37,14 @@ FREE = ("model_name", "device", "model_parallel", "stats_dir")
 class Ground:
     """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer. files:
     those statistics that stand in a file of their own, and are not written once more, by the end of their names ("4"): what the
-    method needs to find them again."""
+    method needs to find them again. seconds: that each part took to be made, also where it comes from the cache (None: not
+    known)."""
 
     templates: list[list[str]]
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     value_norms: Mapping[int, ValueNorm] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def unfiled(self) -> dict[str, torch.Tensor]:
@@ -54,6 +56,7 @@ def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: Hype
     model = weights.view.model
     header = {
         "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norms or None,
+        "startup": state.startup,
         "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
     }  # fmt: skip
     if ground.files:
@@ -75,7 +78,10 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
         book.check(hparams)
         book.check_model(weights)
         header = book.journal.header
-        state = build(Ground(header["templates"], book.journal.tensors(), _value_norms(header), header.get("files", {})))
+        ground = Ground(
+            header["templates"], book.journal.tensors(), _value_norms(header), header.get("files", {}), header.get("startup", {})
+        )
+        state = build(ground)
         state.follow(weights)
         state.replay(*history(book.journal))
     except BaseException:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.updates import LowRank, Update
+from ..models.updates import LowRank, Update, tensors_of
 
 
 @dataclass
@@ -82,6 +82,13 @@ class Edit:
     def facts(self) -> dict[int, tuple[str, str]]:
         """Edit -> what it is about."""
         return {i: fact(request) for i, request in zip(self.ids, self.requests, strict=False)}
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors that are kept of it."""
+        of_updates = (tensor for update in self.updates for tensor in tensors_of(update).values())
+        others = (*self.keys.values(), *self.masks.values(), *([] if self.z is None else [self.z]))
+        return sum(tensor.nbytes for tensor in (*of_updates, *others))
 
     @property
     def separable(self) -> bool:

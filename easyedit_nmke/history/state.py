@@ -35,7 +35,8 @@ class LifelongState:
     `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own. value_norms: of the
     values solved for a layer; those of others stay as they are. replays: the log holds the updates, so every earlier state of the
     weights can be had again; an edit then takes 0.4 MB on the CPU at 8B with 5 layers in bfloat16 (a dense one 1.2 GB). originals:
-    the weights before the first edit are kept even if updates are not.
+    the weights before the first edit are kept even if updates are not. startup: seconds that went by before the first edit, by what
+    was made (`durable.Ground`).
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class LifelongState:
         value_norms: Mapping[int, ValueNorm] | None = None,
         replays: bool = True,
         originals: bool = False,
+        startup: Mapping[str, float | None] | None = None,
     ):
         self.settings, self.templates, self.value_norms = dict(settings), templates, dict(value_norms or {})
         self.log, self.weights, self.memory = Log(), EditedWeights(replays, originals), Memory(solvers)
         self.masks: Mapping[int, torch.Tensor] = {}  # of the last edit, [F] bool
         self.attribution_cache: Any = None  # `attribution.AttributionCache`, made when first asked for; no part of the log
+        self.startup = {} if startup is None else startup
         self.book = None  # where the log is also kept on disk
         self._replaces: dict[int, list[int]] = {}  # by the edit in hand
 

@@ -51,14 +51,16 @@ class AlphaEditHyperParams(SpreadHyperParams):
 
 def measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
     """Context templates, each layer's row space, and norms of values, of the model as it is now."""
-    found = templates(view, tok, hparams)
-    spaces = row_spaces(view, tok, hparams, progress)
+    spent: dict[str, float | None] = {}
+    found = templates(view, tok, hparams, spent)
+    spaces = row_spaces(view, tok, hparams, progress, spent)
     check_protection(spaces, hparams)
     statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
     large = sum(tensor.nbytes for tensor in statistics.values()) > LARGE
     files = row_space_files(view, tok, hparams) if large and hparams.state_dir is not None else {}
     filed = {str(layer): {"path": str(file), "digest": space_digest(spaces[layer])} for layer, file in files.items()}
-    return Ground(found, statistics, value_norms(view, tok, hparams, found, hparams.z_layers), filed)
+    norms = value_norms(view, tok, hparams, found, hparams.z_layers, spent=spent)
+    return Ground(found, statistics, norms, files=filed, seconds=spent)
 
 
 def row_space(view: ModelView, ground: Ground, layer: int, hparams: AlphaEditHyperParams) -> RowSpace:

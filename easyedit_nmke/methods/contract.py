@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow_copy
@@ -21,7 +20,7 @@ from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..models.arch import ModelView, editing
 from ..models.chat import as_asked
-from ..models.device import peak_memory, synchronise
+from ..models.device import peak_memory, timed
 from ..models.prompts import SUBJECT, ended, tokenised_all
 from ..models.requests import Request
 from ..models.weights import Matrices, check_finite, check_model, down_projections
@@ -82,14 +81,16 @@ class Method:
             return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams)
         with editing(model):
             ground = self.measure(view, tok, hparams, progress)
-        state = self._state(view, ground, hparams)
+        with timed(ground.seconds, "solvers"):
+            state = self._state(view, ground, hparams)
         return state if hparams.state_dir is None else begun(state, ground, self.matrices(model, hparams), hparams)
 
     def _state(self, view: ModelView, ground: Ground, hparams: HyperParams) -> LifelongState:
         solvers = self.build(view, ground, hparams)
         return LifelongState(
-            hparams.state_settings(), solvers, ground.templates, ground.value_norms, hparams.keeps_updates, hparams.keeps_originals
-        )
+            hparams.state_settings(), solvers, ground.templates, ground.value_norms, hparams.keeps_updates, hparams.keeps_originals,
+            ground.seconds,
+        )  # fmt: skip
 
 
 def apply_method(
@@ -239,10 +240,7 @@ def _unchanged_on_error(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[st
 @contextmanager
 def phase(report: EditReport, name: str) -> Iterator[None]:
     """Add the seconds that the block takes to the report, and keep the most memory it needed."""
-    synchronise()
     peak_memory(reset=True)
-    started = time.perf_counter()
-    yield
-    synchronise()
-    report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
+    with timed(report.seconds, name):
+        yield
     report.peak_memory[name] = max(report.peak_memory.get(name, 0.0), peak_memory())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, is_number, setting
 from ..models.arch import ModelView
+from ..models.device import timed
 from ..models.prompts import context_templates
 from ..models.requests import Request
 from ..models.updates import LowRank
@@ -104,9 +105,10 @@ class SpreadHyperParams(KeyValueHyperParams):
         return list(self.layers) if self.blue else list(self.layers[-1:])
 
 
-def templates(view: ModelView, tok, hparams) -> list[list[str]]:
-    """Context templates of `template_length` tokens, in groups."""
-    return context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+def templates(view: ModelView, tok, hparams, spent: MutableMapping[str, float | None] | None = None) -> list[list[str]]:
+    """Context templates of `template_length` tokens, in groups; `spent` is told their seconds."""
+    with timed({} if spent is None else spent, "templates"):
+        return context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
 
 
 def plain_update(

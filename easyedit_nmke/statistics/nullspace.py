@@ -7,7 +7,8 @@ at 14336 in float32, one layer at a time; each layer's file is written before th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..models.arch import ModelView
 from ..models.updates import fingerprint
 from .covariance import cache_directory, each_moment, moment_files, own_file, save
+from .making import Making, making_of, seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +34,19 @@ class RowSpace(NamedTuple):
     null: torch.Tensor
 
 
-def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, RowSpace]:
+def row_spaces(
+    view: ModelView, tok, hparams, progress: bool = True, spent: MutableMapping[str, float | None] | None = None
+) -> dict[int, RowSpace]:
     """layer -> what updates must not touch, or not lightly.
 
     From EasyEdit's projector file when `P_loc` exists, else (with a warning where P_loc names none) from the covariance of keys
     over `mom2_dataset`, cached on disk with all its eigenvectors, so that another threshold or fraction needs no `eigh`. The log
-    tells how many directions of each layer that protects.
+    tells how many directions of each layer that protects. spent: told the seconds of the "covariance" and the "null space", as they
+    were when these were made; None where that is not known.
     """
+    spent = {} if spent is None else spent
     if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
+        spent["null space"] = None
         return _told(_from_projector(view, hparams))
     if hparams.P_loc is not None:
         logger.warning("P_loc %s does not exist: the null space is computed from %s instead", hparams.P_loc, hparams.mom2_dataset)
@@ -47,10 +54,13 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
     files = {layer: _eigen_file(layer, file, hparams) for layer, file in moments.items()}
     missing = {layer: moments[layer] for layer, file in files.items() if not file.is_file()}
     unsaved: dict[int, dict[str, torch.Tensor]] = {}
-    for layer, moment in each_moment(view, tok, hparams, missing, progress):
-        kept = _decompose(moment, files[layer])
+    summed = {layer: making_of(file) for layer, file in moments.items()}
+    cut = {layer: making_of(file) for layer, file in files.items()}
+    for layer, moment in each_moment(view, tok, hparams, missing, progress, summed):
+        kept, cut[layer] = _decompose(moment, files[layer])
         if kept:
             unsaved[layer] = kept
+    spent.update({"covariance": seconds_of(summed.values()), "null space": seconds_of(cut.values())})
     spaces = {}
     for layer in hparams.layers:
         found = _cut(unsaved.pop(layer), hparams) if layer in unsaved else _read(files[layer], hparams)
@@ -120,14 +130,16 @@ def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = N
     return _above(values, vectors[:, first:], vectors[:, : _fewer(first, len(values))], first)
 
 
-def _decompose(moment: torch.Tensor, file: Path) -> dict[str, torch.Tensor]:
+def _decompose(moment: torch.Tensor, file: Path) -> tuple[dict[str, torch.Tensor], Making]:
     """Write the eigenvalues, ascending [F], and the eigenvectors in rows [F, F]; they are returned only if that failed.
 
     In float32 whatever `mom2_dtype` is: float64 would need 6.6 GB at 14336 neurons.
     """
+    started = time.perf_counter()
     values, vectors = torch.linalg.eigh(moment.float())
+    making = Making.since(started)
     tensors = {"eigenvalues": values.cpu(), "eigenvectors": vectors.T.contiguous().cpu()}
-    return {} if save(file, tensors) else tensors
+    return {} if save(file, tensors, making) else tensors, making
 
 
 def _first(values: torch.Tensor, threshold: float, fraction: float | None) -> int:
