@@ -15,7 +15,7 @@ from .history.durable import find
 from .history.journal import Journal
 from .history.state import LifelongState
 from .hparams import HyperParams
-from .methods import apply_to_model, method_named, method_of, undo
+from .methods import apply_to_model, consolidate, method_named, method_of, undo
 from .methods.contract import Method, carried_state, check_requests
 from .models.arch import ModelView
 from .models.chat import as_asked
@@ -78,8 +78,12 @@ class LifelongEditor:
         return before
 
     def undo(self, edit: int, resolve: bool = False) -> None:
-        """Take one edit out (see `LifelongState.undo`); with `resolve`, later ones are solved again without it."""
+        """Take one edit out (see `methods.undo`); with `resolve`, later ones are solved again without it."""
         undo(self.model, self.tok, self.hparams, self.state, edit, resolve)
+
+    def consolidate(self) -> None:
+        """Solve all edits that count at once, in the place of all updates so far (see `methods.consolidate`)."""
+        consolidate(self.model, self.tok, self.hparams, self.state)
 
     def close(self) -> None:
         """Let another process go on with the state that `state_dir` keeps."""

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
@@ -61,6 +61,8 @@ class HyperParams:
     Names are EasyEdit's where EasyEdit has them; `layers` and `model_name` have no default. Fields under "accepted for
     EasyEdit's files" change nothing here: the architecture table leaves nothing for them to decide.
     """
+
+    single_edits: ClassVar[bool] = True  # whether one request can be an update of its own
 
     layers: list[int] = setting(state=True)
     model_name: Any  # a path, a hub name, "atlas", or a (model, tokenizer) tuple

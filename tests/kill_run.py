@@ -37,7 +37,7 @@ from easyedit_nmke.scores import generation
 
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=4, mom2_dataset="atlas", mom2_n_samples=200,
-    v_lr=1.0, nullspace_fraction=0.9, L2=5,
+    v_lr=1.0, nullspace_fraction=0.9, L2=5, consolidate_every=2,
 )  # fmt: skip
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -125,7 +125,7 @@ class Runs:
             "weights": load_file(out / "edited-NMKE-0.safetensors"),
             "results": [{key: line.get(key) for key in told} for line in lines],
             "scores of edits": json.loads((out / "edits-NMKE-0.json").read_text()),
-            "records": [(record["id"], record["digest"]) for record in index if record["kind"] == "edit"],
+            "records": [(record["kind"], record["digest"]) for record in index if "digest" in record],
         }
 
 

@@ -1,5 +1,6 @@
 """Every architecture through its row: readout, keys and residual stream against the model's own forward pass."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from transformers import AutoConfig
 
 from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.methods.keys import Ascent, Contexts, attribution_inputs, key_and_value, keys_of, subject_states
+from easyedit_nmke.methods.nmke import neuron_masks
 from easyedit_nmke.models import hooks
-from easyedit_nmke.models.arch import FAMILIES, UNEDITED, ModelView
+from easyedit_nmke.models.arch import FAMILIES, UNEDITED, ModelView, Readout
 from easyedit_nmke.models.requests import Request
 
 
@@ -230,3 +232,21 @@ def test_keys_of_one_layer_after_the_other_are_those_of_whole_passes(tiny, monke
         view.w_out(layer).mul_(1.5)
     last = keys_of(view, tok, asked, contexts, layers)
     assert torch.allclose(last[layers[-1]], keys, rtol=1e-4, atol=1e-5), "the edited model's keys, before the last layer is edited"
+
+
+def test_states_go_to_the_head_and_the_head_nowhere(tiny):
+    """It is a gigabyte where several devices share a model, and asked for at every step of a value."""
+    readout = ModelView(tiny("llama")[0]).readout
+    there = replace(readout, head=readout.head.to("meta"))
+    assert there.logits(torch.zeros(3, 32)).device.type == "meta"
+    assert torch.equal(replace(readout, head=readout.head.clone()).logits(torch.ones(3, 32)), readout.logits(torch.ones(3, 32)))
+
+
+def test_values_go_to_the_head_for_attribution(tiny, nmke_hparams, requests, monkeypatch):
+    """Once a layer; of the readout itself, what is not at the head's device, once an edit."""
+    model, tok = tiny("llama")
+    moved, to = [], Readout.to
+    monkeypatch.setattr(Readout, "to", lambda self, *args, **kwargs: moved.append(args) or to(self, *args, **kwargs))
+    settings = nmke_hparams(model, tok, layers=[0, 1])
+    neuron_masks(ModelView(model), tok, [Request.from_dict(r) for r in requests(1)], ["{}"], settings)
+    assert len(moved) == 1

@@ -278,6 +278,15 @@ def test_a_cache_made_late_has_the_bits_of_one_that_followed(tiny, nmke_hparams,
     assert seen[-2][1:] == (6, 0, 4)
 
 
+def test_what_is_told_by_the_log_is_not_fingerprinted(tiny, nmke_hparams, requests, monkeypatch):
+    model, tok = tiny("llama")
+    monkeypatch.setattr(cached, "fingerprint", lambda _: pytest.fail("read all weights of a layer"))
+    settings = nmke_hparams(model, tok, attribution_backend="cached")
+    apply_nmke_to_model(model, tok, requests(1), settings)
+    apply_nmke_to_model(model, tok, requests(2)[1:], settings)
+    assert model.nmke_state.attribution_cache.layers[0].width == 1
+
+
 def test_a_change_within_the_log_is_noticed_in_its_content(tiny, nmke_hparams):
     case, cache = make_case(SIZE, "rms"), AttributionCache()
     change, base = update(case, 1), case.w_out.clone()

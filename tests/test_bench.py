@@ -19,8 +19,8 @@ TINY_GPT2 = shapes.Shape("gpt2", dict(n_embd=32, n_layer=4, n_head=4, n_position
 def tiny(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setitem(shapes.SHAPES, "tiny-gpt2", TINY_GPT2)
-    settings = shapes._settings
-    monkeypatch.setattr(shapes, "_settings", lambda shape: {**settings(shape), "v_num_grad_steps": 4})
+    settings = shapes.settings_of
+    monkeypatch.setattr(shapes, "settings_of", lambda shape: {**settings(shape), "v_num_grad_steps": 4})
 
 
 @pytest.fixture
@@ -53,6 +53,17 @@ def test_the_shape_of_a_real_model_is_that_models(name):
     assert parts.sizes(name) == (*bed.view.w_out(0).shape, len(bed.view.head.weight))
     assert bed.view.depth == shapes.SHAPES[name].config["num_hidden_layers"]
     assert bed.model.config.model_type == shapes.SHAPES[name].model_type
+
+
+def test_many_at_once_and_values_that_stop_early_are_measured_beside_single_edits(monkeypatch, alone):
+    monkeypatch.setitem(shapes.SHAPES, "trained", shapes.Shape("llama", {}, (0, 1), "atlas", model="atlas"))
+    content = bench.measure(bench.Plan("trained", 1, (0, 4), batch=3))
+    made = {(result["engine"], result["at"]): result for result in content["results"]}
+    together, apart = made["AlphaEdit, 3 at once", 0], made["AlphaEdit, 3 at once, values alone", 0]
+    assert 0 < apart["difference"]["weights"] < 1e-4 and together["difference"] is None
+    assert ("AlphaEdit, 3 at once", 4) not in made and ("AlphaEdit, stops at 0.95", 4) in made
+    with pytest.raises(ValueError, match="a batch of 9"):
+        bench.engines_for(shapes.build("tiny", 1, None, "cpu", torch.float32), batch=9)
 
 
 def by_engine(content, count):
@@ -148,6 +159,7 @@ def test_every_measurement_starts_from_the_same_weights_and_past_keys(alone):
         (["--part", "solve", "--shape", "atlas"], "the parts are measured at the size of llama3-8b"),
         (["--part", "solve", "--neurons", "5"], "the number of neurons"),
         (["--part", "solve", "--layers", "5"], "--layers goes with whole edits"),
+        (["--part", "solve", "--batch", "5"], "--batch goes with whole edits"),
         (["--neurons", "5"], "--neurons goes with --part attribution"),
         (["--shape", "atlas", "--layers", "3"], "atlas is a trained one"),
         (["--shape", "tiny", "--layers", "9"], "--layers is 9, expected 2 to 4"),

@@ -323,6 +323,40 @@ def test_compare_prints_one_table_and_report_draws_it(settings, tmp_path, reques
     assert "unknown name 'L3'" in capsys.readouterr().err
 
 
+def test_compare_takes_several_models_and_keeps_them_apart(settings, tmp_path, requests, capsys):
+    pytest.importorskip("matplotlib")
+    folder, content = tmp_path / "hparams" / "NMKE", yaml.safe_load(settings.read_text())
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(("one", "two")):
+        tiny_model("llama", 2048, seed).save_pretrained(tmp_path / name)
+        embedded.load()[1].save_pretrained(tmp_path / name)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**content, "model_name": str(tmp_path / name)}))
+    (tmp_path / "data.json").write_text(json.dumps(requests(3)))
+    out = tmp_path / "out"
+    argv = ["compare", "--hparams-dir", str(tmp_path / "hparams"), "--data", str(tmp_path / "data.json"), "--out", str(out)]
+    argv += ["--edits", "2", "--methods", "NMKE,NMKE@2", "--model"]
+    assert cli.main([*argv, "one,three,two"]) == 1
+    assert "no hyperparameter file" in capsys.readouterr().err and not out.exists()  # before any model is edited
+    assert cli.main([*argv, "one,two", "--model-path", "x"]) == 1
+    assert "--model-path is one model, but --model names 2" in capsys.readouterr().err
+    assert cli.main([*argv, "one, two"]) == 0
+    said = capsys.readouterr().out
+    assert "Scores after 2 edits of one" in said and "Scores after 2 edits of two" in said
+    files = {name: (out / name / "results.jsonl").read_text() for name in ("one", "two")}
+    lines = {name: [json.loads(text) for text in file.splitlines()] for name, file in files.items()}
+    for found in lines.values():
+        assert [(line["method"], line["checkpoint"]) for line in found] == [("unedited", 0), ("NMKE", 2), ("NMKE@2", 2)]
+        assert [line["protocol"]["batch_size"] for line in found[1:]] == [1, 2]
+    assert len({line["protocol"]["model"]["weights"] for found in lines.values() for line in found}) == 2
+    (out / "two" / "results.jsonl").write_text(files["two"].splitlines()[0] + "\n")
+    assert cli.main([*argv, "one,two"]) == 0  # only what is missing is made again
+    assert (out / "one" / "results.jsonl").read_text() == files["one"]
+    assert len((out / "two" / "results.jsonl").read_text().splitlines()) == 3
+    (out / "results.jsonl").write_text(files["one"])
+    assert cli.main([*argv, "one,two"]) == 1
+    assert "holds the results of one model" in capsys.readouterr().err
+
+
 def test_a_task_that_the_harness_does_not_have_stops_everything_before_the_first_edit(settings, tmp_path, requests, capsys):
     (tmp_path / "data.json").write_text(json.dumps(requests(1)))
     out = tmp_path / "out"

@@ -72,6 +72,50 @@ def test_methods_are_read_from_files_and_changed_in_brackets():
     assert found[2].settings.regularizer == "covariance" and found[4].easyedit == "WISE" and found[4].settings is None
 
 
+COLUMNS = (
+    "NMKE, NMKE+, AlphaEdit, AlphaEdit@100, MEMIT, MEMIT@100, AlphaEdit+NAS, MEMIT+BLUE@100, LocFT-BF, UltraEdit, KNE, ROME, FT, "
+    "NMKE random mask"
+)
+
+
+def test_options_and_batch_sizes_stand_behind_a_name():
+    found = {m.label: m.settings for m in methods.methods(f"{COLUMNS}, NMKE++NAS, NMKE+NAS @ 10[L2=3]", "atlas")}
+    assert len(found) == 16
+    assert [found[name].batch_size for name in ("AlphaEdit", "AlphaEdit@100", "MEMIT@100", "LocFT-BF")] == [1, 100, 100, 100]
+    assert (found["AlphaEdit+NAS"].alg_name, found["AlphaEdit+NAS"].value_norm) == ("AlphaEdit", "nas")
+    assert (found["MEMIT+BLUE@100"].blue, found["MEMIT+BLUE@100"].layers) == (True, [0, 2])
+    assert (found["NMKE++NAS"].regularizer, found["NMKE++NAS"].value_norm) == ("covariance", "nas")
+    other = found["NMKE+NAS @ 10[L2=3]"]
+    assert (other.regularizer, other.value_norm, other.batch_size, other.L2) == ("nullspace", "nas", 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("LocFT-BF@1", "method LocFT-BF@1: 1 problem\n.*LocFT-BF learns all edits together in batches and knows no single edits"),
+        ("FT+BLUE", "method FT.BLUE: 1 problem\n.*unknown name 'blue'"),
+        ("AlphaEdit+NAS+GREEN", "method 'AlphaEdit.NAS.GREEN' is not known"),
+        ("AlphaEdit@many", "expected a name, name@batch size"),
+        ("AlphaEdit@0", "batch_size is 0"),
+        ("easyedit:MEMIT@100", "changes settings of EasyEdit's"),
+    ],
+)
+def test_what_a_method_does_not_know_is_refused(name, said):
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        methods.methods(name, "atlas")
+
+
+def test_methods_without_settings_for_a_model_are_told_with_what_finds_them(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        methods.methods("NMKE, MEMIT, NMKE random mask, ROME@2", "smollm2", None)
+    assert str(error.value) == (
+        "no hyperparameter file MEMIT/smollm2.yaml, ROME/smollm2.yaml; `nmke tune --model smollm2 --method MEMIT "
+        "--out DIR/MEMIT/smollm2.yaml` finds settings, and --hparams-dir DIR takes them"
+    )
+    with pytest.raises(FileNotFoundError, match=r"--method NMKE\+ --out DIR/NMKE/mine-plus.yaml"):
+        methods.methods("NMKE+", "mine", tmp_path)
+
+
 def test_methods_that_cannot_be_read_are_refused_with_what_is_known(tmp_path):
     with pytest.raises(
         ValueError, match=r"method 'AlphaEdti' is not known \(did you mean 'AlphaEdit'\?\); known: NMKE, .*easyedit:"
@@ -102,6 +146,37 @@ def test_plans_that_make_no_sense_are_refused(plan, quick):
         plan(checkpoints=(1, 5))
     with pytest.raises(ValueError, match="named twice"):
         plan("NMKE", "NMKE")
+
+
+def test_files_that_name_different_models_are_refused(plan):
+    found = methods.methods("NMKE, MEMIT", "qwen2.5-7b")
+    with pytest.raises(ValueError, match=r"different models \(Qwen/\S+ in bfloat16: NMKE; .*Qwen2.5-7B in bfloat16: MEMIT\); give"):
+        Plan(tuple(found), "data.json", 1, (1,), (0,), plan().directory)
+    found = methods.methods("NMKE, MEMIT", "qwen2.5-7b", None, {"model_name": "mine"})
+    assert Plan(tuple(found), "data.json", 1, (1,), (0,), plan().directory)
+
+
+def test_results_of_another_model_are_not_added_to(plan, folder, tmp_path):
+    compare.compare(plan("NMKE", edits=1, checkpoints=(1,), seeds=(0,)))
+    tiny_model("llama", 2048, seed=1).save_pretrained(tmp_path / "other")
+    (_, tok) = embedded.load()
+    tok.save_pretrained(tmp_path / "other")
+    (alpha,) = plan("AlphaEdit").methods
+    other = Method(alpha.label, methods.changed(alpha.settings, {"model_name": str(tmp_path / "other")}))
+    with pytest.raises(ValueError, match="holds results of another model; a folder is of one"):
+        compare.compare(dataclasses.replace(plan("NMKE", edits=1, checkpoints=(1,), seeds=(0,)), methods=(other,)))
+
+
+def test_a_method_of_batches_is_scored_where_they_end(plan, caplog):
+    three = plan("AlphaEdit", "AlphaEdit@2", edits=5, checkpoints=(1, 2, 3, 5), seeds=(0,))
+    lines = compare.compare(three)
+    found = {(line["method"], line["checkpoint"]): line for line in lines}
+    assert [t for method, t in found if method == "AlphaEdit"] == [1, 2, 3, 5]
+    assert [t for method, t in found if method == "AlphaEdit@2"] == [2, 5]
+    assert "AlphaEdit@2: not scored after [1, 3] edits, where no batch of 2 ends" in caplog.text
+    kinds = [found[method, 5]["metric_meta"]["immediate"]["taken"] for method in ("AlphaEdit", "AlphaEdit@2")]
+    assert kinds == ["after_each_edit", "after_each_batch"]
+    assert compare.compare(three) == lines
 
 
 def test_lines_of_every_method_seed_and_checkpoint_and_a_second_run_that_adds_nothing(plan):

@@ -1,10 +1,12 @@
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import easyedit_nmke
 from easyedit_nmke import AlphaEditHyperParams, MEMITHyperParams, NMKEHyperParams, ROMEHyperParams, apply_to_model
@@ -101,6 +103,17 @@ def test_a_batch_fits_the_memory_that_is_free(view, monkeypatch):
     assert covariance._tokens_at_a_time(view, [0, 1]) == 100
     monkeypatch.setattr(covariance, "ACTIVATIONS", 50.5 * each)
     assert covariance._tokens_at_a_time(view, [0, 1]) == 50
+
+
+def test_batches_of_a_gpu_are_larger(monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2, device="cuda")
+    config = SimpleNamespace(num_attention_heads=32)
+    seen = SimpleNamespace(weight=lambda _: weight, w_out=lambda _: torch.empty(4096, 14336, device="meta"))
+    seen.model = SimpleNamespace(config=config)
+    monkeypatch.setattr(covariance, "free_memory", lambda _: 60e9)
+    assert covariance._tokens_at_a_time(seen, [4, 5, 6, 7, 8]) > 7500
+    weight.is_cuda = False
+    assert covariance._tokens_at_a_time(seen, [4, 5, 6, 7, 8]) < 2000
 
 
 def test_layers_that_do_not_fit_take_a_pass_of_their_own(view, nmke_hparams, monkeypatch):
@@ -221,7 +234,7 @@ def test_gpt2s_positions_are_in_the_name(tiny, nmke_hparams):
 def test_an_interrupted_write_leaves_no_file(view, nmke_hparams, tmp_path, monkeypatch, error):
     view, tok = view
 
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise error
 
@@ -316,3 +329,17 @@ def test_layer_stats_of_easyedit_leave_a_file_that_is_found(tiny, nmke_hparams, 
     assert covariance.moment_files(view, tok, settings)[1] == easyedit_file(settings, 1)
     found = covariance.moments(view, tok, settings, progress=False)[1]
     assert close(found, theirs.mom2.moment().double(), 1e-6) and close(found, by_hand(view, tok, texts, 1), 1e-5)
+
+
+def test_the_seconds_of_a_pass_count_once_and_are_unknown_of_files_that_tell_none(tiny, nmke_hparams):
+    model, tok = tiny("llama")
+    chosen, view = nmke_hparams(model, tok, layers=[0, 1, 2]), ModelView(model)
+    spent, again, two = {}, {}, {}
+    covariance.moments(view, tok, chosen, spent=spent)
+    covariance.moments(view, tok, chosen, spent=again)
+    covariance.moments(view, tok, nmke_hparams(model, tok, layers=[0, 2]), spent=two)
+    assert spent["covariance"] > 0 and spent == again == two  # one pass made all layers
+    file = covariance.moment_files(view, tok, chosen)[1]
+    save_file(load_file(file), file)
+    covariance.moments(view, tok, chosen, spent=spent)
+    assert spent == {"covariance": None}

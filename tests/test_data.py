@@ -262,12 +262,6 @@ def test_columns_of_different_lengths_are_no_table(written):
         load(written({"prompt": ["a b", "c d"], "target_new": ["e"], "subject": ["a", "c"]}))
 
 
-def test_a_refusal_of_mquakes_records_is_true(written):
-    mquake = {"case_id": 1, "requested_rewrite": [ROME["requested_rewrite"]] * 2, "questions": ["Where?"], "new_answer": "There"}
-    with pytest.raises(ValueError, match="MQuAKE's records, of several rewrites each, which are not read yet"):
-        load(written([mquake, mquake]))
-
-
 def test_odd_records_are_told(written):
     same = changed(COUNTERFACT, target_new="french")
     other = changed(COUNTERFACT, target_new="Dutch")

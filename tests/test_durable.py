@@ -15,7 +15,7 @@ from easyedit_nmke import LifelongEditor, open_state
 from easyedit_nmke.history import durable
 from easyedit_nmke.history.journal import Journal
 from easyedit_nmke.history.log import Edit, EditReport, standing
-from easyedit_nmke.methods import read
+from easyedit_nmke.methods import alphaedit, read
 from easyedit_nmke.models.updates import Dense, LowRank, fingerprint
 
 
@@ -48,9 +48,44 @@ def assert_same(one: dict, other: dict) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def test_large_statistics_stay_in_their_file_which_the_state_names_by_its_digest(begin, requests, monkeypatch, tmp_path):
+    records = requests(3)
+    whole = begin()
+    for record in records:
+        whole.apply([record])
+    base = tmp_path / "state" / "base.safetensors"
+    assert base.stat().st_size > 10_000
+    monkeypatch.setattr(alphaedit, "LARGE", 0)
+    first = begin(state_dir=str(tmp_path / "lean"))
+    for record in records[:2]:
+        first.apply([record])
+    first.close()
+    assert (tmp_path / "lean" / "base.safetensors").stat().st_size < 1000
+    again = begin(state_dir=str(tmp_path / "lean"))
+    again.apply([records[2]])
+    assert_same(bits(again), bits(whole))
+    again.close()
+    (file,) = (tmp_path / "stats").glob("eigenvectors_1_*")
+    content = file.read_bytes()
+    for damaged, said in (
+        (content[:-4] + b"\0\0\0\1", "is not the file that this state"),
+        (content[:99], "cannot be read"),
+        (None, "is not there"),
+    ):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=said):
+            begin(state_dir=str(tmp_path / "lean")).open()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / file.name).write_bytes(content)
+    (other,) = (tmp_path / "stats").glob("eigenvectors_0_*")
+    other.rename(tmp_path / "elsewhere" / other.name)
+    assert_same(bits(begin(state_dir=str(tmp_path / "lean"), stats_dir=str(tmp_path / "elsewhere"))), bits(whole))
+
+
 CASES = [
     ("llama", torch.float32, {}), ("llama", torch.bfloat16, {}), ("gpt2", torch.float32, {"solve": "restricted"}),
     ("gpt2", torch.bfloat16, {"mask": "soft"}),
+    ("gpt2", torch.bfloat16, {"solve": "compensated", "regularizer": "covariance"}),
 ]  # fmt: skip
 
 

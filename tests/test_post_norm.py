@@ -15,6 +15,7 @@ from easyedit_nmke.models.arch import FAMILIES, ModelView
 from easyedit_nmke.models.post_norm import PostNorm
 from easyedit_nmke.models.prompts import open_end
 from easyedit_nmke.models.requests import Request
+from easyedit_nmke.models.updates import LowRank
 
 METHOD_SETTINGS = {
     "MEMIT": dict(layers=[1], mom2_update_weight=2.0, template_prefixes=[]),
@@ -124,9 +125,11 @@ def test_the_stream_moves_to_z_where_the_key_gives_what_is_asked(tiny, settings,
         z = before - at_subject(view, tok, view.addend(1)) + reachable(view, tok, 1)
     else:
         z = before + torch.randn(32, generator=torch.Generator().manual_seed(2))
-    edit_layers(
-        view, tok, [REQUEST], chosen, state, z.float()[:, None], directions=lambda _, keys, __: keys / keys.pow(2).sum(0)
-    )  # fmt: skip
+
+    def exactly(view, state, layer, keys, left, mask):
+        return LowRank(view.weight_name(layer), left, (keys / keys.pow(2).sum(0)).T.contiguous()), keys
+
+    edit_layers(view, tok, [REQUEST], chosen, state, z.float()[:, None], update=exactly)
     assert (z - before).norm() > 1 and torch.allclose(at_subject(view, tok, view.blocks[1]), z, atol=2e-3)
 
 

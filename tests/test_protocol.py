@@ -74,6 +74,53 @@ def test_every_score_is_taken_after_the_last_edit_against_the_unedited_model(beg
     json.dumps(line)
 
 
+def test_every_score_names_its_protocol_beside_it(begin):
+    segment = begin(edits=2)
+    unedited = segment.scorer.unedited(segment.editor.model, segment.editor.tok)
+    meta = table.metric_meta(unedited)
+    assert meta.keys() == unedited.keys() and {entry["taken"] for entry in meta.values()} == {"before_any_edit"}
+    (line,) = lines_of(segment.run([2]))
+    meta = line["metric_meta"]
+    assert meta.keys() == line["scores"].keys()
+    assert meta["rel"] == {
+        "protocol": "decoder_only_teacher_forcing", "scorer": "token_accuracy", "taken": "after_all_edits",
+        "comparable_group": "decoder_only_teacher_forcing.token_accuracy.after_all_edits",
+    }  # fmt: skip
+    assert meta["gen_exact"]["comparable_group"] == "free_generation.exact_match.after_all_edits"
+    assert meta["immediate"]["taken"] == "after_each_edit"
+    assert table.metric_meta({"tasks.x": 1, "tasks.x.norm": 1, "near": 1}, 1)["near"]["protocol"] == "pre_post_argmax_token_match"
+    assert all("own" not in (row.protocol, row.scorer) for row in table.OWN.values())
+    edits = segment.edits()
+    told = table.edit_meta(edits)
+    assert told["pre"]["rewrite_acc"]["taken"] == "before_any_edit" and told["post"]["locality"]["taken"] == "after_all_edits"
+
+
+def test_costs_are_counted_where_they_are_caused_and_survive_a_stop(begin, tmp_path, nmke_hparams, tiny):
+    kept = str(tmp_path / "state")
+    first = begin(state_dir=kept, value_norm="nas", nas_pilot=4)
+    for event in first.run([2, 4]):
+        if isinstance(event, Progress) and len(first.immediate) == 3:
+            break
+    spent = {report.seconds["values"] for report in first.editor.state.reports}
+    startup = dict(first.editor.state.startup)
+    assert set(startup) == {"templates", "covariance", "null space", "pilot", "solvers"} and min(startup.values()) > 0
+    first.editor.close()
+    again = begin(state_dir=kept, value_norm="nas", nas_pilot=4)
+    line = lines_of(again.run([2, 4]))[-1]
+    assert line["startup_seconds"] == startup
+    assert spent < {report.seconds["values"] for report in again.editor.state.reports}
+    assert line["seconds"]["values"] == pytest.approx(sum(r.seconds["values"] for r in again.editor.state.reports))
+    edits = list(again.editor.state.log)
+    held = sum(t.nbytes for edit in edits for update in edit.updates for t in (update.left, update.right))
+    held += sum(t.nbytes for edit in edits for t in (*edit.keys.values(), *edit.masks.values(), edit.z))
+    assert line["kept_bytes"] == held > 0
+    again.editor.close()
+    # another process that finds covariance and pilot in the cache was spared the work, and knows what it was
+    (line,) = lines_of(begin(edits=1, value_norm="nas", nas_pilot=4).run([1]))
+    told = line["startup_seconds"]
+    assert all(told[name] == startup[name] for name in ("covariance", "null space", "pilot"))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_drift_is_of_the_output_projection_since_the_first_edit(begin, kind):
     segment = begin(kind, edits=2)
@@ -239,10 +286,10 @@ def test_a_target_of_more_than_ten_tokens_can_be_said(tiny, requests, monkeypatc
 
     def said(model, tok, prompts, new_tokens=10, *_, **__):
         counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
-        ids = tok(f"{long}. It is said")["input_ids"]
-        return [" " + tok.decode(ids[: count + 1], skip_special_tokens=True) for count in counts]
+        ids = tok(f" {long}. It is said")["input_ids"]
+        return [ids[: count + 1] for count in counts]
 
-    monkeypatch.setattr(generation, "greedy_texts", said)
+    monkeypatch.setattr(generation, "greedy_ids", said)
     scores = Scorer(model, tok, asked).unedited(model, tok)
     names = ("rel_exact", "rel_contains", "gen_exact", "gen_contains")
     assert [scores[name] for name in names] == [1.0] * 4

@@ -21,6 +21,7 @@ from easyedit_nmke.models import gguf
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.loading import load_model
 from easyedit_nmke.models.requests import Request
+from easyedit_nmke.models.updates import LowRank
 from easyedit_nmke.scores import metrics
 
 pytestmark = pytest.mark.real
@@ -181,9 +182,11 @@ def test_the_stream_of_gemma3_ends_at_z(gemma3, text):
     originals = view.weight(LAYER).detach().clone()
     state = methods.open_state(model, tok, settings)
     state.follow(methods.method_named("MEMIT").matrices(model, settings))
-    edit_layers(
-        view, tok, [REQUEST], settings, state, z.float()[:, None], directions=lambda _, keys, __: keys / keys.pow(2).sum(0)
-    )  # fmt: skip
+
+    def exactly(view, state, layer, keys, left, mask):
+        return LowRank(view.weight_name(layer), left, (keys / keys.pow(2).sum(0)).T.contiguous()), keys
+
+    edit_layers(view, tok, [REQUEST], settings, state, z.float()[:, None], update=exactly)
     after = at_subject(view.blocks[LAYER])
     with torch.no_grad():
         view.weight(LAYER).copy_(originals)

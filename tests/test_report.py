@@ -16,9 +16,10 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from easyedit_nmke import cli
-from easyedit_nmke.experiments import figures, report
+from easyedit_nmke.experiments import board, figures, page, report
 
 CHECKPOINTS = (1, 25, 50, 100, 200, 400)
 # method: (Rel lost per root of edits, Loc lost, Rel at once, s/edit, mask density)
@@ -113,11 +114,12 @@ def save(folder: Path, lines, tail="") -> Path:
 
 
 class Tables(HTMLParser):
-    """Tables of a page as [[(text, class), ...], ...], in order, and everything that would be loaded from elsewhere."""
+    """Tables of a page as [[(text, class), ...], ...], in order, those before the scores (who leads, batch sizes side by side,
+    costs) apart by their class, and everything that would be loaded from elsewhere."""
 
     def __init__(self, text):
         super().__init__()
-        self.tables, self.loaded, self.tags, self.cell = [], [], [], None
+        self.tables, self.first, self.loaded, self.tags, self.cell = [], {}, [], [], None
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -125,9 +127,13 @@ class Tables(HTMLParser):
         self.tags.append(tag)
         self.loaded += [value for name, value in attrs.items() if name in ("src", "href", "srcset", "data", "action")]
         if tag == "table":
-            self.tables.append([])
+            self.rows = []
+            if attrs.get("class") in ("leaders", "sides", "costs"):
+                self.first[attrs["class"]] = self.rows
+            else:
+                self.tables.append(self.rows)
         elif tag == "tr":
-            self.tables[-1].append([])
+            self.rows.append([])
         elif tag in ("td", "th"):
             self.cell = ["", attrs.get("class", "")]
 
@@ -137,7 +143,7 @@ class Tables(HTMLParser):
 
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
-            self.tables[-1][-1].append((self.cell[0].strip(), self.cell[1]))
+            self.rows[-1].append((self.cell[0].strip(), self.cell[1].strip()))
             self.cell = None
 
 
@@ -160,8 +166,10 @@ def expected(lines, method, t, score):
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-KEYS = ["rel", "gen", "loc", "same_subject", "portability", "general", "kept_kl", "rel_exact", "fluency", "s/edit"]
+KEYS = ["rel_exact", "gen_exact", "rel", "gen", "loc", "same_subject", "portability", "general", "kept_kl", "fluency", "s/edit"]
 HEADINGS = [
+    "Free Rel ↑",
+    "Free Gen ↑",
     "Rel ↑",
     "Gen ↑",
     "Loc ↑",
@@ -169,7 +177,6 @@ HEADINGS = [
     "Port ↑",
     "General ↑",
     "Kept KL ↓",
-    "Generated exact ↑",
     "Fluency ↑",
     "s/edit ↓",
 ]
@@ -218,18 +225,23 @@ def test_the_summary_says_what_the_numbers_say(full):
     _, lines, text, _ = full
     said = report.headline(lines, 400)
 
-    def balance(name):
+    def balance(name, parts):
         found = [e["scores"] for e in lines if (e["method"], e["checkpoint"]) == (name, 400)]
-        return [statistics.harmonic_mean([s["rel"], s["gen"], s["loc"]]) for s in found]
+        return [statistics.harmonic_mean([s[part] for part in parts]) for s in found]
 
-    ranked = sorted(METHODS, key=lambda name: -statistics.mean(balance(name)))
-    first, second = ranked[:2]
-    assert said[0].startswith(f"After 400 edits {first} has the highest harmonic mean of Rel, Gen and Loc: ")
-    assert f"{statistics.mean(balance(first)):.2f} ± {statistics.stdev(balance(first)) / 3**0.5:.2f} (3 seeds)" in said[0]
-    assert f"next is {second} with {statistics.mean(balance(second)):.2f}" in said[0]
-    assert f"{float(expected(lines, first, 400, 'rel').split()[0]):.0%} of the new answers' tokens" in said[1]
+    for sentence, protocol, parts in (
+        (said[0], "free generation", ("rel_exact", "gen_exact", "loc")), (said[1], "teacher forcing", ("rel", "gen", "loc")),
+    ):  # fmt: skip
+        ranked = sorted(METHODS, key=lambda name: -statistics.mean(balance(name, parts)))
+        first, second = ranked[:2]
+        assert sentence.startswith(f"After 400 edits {first} has the highest harmonic mean of Rel, Gen and Loc by {protocol}: ")
+        own = balance(first, parts)
+        assert f"{statistics.mean(own):.2f} ± {statistics.stdev(own) / 3**0.5:.2f} (3 seeds)" in sentence
+        assert f"next is {second} with {statistics.mean(balance(second, parts)):.2f}" in sentence
+    assert f"{float(expected(lines, first, 400, 'rel').split()[0]):.0%} of the new answers' tokens" in said[2]
+    assert f"takes {float(expected(lines, first, 400, 's/edit').split()[0]):.2g} s an edit." in said[2]
     unedited_general, general = (expected(lines, *place, "general").split()[0] for place in (("unedited", 0), (first, 400)))
-    assert said[2] == f"The unedited model's general score is {unedited_general}, that of {first} {general}."
+    assert said[3] == f"The unedited model's general score is {unedited_general}, that of {first} {general}."
     assert all(sentence in html.unescape(text) for sentence in said)
 
 
@@ -268,7 +280,7 @@ def test_the_page_needs_nothing_from_outside(full):
     assert page_read.tags.count("details") == len(CHECKPOINTS) - 1 + len(METHODS)
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [400, 420, 1280])
 def test_no_picture_is_wider_than_the_screen(full, tmp_path, width):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     folder, _, text, _ = full
@@ -365,7 +377,7 @@ def test_a_partial_file_is_reported_as_far_as_it_goes(tmp_path, capsys):
     folder = save(tmp_path, lines, tail='{"method": "FT", "seed": 2, "check')
     text, tables = made(folder)
     assert [text for text, _ in tables[0][-2]] == ["FT", *(expected(lines, "FT", 50, key) for key in KEYS)]
-    later = next(table for table in tables[1:] if table[2][1][0] == expected(lines, "NMKE", 400, "rel"))
+    later = next(table for table in tables[1:] if table[2][3][0] == expected(lines, "NMKE", 400, "rel"))
     assert "FT" not in [row[0][0] for row in later]
     out = capsys.readouterr().out
     for said in (
@@ -499,9 +511,9 @@ def test_small_and_empty_cases(lines, pictures, tmp_path, capsys):
 def test_columns_that_nothing_has_are_left_out_and_single_holes_are_dashes(tmp_path):
     _, tables = made(save(tmp_path, nulled()))
     headings, *rows = [[text for text, _ in row] for row in tables[0]]
-    assert headings == ["", "Rel ↑", "Gen ↑", "Loc ↑", "Same subject ↑", "Kept KL ↓", "Generated exact ↑", "s/edit ↓"]
+    assert headings == ["", "Free Rel ↑", "Free Gen ↑", "Rel ↑", "Gen ↑", "Loc ↑", "Same subject ↑", "Kept KL ↓", "s/edit ↓"]
     memit = next(row for row in rows if row[0] == "MEMIT")
-    assert (memit[2], memit[-1]) == ("-", "-") and "-" not in (memit[1], memit[3])
+    assert (memit[4], memit[-1]) == ("-", "-") and "-" not in (memit[1], memit[3], memit[5])
 
 
 def test_markdown_is_the_table_for_the_readme(full, tmp_path, capsys):
@@ -516,6 +528,111 @@ def test_markdown_is_the_table_for_the_readme(full, tmp_path, capsys):
     assert report.markdown(bare(), 1).splitlines()[2] == "| A\\|<b> | 1.00 |"
     empty = save(tmp_path, bare())
     assert cli.main(["report", str(empty), "--markdown"]) == 0 and not (empty / "report").exists()
+
+
+def batched(seeds=(0, 1)):
+    """A comparison at b = 1 and b = 100: LocFT-BF knows no single edits, and what ends no batch is not scored."""
+    lines = []
+    for entry in comparison(("AlphaEdit", "AlphaEdit@100", "LocFT-BF", "ROME"), seeds, (1, 100, 200)):
+        name, t = entry["method"], entry["checkpoint"]
+        size = 100 if name in ("AlphaEdit@100", "LocFT-BF") else 1
+        if name != "unedited":
+            if t % size:
+                continue
+            entry["protocol"] |= {"batch_size": size, "method": name.removesuffix("@100")}
+            entry["startup_seconds"] = {"templates": 2.0, "covariance": 238.0 if name != "ROME" else None}
+            entry["kept_bytes"] = 2_500_000 * t if name != "LocFT-BF" else 0
+        lines.append(entry)
+    return lines
+
+
+def test_batch_sizes_stand_side_by_side_free_generation_first():
+    lines = batched()
+    text = page.html(lines, [], {})
+    tables = Tables(text).tables
+    groups, scores, sizes, *rows = Tables(text).first["sides"]
+    assert [said for said, _ in groups[1:]] == ["Free generation", "Teacher forcing", "As before", "Cost"]
+    assert [said for said, _ in scores[1:]] == ["Rel", "Gen", "Rel", "Gen", "Loc", "s/edit"]
+    assert [said for said, _ in sizes[1:]] == ["1", "100"] * 6
+    found = {row[0][0]: [said.replace("±", " ±") for said, _ in row[1:]] for row in rows}
+    assert list(found) == ["AlphaEdit", "LocFT-BF", "ROME"]
+    keys = ["rel_exact", "gen_exact", "rel", "gen", "loc", "s/edit"]
+    assert found["AlphaEdit"] == [expected(lines, name, 200, key) for key in keys for name in ("AlphaEdit", "AlphaEdit@100")]
+    assert found["LocFT-BF"] == [said for key in keys for said in ("×", expected(lines, "LocFT-BF", 200, key))]
+    assert found["ROME"] == [said for key in keys for said in (expected(lines, "ROME", 200, key), "")]
+    assert "×: LocFT-BF learns edits together and knows no b = 1." in text
+    best = max(("AlphaEdit", "AlphaEdit@100", "LocFT-BF", "ROME"), key=lambda n: float(expected(lines, n, 200, "rel").split()[0]))
+    marked = [(row[0][0], place) for row in rows for place, (_, kind) in enumerate(row[5:7]) if "best" in kind]
+    assert marked == [(best.removesuffix("@100"), int(best in ("AlphaEdit@100", "LocFT-BF")))]
+    assert report.gaps(lines) == ["Not scored at T = 1, where no batch of 100 ends: AlphaEdit@100 and LocFT-BF."]
+    assert report.gaps(lines)[0] in text
+    assert [row[0][0] for row in tables[0][2:]] == ["AlphaEdit", "AlphaEdit@100", "LocFT-BF", "ROME"]
+
+
+def test_who_leads_is_told_for_every_number_of_edits_and_batch_size():
+    lines = batched()
+    text = page.html(lines, [], {})
+    (_, *headings), *rows = [[said for said, _ in row] for row in Tables(text).first["leaders"]]
+    assert headings == ["Free generationb = 1", "Free generationb = 100", "Teacher forcingb = 1", "Teacher forcingb = 100"]
+    assert [row[0] for row in rows] == ["T = 1", "T = 100", "T = 200"] and rows[0][2] == rows[0][4] == ""
+
+    def mean(name, t, parts):
+        found = [e["scores"] for e in lines if (e["method"], e["checkpoint"]) == (name, t)]
+        return statistics.mean(statistics.harmonic_mean([s[part] for part in parts]) for s in found)
+
+    for row, t in zip(rows[1:], (100, 200), strict=True):
+        for place, (names, parts) in enumerate(
+            [(names, parts) for parts in (("rel_exact", "gen_exact", "loc"), ("rel", "gen", "loc"))
+             for names in (("AlphaEdit", "ROME"), ("AlphaEdit@100", "LocFT-BF"))]
+        ):  # fmt: skip
+            ranked = sorted(names, key=lambda name: -mean(name, t, parts))
+            assert row[1 + place] == "".join(f"{name} {mean(name, t, parts):.2f}" for name in ranked)
+    alone = page.html(comparison(("NMKE",), (0,), (1, 2)), [], {})
+    assert not Tables(alone).first.keys() & {"leaders", "sides"}
+
+
+def test_costs_are_told_on_the_page_in_the_shell_and_in_markdown(tmp_path, capsys):
+    lines = batched(seeds=(0,))
+    text = page.html(lines, [], {})
+    head, *rows = [[said for said, _ in row] for row in Tables(text).first["costs"]]
+    assert head == ["", "Batch", "Start-up", "An edit", "200 edits", "Peak memory", "Kept an edit"]
+    assert rows[0] == ["AlphaEdit", "1", "4.0 min", "0.34 s", "68 s", "820 MB", "2.5 MB"]
+    assert rows[2] == ["LocFT-BF", "100", "4.0 min", "0.30 s", "60 s", "820 MB", "0 kB"]
+    assert rows[3][:4] == ["ROME", "1", "?", "0.21 s"]  # whose covariance does not tell what it took
+    bold = {row[0][0]: [kind for _, kind in row[1:]] for row in Tables(text).first["costs"][1:]}
+    assert bold["ROME"] == ["", "", "best", "best", "", ""] and bold["LocFT-BF"][-1] == "best"
+    cli.report.comparison(lines, [], Console(width=100))
+    out = capsys.readouterr().out
+    assert re.search(r"LocFT-BF +100 +4\.0 min +0\.30 s +60 s +820 MB +0 kB", out)
+    assert cli.main(["report", str(save(tmp_path, lines)), "--markdown"]) == 0
+    assert "| ROME | 1 | ? | **0.21 s** | **42 s** | 820 MB | 2.5 MB |" in capsys.readouterr().out
+    assert board.costs(comparison(("NMKE",), (0,), (10,)), 10)[0] == ["Batch", "An edit", "10 edits", "Peak memory"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0042, "4.2 ms"), (0.5, "0.50 s"), (12, "12 s"), (119, "119 s"), (120, "2.0 min"), (9000, "2.5 h")]
+)
+def test_times_are_told_in_their_own_unit(seconds, said):
+    assert board._time(seconds) == said
+
+
+def test_results_of_different_models_are_never_one_table(tmp_path, capsys):
+    lines = comparison(("NMKE",), (0,), (10,))
+    other = json.loads(json.dumps(line("MEMIT", 0, 10)))
+    for entry in lines:
+        entry["protocol"]["model"] = {"type": "llama", "weights": "aa"}
+    other["protocol"]["model"] = {"type": "llama", "weights": "bb"}
+    assert cli.main(["report", str(save(tmp_path / "mixed", [*lines, other]))]) == 1
+    assert "holds results of different models (MEMIT's is another" in capsys.readouterr().err
+    other["protocol"]["hparams"] = {"model_name": "/models/second"}
+    save(tmp_path / "two" / "first", lines), save(tmp_path / "two" / "second", [other])
+    assert cli.main(["report", str(tmp_path / "two")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Scores after 10 edits") == 2 and out.count("Scores after 10 edits of second") == 1
+    pages = {name: (tmp_path / "two" / name / "report" / "report.html").read_text() for name in ("first", "second")}
+    assert "MEMIT" not in pages["first"] and "<h1>second: 1 method, 10 edits" in pages["second"]
+    assert cli.main(["report", str(tmp_path / "two"), "--out", str(tmp_path / "there"), "--markdown"]) == 0
+    assert "**first**\n\n|" in capsys.readouterr().out and not (tmp_path / "there").exists()
 
 
 def test_the_terminal_table_fits_eighty_columns(full, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from counting import Counts
 
 from easyedit_nmke.methods import ridge
 from easyedit_nmke.methods.ridge import PANEL, Ridge, times, transposed_times
@@ -250,3 +251,25 @@ def test_products_in_blocks(monkeypatch, rows, columns, dtype):
     right, left = normal(columns, 2, seed=1), normal(rows, 2, seed=2)
     assert np.allclose(times(matrix, right), matrix.double() @ right, rtol=1e-12, atol=1e-12)
     assert np.allclose(transposed_times(matrix, left), matrix.double().T @ left, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_launches_of_a_solve_do_not_grow_with_past_keys_on_a_gpu(monkeypatch, null):
+    """Blocks of a GPU's size; of a CPU's, many times as many."""
+    basis, past, new = spaces(600, 150)[0], correlated(600, 100), correlated(600, 1, seed=3)
+    counted = {}
+    for scratch in (ridge.CUDA_SCRATCH, 1 << 10):
+        monkeypatch.setattr(ridge, "SCRATCH", scratch)
+        for count in (10, 100):
+            solver = NullSpaceSolver(basis, 0.1, null=null)
+            solver.append(past[:, :count])
+            with Counts() as counts, counts.phase("solve"):
+                solver.directions(new)
+            with counts, counts.phase("append"):
+                solver.append(new)
+            counted[scratch, count] = counts.launches, counts.waits
+    large = [counted[ridge.CUDA_SCRATCH, count] for count in (10, 100)]
+    assert large[0] == large[1] and large[0][0]["solve"] <= 35 and large[0][0]["append"] <= 45
+    assert large[0][1]["solve"] <= 3 and large[0][1]["append"] <= 2
+    assert counted[1 << 10, 100][0]["solve"] > 5 * large[0][0]["solve"]
+    assert sum(-(-n // ridge.block_height(w, cuda=True)) for n, w in ((14336, 3584), (2000, 14336))) <= 3

@@ -18,6 +18,7 @@ from easyedit_nmke.experiments.tune.bed import Bed, score, unedited_afterwards
 from easyedit_nmke.experiments.tune.studies import Search
 from easyedit_nmke.experiments.tune.values import Values, blocks, starts
 from easyedit_nmke.methods import read
+from easyedit_nmke.methods.nmke import NMKEHyperParams
 from easyedit_nmke.models.arch import ModelView, editing
 from easyedit_nmke.models.hooks import record, shifted
 from easyedit_nmke.models.prompts import pad
@@ -174,6 +175,18 @@ def test_a_values_effect_is_what_the_model_says_with_it(atlas, requests, tmp_pat
     assert far["others"] > 0.01
     assert abs(far["own"] - nothing["own"]) > 0.01
     assert far["wordings"] != far["own"]
+
+
+def test_values_of_a_method_with_an_end_token_have_it_too(atlas, requests, tmp_path):
+    model, tok = atlas
+    values = Values(bed_of(model, tok, requests(2)), ["{}"], tmp_path)
+    chosen = {"block": 1, "v_lr": 0.5, "v_num_grad_steps": 3}
+    with editing(model):
+        plain, ended = (
+            values.of(chosen, NMKEHyperParams(layers=[1], model_name=(model, tok), target_eos=eos), 2, lambda: None)
+            for eos in (False, True)
+        )
+    assert not torch.equal(plain, ended) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_shifted_moves_one_token_of_each_row(atlas):

@@ -51,6 +51,7 @@ def assert_same(one, other):
 CASES = [
     ("llama", torch.float32, {}), ("llama", torch.bfloat16, {}), ("gpt2", torch.float32, {"solve": "restricted"}),
     ("gpt2", torch.bfloat16, {"neurons": "all"}),
+    ("gpt2", torch.bfloat16, {"solve": "compensated", "regularizer": "covariance"}),
 ]  # fmt: skip
 
 

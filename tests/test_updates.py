@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from counting import Counts
 
 from easyedit_nmke.models import updates
 from easyedit_nmke.models.updates import Dense, LowRank, Sparse, accumulate, fingerprint
@@ -34,6 +35,42 @@ def test_a_fingerprint_spans_chunks(monkeypatch):
     before = fingerprint({0: tensor})
     tensor[999] += 1
     assert fingerprint({0: tensor}) != before
+
+
+def test_a_fingerprint_is_what_it_was_for_states_on_disk():
+    generator = torch.Generator().manual_seed(3)
+    some = {"a": torch.randn(37, 11, generator=generator), "b": torch.randn(300, 5, generator=generator).bfloat16()}
+    assert {name: fingerprint({name: tensor}) for name, tensor in some.items()} == {
+        "a": 2036460034327437559,
+        "b": 4106624137523082260,
+    }
+    assert fingerprint({}) == 0
+
+
+def test_a_fingerprint_draws_once_for_a_device_and_waits_once(monkeypatch):
+    monkeypatch.setattr(updates, "_CHUNK", 96)
+    tensors = {i: torch.ones(1000 * (i + 1)) for i in range(3)}
+    with Counts() as first:
+        digest = fingerprint(tensors)
+    drawn, randint = [], torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn.append(args) or randint(*args, **kwargs))
+    with Counts() as second:
+        assert fingerprint(tensors) == digest
+    chunks = sum(-(-500 * (i + 1) // 96) for i in range(3))
+    assert not drawn and first.waits["rest"] == second.waits["rest"] == 1
+    assert second.launches["rest"] == 2 * chunks + 1
+
+
+def test_a_column_of_an_update_is_two_launches_a_block(monkeypatch):
+    """And blocks of a GPU are so large that a matrix [4096, 14336] is 15 of them."""
+    assert -(-4096 // updates.block_rows(14336, cuda=True)) == 15
+    monkeypatch.setattr(updates, "_BLOCK", 7 * 31)
+    start, counted = torch.zeros(63, 31), []
+    for columns in (1, 20):
+        with Counts() as counts:
+            accumulate(torch.zeros(63, 31), start, [some(columns, 63, 31)])
+        counted.append(counts.launches["rest"])
+    assert counted[1] - counted[0] == 9 * 2 * 19
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+from counting import Counts
 from torch.overrides import TorchFunctionMode
 
 from easyedit_nmke import apply_nmke_to_model
-from easyedit_nmke.methods import value_texts, values
+from easyedit_nmke.bench.formulas import HOOKED, LAUNCHES
+from easyedit_nmke.methods import above, value_texts, values
 from easyedit_nmke.methods.above import Above
 from easyedit_nmke.methods.value_texts import Batch, batches, rows_of
 from easyedit_nmke.methods.values import target_values
@@ -123,6 +125,31 @@ def test_a_step_waits_for_the_device_once(tiny, nmke_hparams, asked, monkeypatch
         assert [value.steps for value in found] == [steps, steps]
         counts.append(len(waits.seen))
     assert counts[1] - counts[0] == 3
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_a_block_of_a_step_is_a_bounded_number_of_launches(tiny, nmke_hparams, asked, monkeypatch, kind):
+    """And fewer where FFNs skip nothing, as with few tokens on a GPU, which gives the same values."""
+    model, tok = tiny(kind)
+    each, found = [], []
+    for few in (0, 1000):
+        monkeypatch.setattr(above, "few_on", lambda device, few=few: few)
+        counted = []
+        for z_layer in (0, 1):
+            for steps in (2, 4):
+                hparams = nmke_hparams(model, tok, v_lr=0.01, v_num_grad_steps=steps)
+                with Counts() as counts:
+                    (value,) = target_values(ModelView(model), tok, asked(1), TEMPLATES[:3], z_layer, hparams)
+                counted.append(counts.launches["rest"])
+        each.append((counted[1] - counted[0] - counted[3] + counted[2]) / 2)
+        found.append(value.z)
+    assert each[1] < each[0] - 4 and each[0] <= HOOKED + sum(LAUNCHES[kind]) + (3 if "gemma" in kind else 0)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_values_may_take_is_a_share_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(values, "total_memory", lambda device: {"cuda": 80e9}[device.type])
+    assert values.budget_on(torch.device("cuda")) == 8e9 and values.budget_on(torch.device("cpu")) == values.CPU_BUDGET
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

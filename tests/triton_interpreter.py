@@ -149,3 +149,16 @@ def test_a_planted_error_is_noticed(monkeypatch):
 
     monkeypatch.setattr(fused, "_log_sums", loses_a_word)
     assert errors(case, "frozen") > 1e-3
+
+
+def test_a_cache_is_read_with_few_widths():
+    """Each other one would compile the kernel anew, some seconds in each of the first edits."""
+    case, widths = make_case((2, 33, 16, 129), "rms"), set()
+    cache = AttributionCache()
+    projection = cache.projection(0, case.w_out, case.readout)
+    for _ in range(20):
+        weight, head, stored, _ = fused._operands(case.w_out, slice(None), case.readout, case.target_ids, projection, torch.float32)
+        assert weight.shape[1] == head.shape[1] and weight.is_contiguous() and stored.shape == (33, 129)
+        widths.add(weight.shape[1])
+        projection._add([LowRank("w", torch.randn(16, 1), torch.randn(1, 33))], case.readout)
+    assert widths == {0, 16, 32}

@@ -47,7 +47,7 @@ class Made:
         """How many updates U itself has seen: so many that never more than `refresh_every`, or `columns` of theirs, are pending."""
         start = pending = 0
         for count, update in enumerate(self.updates, 1):
-            pending += update.requests
+            pending += update.left.shape[1]
             if count - start >= refresh_every or pending > columns:
                 start, pending = count, 0
         return start
@@ -93,8 +93,8 @@ class Projection:
         """U of some words [ids, N]."""
         return self.stored[:, ids].T.to(self.dtype) + self.left[ids] @ self.right
 
-    def refresh(self, w_out: torch.Tensor, readout, reason: str) -> None:
-        """Compute U of w_out [D, N] exactly."""
+    def refresh(self, w_out: torch.Tensor, readout, reason: str, told: bool = False) -> None:
+        """Compute U of w_out [D, N] exactly. told: by `become`, which needs no digest of the weights."""
         for start in range(0, len(readout.head), WORDS_AT_A_TIME):
             words = slice(start, start + WORDS_AT_A_TIME)
             head = self._head(words, readout)
@@ -103,7 +103,7 @@ class Projection:
                 self.stored[some, words] = linear(w_out[:, some].to(self.dtype).T, head)
         self.left = self.stored.new_empty((len(readout.head), 0), dtype=self.dtype)
         self.right = self.stored.new_empty((0, w_out.shape[1]), dtype=self.dtype)
-        self.history = [(_digest(w_out), 0)]  # (digest of the weights, columns pending) since the refresh
+        self.history = [] if told else [(_digest(w_out), 0)]  # (digest of the weights, columns pending) since the refresh
         self.synced = True
         self.refreshes, self.reason, self.drift = self.refreshes + 1, reason, 0.0
         logger.debug("projections computed anew: %s", reason)
@@ -112,13 +112,13 @@ class Projection:
         """Make U that of w_out as `made` says, to the same bits from wherever it was."""
         start = made.start(refresh_every, w_out.shape[0] // 4)
         if self.start != start or not made.agrees(self.made, start):
-            self.refresh(made.after(start), readout, f"as after {start} updates" if start else "first use")
+            self.refresh(made.after(start), readout, f"as after {start} updates" if start else "first use", told=True)
             self.start, self.made = start, None
         pending, known = made.updates[start:], () if self.made is None else self.made.updates[start:]
         kept = 0
         while kept < min(len(pending), len(known)) and _same_update(pending[kept], known[kept]):
             kept += 1
-        columns = sum(update.requests for update in pending[:kept])
+        columns = sum(update.left.shape[1] for update in pending[:kept])
         self._forget(columns)
         for update in pending[kept:]:
             self._add([update._replace(left=made.scaled(update.left.to(w_out.device)))], readout)
@@ -126,7 +126,7 @@ class Projection:
         self.drift = self.measure(w_out, readout, len(made.updates))
         bound = DRIFT[self.stored.dtype] if bound is None else bound
         if not self.drift <= bound:
-            self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}")
+            self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}", told=True)
             self.made = None
 
     def follow(self, updates: Sequence[LowRank], w_out: torch.Tensor, readout) -> None:

@@ -108,22 +108,23 @@ def _log_sums(prompts: Perturbation, w_out, readout, block, projection) -> tuple
     width, words = block
     dtype, neurons = prompts.x.dtype, w_out.shape[1]
     scratch = prompts.x.new_empty(min(width, neurons) * min(words, len(readout.head)))
-    rows = prompts.x.new_empty((min(words, len(readout.head)), w_out.shape[0]))
+    rows = None if projection is not None else prompts.x.new_empty((min(words, len(readout.head)), w_out.shape[0]))
+    scaled = prompts.x * readout.scale.to(dtype)
     softcap = None if readout.softcap is None else readout.softcap * LOG2E
     totals = prompts.steps.new_full(prompts.steps.shape, -torch.inf, dtype=torch.float64)
     unperturbed = totals.new_full((len(totals),), -torch.inf)
     slopes, tilt = prompts.slopes.mul_(LOG2E), None if prompts.tilt is None else prompts.tilt * LOG2E
     for start in range(0, len(readout.head), words):
         chosen = slice(start, min(start + words, len(readout.head)))
-        head = rows[: chosen.stop - start].copy_(readout.head[chosen])
+        head = readout.head[chosen].to(dtype) if rows is None else rows[: chosen.stop - start].copy_(readout.head[chosen])
         h = constant(chosen, readout, head)
-        head = project(head, readout)
-        lean = prompts.x @ head.T  # A [P, words]
+        lean = scaled @ head.T  # A [P, words]; x is centred where W_U·diag(g) would be
         base = lean * (prompts.inverse[:, None] * LOG2E)
         base = base if h is None else base.add_(h, alpha=LOG2E)
         unperturbed = torch.logaddexp2(
             unperturbed, torch.logsumexp(cap(base.to(torch.float64, copy=True), softcap) / LOG2E, 1) * LOG2E
         )
+        head = head if rows is None else project(head, readout)
         for first in range(0, neurons, width):
             some = slice(first, min(first + width, neurons))
             values = w_out[:, some].to(dtype)

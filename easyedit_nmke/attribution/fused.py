@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 from ..models.device import current
 from .linear import LOG2E, NEURONS_AT_A_TIME, Perturbation, cap, columns, perturbation
@@ -23,6 +24,7 @@ from .linear import LOG2E, NEURONS_AT_A_TIME, Perturbation, cap, columns, pertur
 PRECISIONS = {"bf16": (torch.bfloat16, "tf32"), "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee")}
 PROMPTS_AT_A_TIME = 64  # from here on a prompt's own exponentials cost more than its share of the product
 BUDGET = 2 << 30
+PENDING = 16  # of a cache's pending columns, the number is a multiple
 UNIT = 128  # words per written number: the smallest tile's, so that the result's shape does not depend on the tile
 WORDS_AT_A_TIME = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -199,8 +201,9 @@ def _operands(w_out, neurons: slice, readout, ids, projection, dtype):
     The targets' are made from the rounded operands too, so that a word's rounding is the same above and below the fraction line.
     """
     if projection is not None:
-        stored, right = projection.stored[neurons], projection.right[:, neurons].T.contiguous()
-        return right, projection.left, stored, projection.words(ids)[:, neurons]
+        more = (0, -projection.width % PENDING)  # columns of zeros: for another width the kernel would be compiled anew
+        right, left = pad(projection.right[:, neurons].T, more).contiguous(), pad(projection.left, more)
+        return right, left, projection.stored[neurons], projection.words(ids)[:, neurons]
     values = w_out[:, neurons]
     weight = torch.empty(values.shape[::-1], dtype=dtype, device=w_out.device)
     for chosen, block in columns(values, readout, torch.float32):

@@ -15,21 +15,22 @@ from ..attribution import BACKENDS
 from ..methods.solver import NullSpaceSolver
 from ..models.device import peak_memory
 from ..models.requests import Request
-from . import parts
-from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, covariance_solvers
+from . import parts, predict
+from .engines import CANNOT_RUN, REFERENCE_WORK, EasyEdit, Ours, Plain, Together, covariance_solvers
 from .machine import Clock, Measured, busy, check_device, spread, surroundings
 from .shapes import SHAPES, Bed, build, shape_named
 
-__all__ = ["PHASES", "SHAPES", "Plan", "build", "engines_for", "measure", "parts", "rows", "shape_named", "surroundings"]
+__all__ = ["PHASES", "SHAPES", "Plan", "build", "engines_for", "measure", "parts", "predict", "rows", "shape_named", "surroundings"]
 
 PHASES = ("values", "keys", "attribution", "solve", "apply", "rest", "evaluate")
 BASELINE = "EasyEdit's AlphaEdit"
+SURE = 0.95  # probability of the target in every template at which a value may stop
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to measure. edits: repetitions (requests) at each of `at`, numbers of past edits, in increasing order; layers: blocks
-    of the model, None for all."""
+    of the model, None for all; batch: also so many requests at once."""
 
     shape: str = "atlas"
     edits: int = 3
@@ -38,6 +39,7 @@ class Plan:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    batch: int | None = None
 
     def __post_init__(self):
         shape_named(self.shape)
@@ -51,8 +53,8 @@ class Plan:
 def measure(plan: Plan, said: Callable[[str], None] = lambda _: None) -> dict:
     """Everything the plan asks for, as plain data (see `rows` for the table). `said` is told what begins."""
     said(f"building {plan.shape}")
-    bed = build(plan.shape, plan.edits, plan.layers, plan.device, getattr(torch, plan.dtype), plan.seed)
-    engines, notes = engines_for(bed, said)
+    bed = build(plan.shape, max(plan.edits, plan.batch or 1), plan.layers, plan.device, getattr(torch, plan.dtype), plan.seed)
+    engines, notes = engines_for(bed, said, plan.batch)
     results, failed = _results(bed, engines, plan, said)
     return {
         **surroundings(),
@@ -65,16 +67,22 @@ def measure(plan: Plan, said: Callable[[str], None] = lambda _: None) -> dict:
     }
 
 
-def engines_for(bed: Bed, said: Callable[[str], None] = lambda _: None) -> tuple[list, list[str]]:
+def engines_for(bed: Bed, said: Callable[[str], None] = lambda _: None, batch: int | None = None) -> tuple[list, list[str]]:
     """(engines that can run here, warmed up; why the others cannot). The first of a method is this package's."""
+    if batch is not None and len(bed.requests) < batch:
+        raise ValueError(f"a batch of {batch} was asked for, but there are {len(bed.requests)} requests")
     shared = {layer: NullSpaceSolver(bed.bases[layer], bed.l2) for layer in bed.layers}
+    ours = {f"NMKE, {backend}": {"attribution_backend": backend} for backend in BACKENDS if backend != "reference"}
+    ours["AlphaEdit"] = {}
+    if bed.trained:  # random weights never come to expect a target
+        ours[f"AlphaEdit, stops at {SURE}"] = {"v_stop_probability": SURE}
     made: list[tuple[str, Callable]] = [
-        (f"NMKE, {backend}", lambda backend=backend: Ours(bed, "NMKE", shared, backend))
-        for backend in BACKENDS
-        if backend != "reference"
+        (name, lambda name=name, settings=settings: Ours(bed, name.partition(",")[0], shared, name, **settings))
+        for name, settings in ours.items()
     ]
-    made.append(("AlphaEdit", lambda: Ours(bed, "AlphaEdit", shared)))
     made.append(("MEMIT", lambda: Ours(bed, "MEMIT", covariance_solvers(bed))))
+    if batch is not None:
+        made += [(f"{batch} at once", lambda alone=alone: Together(bed, shared, batch, alone)) for alone in (False, True)]
     made += [(f"{method}, plain", lambda method=method: _plain(bed, method)) for method in ("NMKE", "AlphaEdit")]
     made += [(f"EasyEdit's {method}", lambda method=method: EasyEdit(bed, method)) for method in ("AlphaEdit", "MEMIT")]
     engines, notes = [], []
@@ -83,7 +91,7 @@ def engines_for(bed: Bed, said: Callable[[str], None] = lambda _: None) -> tuple
         try:
             engine = make()
             engine.prepare(0)
-            if not isinstance(engine, Plain):
+            if not isinstance(engine, Plain | Together):
                 _edit(bed, engine, bed.requests[0])
             engines.append(engine)
         except CANNOT_RUN as error:
@@ -118,8 +126,8 @@ def _results(bed: Bed, engines: Sequence, plan: Plan, said: Callable[[str], None
     for count in plan.at:
         runs: dict[str, list[Measured]] = {engine.name: [] for engine in engines}
         differences: dict[str, list[dict]] = {engine.name: [] for engine in engines}
-        chosen = [e for e in left if count == plan.at[0] or (e.needs_past and e.name != "NMKE, plain")]
-        for number, request in enumerate(bed.requests):
+        chosen = [e for e in left if count == plan.at[0] or (e.needs_past and e.every)]
+        for number, request in enumerate(bed.requests[: plan.edits]):
             ours: dict[str, tuple[dict, Mapping]] = {}
             for engine in [e for e in chosen if e in left and (e.limit is None or number < e.limit)]:
                 said(f"{count} past edits, request {number + 1}: {engine.name}")
@@ -220,7 +228,8 @@ LEGEND = (
     "ms: median over the edits; each starts from the unedited weights with so many past keys. x: times as fast as EasyEdit's "
     "AlphaEdit (MEMIT: its MEMIT). rest: checks and the account of the edit. peak MB: above what was held before. weights: largest "
     "relative difference of an update to this package's (NMKE: to its first backend's, where both masks agree; mask: share of "
-    "neurons where they do not)."
+    "neurons where they do not). at once: AlphaEdit of so many requests in one batch, ms an edit; the same with values solved one "
+    "by one has its weights compared."
 )
 
 

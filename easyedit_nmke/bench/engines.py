@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from ..easyedit.foreign import FAMILY_WORDS, Enclosure
 from ..easyedit.register import easyedit_method, easyedit_scorer
 from ..history.state import LifelongState
 from ..methods import apply_to_model, method_of
+from ..methods.contract import apply_method
 from ..methods.keys import Contexts, key_and_value, keys_of
 from ..methods.nmke import neuron_masks
 from ..methods.solver import CovarianceSolver
@@ -33,13 +35,14 @@ REFERENCE_WORK = {"cpu": 2e13, "cuda": 1e15}  # products of the plain engine in 
 
 
 class Ours:
-    """This package: NMKE with one attribution backend, AlphaEdit or MEMIT. `solvers` may be shared, and hold the past keys."""
+    """This package: NMKE, AlphaEdit or MEMIT with `settings`. `solvers` may be shared, and hold the past keys."""
 
     limit: int | None = None  # edits measured at most
+    every = True  # measured with every number of past edits, not with the first alone
 
-    def __init__(self, bed: Bed, method: str, solvers: Mapping, backend: str | None = None):
-        self.bed, self.method, self.name = bed, method, method if backend is None else f"{method}, {backend}"
-        self.hparams = bed.hparams(method, **({} if backend is None else {"attribution_backend": backend}))
+    def __init__(self, bed: Bed, method: str, solvers: Mapping, name: str | None = None, **settings):
+        self.bed, self.method, self.name = bed, method, name or method
+        self.hparams = bed.hparams(method, **settings)
         self.solvers, self.needs_past, self._cache = solvers, method != "MEMIT", None
 
     def prepare(self, count: int) -> None:
@@ -57,7 +60,7 @@ class Ours:
         held, processor = held_memory(), time.process_time()
         synchronise()
         started = time.perf_counter()
-        apply_to_model(self.bed.model, self.bed.tok, [request], self.hparams, state=state)
+        self._write(request, state)
         synchronise()
         total, processor = time.perf_counter() - started, time.process_time() - processor
         report, self._cache = state.reports[-1], state.attribution_cache
@@ -67,8 +70,35 @@ class Ours:
             solver.truncate(self.count)
         return Measured(total, seconds, memory, processor, state.masks)
 
+    def _write(self, request: Request, state: LifelongState) -> None:
+        apply_to_model(self.bed.model, self.bed.tok, [request], self.hparams, state=state)
+
     def evaluate(self, request: Request) -> None:
         metrics.quality(self.bed.model, self.bed.tok, [request])
+
+
+class Together(Ours):
+    """AlphaEdit's update for `count` requests at once, its cost that of one of them; `alone`: each value is solved by itself."""
+
+    limit, every = 1, False
+
+    def __init__(self, bed: Bed, solvers: Mapping, count: int, alone: bool = False):
+        super().__init__(bed, "AlphaEdit", solvers, f"AlphaEdit, {count} at once{', values alone' if alone else ''}")
+        self.method, self.requests, self.alone = "AlphaEdit at once", bed.requests[:count], alone
+
+    def edit(self, request: Request) -> Measured:
+        run, count = super().edit(request), len(self.requests)
+        seconds = {name: part / count for name, part in run.seconds.items()}
+        return Measured(run.total / count, seconds, run.memory, run.processor / count, run.masks)
+
+    def _write(self, request: Request, state: LifelongState) -> None:
+        bed, method, edit = self.bed, method_of(self.hparams), None
+        if self.alone:
+            with evaluating(bed.model):
+                args = (bed.flat_templates, bed.layers[-1], self.hparams)
+                values = [target_values(bed.view, bed.tok, [one], *args)[0].z for one in self.requests]
+            edit = partial(method.replay, z=torch.stack(values, 1))
+        apply_method(method, bed.model, bed.tok, self.requests, self.hparams, state=state, edit=edit)
 
 
 class Plain:
@@ -77,7 +107,7 @@ class Plain:
     limit, needs_past = 1, True
 
     def __init__(self, bed: Bed, method: str):
-        self.bed, self.method, self.name = bed, method, f"{method}, plain"
+        self.bed, self.method, self.name, self.every = bed, method, f"{method}, plain", method != "NMKE"
         self.hparams = bed.hparams(method, **({"attribution_backend": "reference"} if method == "NMKE" else {}))
 
     @staticmethod
@@ -135,7 +165,7 @@ class Plain:
 class EasyEdit:
     """EasyEdit's own AlphaEdit or MEMIT. ImportError where there is no checkout, ValueError where its matrices do not fit."""
 
-    limit = None
+    limit, every = None, True
     MODULES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")
 
     def __init__(self, bed: Bed, method: str):

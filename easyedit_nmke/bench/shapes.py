@@ -45,23 +45,28 @@ class Shape:
     model: str | None = None
 
 
-def _llama(model_type: str, hidden: int, neurons: int, depth: int, heads: int, shared: int, words: int, **more) -> dict:
+def _llama(
+    model_type: str, hidden: int, neurons: int, depth: int, heads: int, shared: int, words: int, tied: bool = False, **more
+) -> dict:
     return dict(
         hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=depth, num_attention_heads=heads,
-        num_key_value_heads=shared, vocab_size=words, tie_word_embeddings=False, max_position_embeddings=8192, **more,
+        num_key_value_heads=shared, vocab_size=words, tie_word_embeddings=tied, max_position_embeddings=8192, **more,
     )  # fmt: skip
 
 
 SHAPES = {
     "llama3-8b": Shape("llama", _llama("llama", 4096, 14336, 32, 32, 8, 128256, rope_theta=5e5), (4, 5, 6, 7, 8)),
+    "llama3-70b": Shape("llama", _llama("llama", 8192, 28672, 80, 64, 8, 128256, rope_theta=5e5), (4, 5, 6, 7, 8)),
     "qwen2.5-7b": Shape("qwen2", _llama("qwen2", 3584, 18944, 28, 28, 4, 152064, rope_theta=1e6), (4, 5, 6, 7, 8), "qwen2.5-7b"),
     "gpt2-xl": Shape(
         "gpt2", dict(n_embd=1600, n_layer=48, n_head=25, n_positions=1024, vocab_size=50257), (13, 14, 15, 16, 17), "gpt2-xl"
     ),
     "small": Shape("llama", _llama("llama", 768, 3072, 12, 12, 12, 32000), (0, 1, 2, 3, 4)),
-    "smollm2": Shape("llama", _llama("llama", 576, 1536, 30, 9, 3, 49152, rope_theta=1e5), (4, 5, 6, 7, 8), model="smollm2"),
+    "smollm2": Shape(
+        "llama", _llama("llama", 576, 1536, 30, 9, 3, 49152, True, rope_theta=1e5), (4, 5, 6, 7, 8), "smollm2", "smollm2"
+    ),
     "gemma3-270m": Shape(
-        "gemma3_text", _llama("gemma3_text", 640, 2048, 18, 4, 1, 262144, head_dim=256), (2, 3, 4, 5, 6), model="gemma3-270m"
+        "gemma3_text", _llama("gemma3_text", 640, 2048, 18, 4, 1, 262144, True, head_dim=256), (2, 3, 4, 5, 6), model="gemma3-270m"
     ),
     "atlas": Shape("llama", {}, (0, 1, 2), "atlas", model="atlas"),
 }
@@ -88,6 +93,7 @@ class Bed:
     settings: dict
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    trained: bool = False
 
     def __post_init__(self):
         self.view = ModelView(self.model)
@@ -157,7 +163,7 @@ def synthetic_keys(neurons: int, count: int, cosine: float, generator: torch.Gen
 def build(name: str, edits: int, layers: int | None, device, dtype: torch.dtype, seed: int = 0) -> Bed:
     """The bed of a shape. layers: only so many blocks (None: all). ValueError where it is unknown or does not fit."""
     shape = shape_named(name)
-    settings = _settings(shape)
+    settings = settings_of(shape)
     if shape.model:
         if layers is not None:
             raise ValueError(f"--layers leaves blocks out of models with random weights; {name} is a trained one")
@@ -173,7 +179,7 @@ def build(name: str, edits: int, layers: int | None, device, dtype: torch.dtype,
         requests = list(itertools.islice(synthetic_requests(config.vocab_size, seed), edits))
         notes.insert(0, "random weights")
     settings["v_loss_layer"] = ModelView(model).depth - 1
-    return Bed(model, tok, edited, requests, settings, seed, notes)
+    return Bed(model, tok, edited, requests, settings, seed, notes, trained=shape.model is not None)
 
 
 def _loading(shape: Shape, device, dtype: torch.dtype) -> HyperParams:
@@ -181,19 +187,26 @@ def _loading(shape: Shape, device, dtype: torch.dtype) -> HyperParams:
     return kind(model_name=shape.model, layers=list(shape.layers), device=str(device), dtype=str(dtype).removeprefix("torch."))
 
 
-def _settings(shape: Shape) -> dict:
-    """The settings of target values that EasyEdit's file for the model has."""
+def settings_of(shape: Shape) -> dict:
+    """The settings of target values that the model's file for AlphaEdit has, and over how many texts its covariance is taken."""
     known = vars(read(f"AlphaEdit/{shape.settings}"))
     return {name: known[name] for name in known if name.startswith("v_")} | {
-        name: known[name] for name in ("clamp_norm_factor", "kl_factor", "fact_token", "template_prefixes")
+        name: known[name] for name in ("clamp_norm_factor", "kl_factor", "fact_token", "template_prefixes", "mom2_n_samples")
     }
+
+
+def configuration(shape: Shape):
+    """transformers' configuration of a shape."""
+    from transformers import AutoConfig
+
+    if not shape.config:
+        return AutoConfig.from_pretrained(atlas.DIRECTORY)
+    return AutoConfig.for_model(shape.model_type, pad_token_id=1, bos_token_id=None, eos_token_id=2, **shape.config)
 
 
 def _config(shape: Shape, layers: int | None):
     """(transformers' configuration, edited blocks, what to tell the reader)."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(shape.model_type, pad_token_id=1, bos_token_id=None, eos_token_id=2, **shape.config)
+    config = configuration(shape)
     config.initializer_range = config.hidden_size**-0.5  # so that states are of the size of a trained model's
     depth, edited = config.num_hidden_layers, list(shape.layers)
     if layers is None:

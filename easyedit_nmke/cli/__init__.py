@@ -16,7 +16,7 @@ from .verb import Verb
 
 VERBS = (
     demo.VERB, check.VERB, run.RUN, run.COMPARE, tune.VERB, report.VERB, tasks.VERB, edits.LOG, edits.UNDO, edits.ROLLBACK,
-    edits.EXPORT, analyze.VERB, bench.VERB, doctor.VERB,
+    edits.CONSOLIDATE, edits.EXPORT, analyze.VERB, bench.VERB, doctor.VERB,
 )  # fmt: skip
 
 

@@ -12,16 +12,20 @@ from .verb import Verb, numbers, positive, quiet_libraries
 
 
 def _arguments(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument(
-        "--shape", metavar="NAME", help="llama3-8b, qwen2.5-7b, gpt2-xl, small, atlas (default), smollm2, gemma3-270m"
-    )
+    known = "llama3-8b, llama3-70b, qwen2.5-7b, gpt2-xl, small, atlas (default), smollm2, gemma3-270m"
+    bench.add_argument("--shape", metavar="NAME", help=f"{known}; of --dry also several (default: the first four)")
+    bench.add_argument("--dry", action="store_true", help="measure nothing: predict time and memory from counts")
+    bench.add_argument("--device-model", metavar="NAME", help="of --dry: h100, h200, a100, rtx4090 (default: all), here")
     bench.add_argument("--part", metavar="PART", help="only this step, one layer: solve or attribution (default shape llama3-8b)")
     bench.add_argument("--edits", type=positive, default=3, metavar="N", help="repetitions of each measurement (default 3)")
-    bench.add_argument("--at", type=numbers, metavar="LIST", help="with so many past edits (default 1,500; solve: 100,2000)")
+    bench.add_argument(
+        "--at", type=numbers, metavar="LIST", help="with so many past edits (default 1,500; solve 100,2000; --dry 1000)"
+    )
+    bench.add_argument("--batch", type=positive, metavar="N", help="also so many edits at once")
     bench.add_argument("--layers", type=positive, metavar="N", help="a model of only so many blocks, where memory is short")
     bench.add_argument("--neurons", type=positive, metavar="N", help="of --part attribution (default 1024, on a GPU all)")
     bench.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    bench.add_argument("--dtype", default="float32", metavar="NAME", help="of the weights: float32 (default), bfloat16, float16")
+    bench.add_argument("--dtype", metavar="NAME", help="of the weights: float32 (default), bfloat16 (default of --dry), float16")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
 
 
@@ -37,11 +41,11 @@ def _bench(args, console: Console) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as bar:
         content = {"command": args.command, **_measured(args, device, bar.set_description_str)}
-    part = content.get("part")
-    headings, body = (bench.parts if part else bench).rows(content)
-    for line in (_machine(content), *(f"Note: {note}." for note in content["notes"]), "", *_aligned(headings, body), ""):
+    kind = bench.predict if args.dry else bench.parts if args.part else bench
+    headings, body = kind.rows(content)
+    about = _cards(content) if args.dry else _machine(content)
+    for line in (about, *(f"Note: {note}." for note in content["notes"]), "", *_aligned(headings, body), "", kind.LEGEND):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print((bench.parts if part else bench).LEGEND, highlight=False, markup=False, soft_wrap=True)
     if args.out:
         write_json(args.out, content)
     return 0
@@ -50,18 +54,46 @@ def _bench(args, console: Console) -> int:
 def _measured(args, device: str, said) -> dict:
     from .. import bench
 
+    if args.dry:
+        return _predicted(args, device)
+    if args.device_model:
+        raise ValueError("--device-model goes with --dry; what is measured is measured on --device")
+    dtype = args.dtype or "float32"
     if args.part is None:
         if args.neurons:
             raise ValueError("--neurons goes with --part attribution")
-        plan = bench.Plan(args.shape or "atlas", args.edits, args.at or (1, 500), args.layers, device, args.dtype)
+        plan = bench.Plan(args.shape or "atlas", args.edits, args.at or (1, 500), args.layers, device, dtype, batch=args.batch)
         return bench.measure(plan, said)
     if args.part not in bench.parts.PARTS:
         raise ValueError(f"no part {args.part!r}; known: {', '.join(bench.parts.PARTS)}")
-    if args.layers:
-        raise ValueError("--layers goes with whole edits; a part is measured for one layer")
+    for given, option in ((args.layers, "--layers"), (args.batch, "--batch")):
+        if given:
+            raise ValueError(f"{option} goes with whole edits; a part is measured for one layer")
     return bench.parts.measure(
-        args.part, args.shape or "llama3-8b", args.edits, args.at or (100, 2000), args.neurons, device, args.dtype, said
+        args.part, args.shape or "llama3-8b", args.edits, args.at or (100, 2000), args.neurons, device, dtype, said
     )
+
+
+def _predicted(args, device: str) -> dict:
+    from ..bench import predict
+    from ..bench.cards import CARDS
+
+    if given := [name for name in ("part", "layers", "neurons") if getattr(args, name)]:
+        raise ValueError(f"--dry predicts whole edits of whole models; leave out {', '.join(f'--{name}' for name in given)}")
+    shapes = args.shape.split(",") if args.shape else predict.SHAPES
+    cards = args.device_model.split(",") if args.device_model else tuple(CARDS)
+    return predict.predict(shapes, cards, max(args.at or (1000,)), args.dtype, device)
+
+
+def _cards(content: dict) -> str:
+    lines = [content["command"], content["what"]]
+    for card in content["cards"].values():
+        rates = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in card["rates"].items() if dtype != "float16")
+        lines.append(
+            f"{card['name']}: {card['memory'] / 1e9:.0f} GB at {card['bandwidth'] / 1e9:.0f} GB/s; TFLOP/s: {rates}; "
+            f"{card['launch'] * 1e6:.1f} us a launch, {card['wait'] * 1e6:.0f} us a wait ({card['source']})"
+        )
+    return "\n".join(lines)
 
 
 def _machine(content: dict) -> str:

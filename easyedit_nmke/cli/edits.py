@@ -1,4 +1,5 @@
-"""`nmke log`, `undo`, `rollback` and `export`: the edits that `nmke run` left in a folder, told, taken out, and given to others."""
+"""`nmke log`, `undo`, `rollback`, `consolidate`, `export`: the edits that `nmke run` left in a folder, told, taken out, solved
+at once, and given to others."""
 
 from __future__ import annotations
 
@@ -67,6 +68,8 @@ def _log(args, console: Console) -> int:
         asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
         table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
     console.print(table)
+    for told in kept.consolidations(args.folder):
+        console.print(told, highlight=False, soft_wrap=True)
     console.print(kept.verified(args.folder), highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -74,8 +77,7 @@ def _log(args, console: Console) -> int:
 def _undo(args, console: Console) -> int:
     from . import kept
 
-    if args.resolve:
-        quiet_libraries(args)
+    quiet_libraries(args)
     edit = kept.take_out(args.folder, args.edit, args.resolve, args.model, args.device)
     told = f"{edit['prompt']} -> {edit['target_new']}"
     console.print(f"Edit {args.edit} is taken out: {told}", highlight=False, markup=False, soft_wrap=True)
@@ -88,6 +90,14 @@ def _rollback(args, console: Console) -> int:
     quiet_libraries(args)
     gone = kept.roll_back(args.folder, args.to, args.model, args.device)
     console.print(f"Back at edit {args.to}: {gone} {'edit' if gone == 1 else 'edits'} taken out", highlight=False)
+    return 0
+
+
+def _consolidate(args, console: Console) -> int:
+    from . import kept
+
+    quiet_libraries(args)
+    console.print(kept.consolidate(args.folder, args.model, args.device), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -129,6 +139,14 @@ ROLLBACK = Verb(
     "nmke rollback results 100",
     _rollback,
     _rollback_arguments,
+    needs_arguments=True,
+)
+CONSOLIDATE = Verb(
+    "consolidate",
+    "solve all edits that still count at once, in the place of all updates so far",
+    "nmke consolidate results",
+    _consolidate,
+    _folder,
     needs_arguments=True,
 )
 EXPORT = Verb(

@@ -17,7 +17,7 @@ from ..history.checkpoint import ModelReport
 from ..history.durable import find, history, undo
 from ..history.export import Card, LoraReport, export_delta, export_lora, export_model
 from ..history.journal import Journal, Verification
-from ..history.log import Edit, standing
+from ..history.log import Consolidation, Edit, consolidated, held, standing
 from ..scores import generation
 from ..scores.table import in_shell
 
@@ -48,6 +48,25 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     return found
 
 
+def consolidations(folder: str | Path) -> list[str]:
+    """Each consolidation of a state, in a sentence."""
+    with Journal.open(find(folder), write=False) as journal:
+        events, _ = history(journal, tensors=False)
+    found, whole = [event for event in events if isinstance(event, Consolidation)], consolidated(events)
+    return [
+        f"Consolidated after edit {event.last}: {len(event.edits)} {'edit' if len(event.edits) == 1 else 'edits'} solved at once, "
+        f"{event.made}{'' if event is whole else ' (another came after it)'}"
+        for event in found
+    ]
+
+
+def consolidate(folder: str | Path, model: str | None = None, device: str | None = None) -> str:
+    """Solve all edits of a state that count at once; what was done, as `consolidations` tells it."""
+    with closing(open_editor(folder, model, device)) as editor:
+        editor.consolidate()
+    return consolidations(folder)[-1]
+
+
 def verify(folder: str | Path) -> Verification:
     """Read every file of a state and check its checksum; what is wrong, file by file."""
     return journal.verify(find(folder))
@@ -65,12 +84,15 @@ def verified(folder: str | Path) -> str:
 
 def take_out(folder: str | Path, edit: int, resolve: bool = False, model: str | None = None, device: str | None = None) -> dict:
     """Undo one edit, and return it as `edits` tells it. Without a model: who opens the state next finds the model without the edit.
-    resolve: load the model, and solve all later edits again, from which their numbers move up by one."""
+    A consolidation that holds it is solved anew, with the model loaded. resolve: load the model, and solve all later edits again,
+    from which their numbers move up by one."""
     where = find(folder)
     told = {entry["id"]: entry for entry in edits(where)}
-    if resolve:
+    with Journal.open(where, write=False) as journal:
+        solved = edit in told and held(history(journal, tensors=False)[0], edit)
+    if resolve or solved:
         with closing(open_editor(where, model, device)) as editor:
-            editor.undo(edit, resolve=True)
+            editor.undo(edit, resolve)
     else:
         undo(where, edit)
     return told[edit]
@@ -109,11 +131,13 @@ def export(
 
 
 def _card(editor: LifelongEditor) -> Card:
-    """Scores are those that were taken on the way, if no edit was taken out since."""
+    """Scores are those that were taken on the way, if no edit was taken out and none consolidated since."""
     headings = in_shell()
     state, now = editor.state, list(standing(editor.state.events).values())
     weights = json.dumps(state.book.journal.header["model"]["weights"], sort_keys=True)
-    lines = [note["segment"]["line"] for _, note in state.notes if "line" in note.get("segment", {})]
+    noted = [(count, note["segment"]["line"]) for count, note in state.notes if "line" in note.get("segment", {})]
+    since = state.events[noted[-1][0] :] if noted else []
+    lines = [] if any(isinstance(event, Consolidation) for event in since) else [line for _, line in noted]
     scores = [
         {"Edits": line["checkpoint"], **{heading: line["scores"].get(name) for name, heading in headings.items()}}
         for line in lines

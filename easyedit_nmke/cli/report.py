@@ -22,31 +22,38 @@ def _arguments(report: argparse.ArgumentParser) -> None:
 
 
 def _report(args, console: Console) -> int:
-    from ..experiments import report
+    from ..experiments import board, report
     from ..experiments.analyses import in_folder
     from ..experiments.page import write
 
-    found = in_folder(args.folder)
-    alone = found and not args.markdown and not (args.folder / "results.jsonl").is_file()
-    lines, notes = ([], []) if alone else report.read(args.folder)
-    if args.markdown:
-        print(report.markdown(lines, report.shared_checkpoint(lines)))
-        return 0
-    if lines:
-        comparison(lines, notes, console)
-    path = write(lines, notes, args.out or args.folder / "report", found)
-    console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
+    found, here = in_folder(args.folder), (args.folder / "results.jsonl").is_file()
+    models = [] if found or here else sorted(file.parent for file in args.folder.glob("*/results.jsonl"))
+    for folder in models or [args.folder]:
+        alone = found and not args.markdown and not here
+        lines, notes = ([], []) if alone else report.read(folder)
+        if args.markdown:
+            last = report.shared_checkpoint(lines)
+            said = f"{report.markdown(lines, last)}\n\n{board.markdown(lines, last)}"
+            print(f"**{folder.name}**\n\n{said}\n" if models else said)
+            continue
+        if lines:
+            comparison(lines, notes, console)
+        out = args.out / folder.name if args.out and models else args.out or folder / "report"
+        console.print(f"Report: {write(lines, notes, out, found)}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
-    """The table of the last checkpoint that all methods have reached, and what it says in words."""
-    from ..experiments import report
+    """The tables of the last checkpoint that all methods have reached, and what they say in words."""
+    from ..experiments import board, report
 
     last = report.shared_checkpoint(lines)
     headings, body = report.rows(lines, last)
     title, left_out = f"Scores after {report.count(last, 'edit')}", []
-    optional = [f"{row.column} {row.arrow}" for name, row in in_report().items() if row.short is None and name != "seconds"]
+    title += f" of {name}" if (name := report.model_name(lines)) else ""
+    optional = [
+        f"{row.column} {row.arrow}" for name, row in in_report().items() if (row.short is None or row.asked) and name != "seconds"
+    ]
     optional = [heading for heading in optional if heading in headings]
     anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is
     while optional and Measurement.get(console, anywhere, _table(title, headings, body)).minimum > console.width:
@@ -55,6 +62,9 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
         headings = headings[:place] + headings[place + 1 :]
         body = [(label, cells[:place] + cells[place + 1 :]) for label, cells in body]
     console.print(_table(title, headings, body))
+    spent, rows = board.costs(lines, last)
+    if spent:
+        console.print(_table("Costs", spent, rows))
     if asked := task_scores(lines, last):
         console.print(task_table(asked))
     said = [report.caption(lines, last), *report.headline(lines, last), *notes, *report.gaps(lines), *report.failures(lines)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ NOTES = 5  # on odd records that are shown
 def _run_arguments(run: argparse.ArgumentParser) -> None:
     run.add_argument("--hparams", required=True, metavar="FILE", help="a YAML file, or the name of one that comes with the package")
     run.add_argument(
-        "--data", required=True, metavar="FILE", help="ZsRE, CounterFact or KnowEdit records (JSON, JSON lines); or atlas, facts"
+        "--data", required=True, metavar="FILE", help="records of a known format (JSON, JSON lines; docs/data.md); or atlas, facts"
     )
     run.add_argument("--edits", type=positive, metavar="N", help="only the first N records that can be edited")
     run.add_argument("--model", metavar="NAME", help="instead of the file's model_name")
@@ -33,8 +34,13 @@ def _run_arguments(run: argparse.ArgumentParser) -> None:
 
 
 def _compare_arguments(compare: argparse.ArgumentParser) -> None:
-    compare.add_argument("--model", default="atlas", metavar="NAME", help="which file of each method's hparams (default atlas)")
-    compare.add_argument("--methods", metavar="LIST", help="for example NMKE,NMKE+,AlphaEdit[L2=10],easyedit:WISE")
+    compare.add_argument(
+        "--model",
+        default="atlas",
+        metavar="LIST",
+        help="which file of each method's hparams (default atlas); of several, DIR/NAME each",
+    )
+    compare.add_argument("--methods", metavar="LIST", help="for example NMKE,AlphaEdit@100,MEMIT+BLUE,NMKE[L2=10],easyedit:WISE")
     compare.add_argument("--ablation", metavar="SET", help="a named set of NMKE's settings in place of --methods")
     compare.add_argument("--base", metavar="METHOD", help="what an ablation changes (default NMKE)")
     compare.add_argument("--hparams-dir", type=Path, metavar="DIR", help="<method>/<model>.yaml (default: the package's own)")
@@ -55,6 +61,8 @@ def _shared_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="FILE", help="JSON lines: question, choices, answer")
     sub.add_argument("--tasks-at", choices=("last", "each"), default="last", help="which checkpoints they are asked at (last)")
     sub.add_argument("--tasks-limit", type=positive, metavar="N", help="only the first N questions of each file")
+    sub.add_argument("--judge", metavar="NAME", help="a model that judges free answers: here, or at OPENAI_BASE_URL if that is set")
+    sub.add_argument("--also", default="", metavar="LIST", help="further readings of each edit: prefix, overedit")
     sub.add_argument("--harness", metavar="TASKS", help="also score with these tasks of the LM Evaluation Harness")
     sub.add_argument("--harness-tasks", type=Path, metavar="DIR", help="a folder of your own task files")
     sub.add_argument("--harness-limit", type=positive, metavar="N", help="only N items of each task")
@@ -77,7 +85,7 @@ def _run(args, console: Console) -> int:
     try:
         stream = chosen(editor, args.data, args.edits, args.seed, args.checkpoints or ())
         method = Method(settings.alg_name, settings, loaded=editor)
-        lines = _compared(args, scored_with, [method], len(stream.requests), (args.seed,), keep_weights=True)
+        lines = _compared(args, _plan(args, scored_with, [method], len(stream.requests), (args.seed,), args.out, keep_weights=True))
     finally:
         editor.close()
     console.print(_table(lines))
@@ -95,11 +103,13 @@ def _run(args, console: Console) -> int:
 
 
 def _table(lines: list[dict]) -> Table:
-    """Scores by checkpoint; how many edits could not be written only where there are any."""
+    """Scores by checkpoint, those that there are; how many edits could not be written only where there are any."""
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
-    headings, lost = in_shell(), any(map(failed_edits, lines))
+    known = {name for line in lines for name, value in line["scores"].items() if value is not None}
+    headings = {name: heading for name, heading in in_shell(known).items() if name in known}
+    lost = any(map(failed_edits, lines))
     table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
     for line in lines:
         edits = line["checkpoint"]
@@ -114,17 +124,27 @@ def _compare(args, console: Console) -> int:
 
     quiet_libraries(args)
     scored_with = _scored_with(args)
-    overrides = _overrides(args, args.model_path)
-    if args.ablation:
-        (base,) = known.methods(args.base or "NMKE", args.model, args.hparams_dir, overrides)
-        methods = known.ablation(args.ablation, base.settings)
-    else:
-        methods = known.methods(args.methods or ", ".join(known.METHODS), args.model, args.hparams_dir, overrides)
-    lines = _compared(args, scored_with, methods, args.edits, tuple(range(args.seeds)))
-    try:
-        comparison(lines, [], console)
-    except ImportError as error:
-        console.print(f"results in {args.out}; {error}", highlight=False, markup=False, soft_wrap=True)
+    models = list(dict.fromkeys(filter(None, (name.strip() for name in args.model.split(",")))))
+    if len(models) > 1 and args.model_path:
+        raise ValueError(f"--model-path is one model, but --model names {len(models)}; compare each by a command of its own")
+    if len(models) > 1 and (args.out / "results.jsonl").is_file():
+        raise ValueError(f"{args.out} holds the results of one model; several need another folder")
+    plans = {}  # all of them, before anything is edited
+    for model in models:
+        overrides = _overrides(args, args.model_path)
+        if args.ablation:
+            (base,) = known.methods(args.base or "NMKE", model, args.hparams_dir, overrides)
+            methods = known.ablation(args.ablation, base.settings)
+        else:
+            methods = known.methods(args.methods or ", ".join(known.METHODS), model, args.hparams_dir, overrides)
+        folder = args.out if len(models) == 1 else args.out / re.sub(r"[^A-Za-z0-9+.=-]+", "_", model)
+        plans[folder] = _plan(args, scored_with, methods, args.edits, tuple(range(args.seeds)), folder)
+    for folder, plan in plans.items():
+        lines = _compared(args, plan)
+        try:
+            comparison(lines, [], console)
+        except ImportError as error:
+            console.print(f"results in {folder}; {error}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -135,9 +155,10 @@ def _overrides(args, model: str | None) -> dict[str, str]:
 
 
 def _scored_with(args) -> dict:
-    """A `Plan`'s text, questions and tasks of the harness; an error before any model is loaded when they, or the folder for the
-    results, cannot be used."""
-    from ..scores import kept
+    """A `Plan`'s text, questions, judge, further readings and tasks of the harness; an error before any model is loaded when they,
+    or the folder for the results, cannot be used."""
+    from ..scores import harder, kept
+    from ..scores import judge as judges
     from ..scores import tasks as questions
 
     if args.out.exists() and not args.out.is_dir():
@@ -151,21 +172,28 @@ def _scored_with(args) -> dict:
         "text": None if args.text_eval is None else kept.read(args.text_eval),
         "questions": questions.read(args.tasks, args.tasks_limit),
         "questions_each": args.tasks_at == "each",
+        "judge": judges.named(args.judge, args.out) if args.judge else None,
+        "also": harder.readings(args.also),
         "tasks": tasks,
     }
 
 
-def _compared(args, scored_with: dict, methods, edits: int, seeds: tuple[int, ...], keep_weights: bool = False) -> list[dict]:
-    """Run a comparison under a progress bar; its lines."""
-    from ..experiments.compare import Plan, compare
-    from ..experiments.protocol import Event, Progress
+def _plan(args, scored_with: dict, methods, edits: int, seeds: tuple[int, ...], folder: Path, keep_weights: bool = False):
+    from ..experiments.compare import Plan
 
-    plan = Plan(
-        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, args.out, **scored_with,
+    return Plan(
+        tuple(methods), args.data, edits, args.checkpoints or (edits,), seeds, folder, **scored_with,
         task_folder=args.harness_tasks, task_limit=args.harness_limit, allow_code=args.harness_allow_code,
         command=args.command, keep_weights=keep_weights,
     )  # fmt: skip
-    total = len(methods) * len(seeds) * edits
+
+
+def _compared(args, plan) -> list[dict]:
+    """Run a `Plan` under a progress bar; its lines."""
+    from ..experiments.compare import compare
+    from ..experiments.protocol import Event, Progress
+
+    total = len(plan.methods) * len(plan.seeds) * plan.edits
     with tqdm(total=total, desc="editing", unit="edit", smoothing=0.02) as bar, _asked_to_stop() as asked:
 
         def tell(event: Event) -> None:

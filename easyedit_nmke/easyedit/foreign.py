@@ -90,6 +90,7 @@ class EasyEditMethod:
         inner = getattr(self.hparams, "_base_hparams", None) or self.hparams  # SimIE edits by another method, with its settings
         for hparams in (self.hparams, inner):
             self._prepare(hparams)
+        self.startup: dict[str, float | None] = {}  # seconds before the first edit; EasyEdit's own preparations are in that
         self._inside = Enclosure(inner.alg_name, self.tok, seed)
         source = corpus or getattr(inner, "mom2_dataset", "atlas" if named == "atlas" else None)
         if hasattr(inner, "mom2_dataset") and source not in OWN_DATASETS:
@@ -166,7 +167,7 @@ class EasyEditMethod:
             mom2_dtype="float32",
             seed=0,
         )
-        known = covariance.moments(view, self.tok, asked)
+        known = covariance.moments(view, self.tok, asked, spent=self.startup)
         by_name = {view.weight_name(layer).removesuffix(".weight"): moment for layer, moment in known.items()}
 
         def layer_stats(model, tokenizer, layer_name, *_, precision="float32", **__):

@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..scores.table import table, with_tasks
+from ..scores.table import FREE, table, with_tasks
 
 UNEDITED = "unedited"
 # Okabe and Ito's colours, told apart by colour-blind readers; wine in place of their yellow, which white paper swallows.
@@ -56,10 +56,11 @@ def style(index: int) -> dict:
 
 @rc_context(RC)
 def curves(data: pd.DataFrame, methods: Sequence[str]) -> Figure | None:
-    """Every score against the number of edits; the unedited model as a dashed line."""
+    """Every score against the number of edits, those by free generation first; the unedited model as a dashed line."""
     edited, unedited = data[data.method != UNEDITED], data[data.method == UNEDITED]
     rows = with_tasks(data)
     shown = [name for name, row in rows.items() if row.curve and name in edited and edited[name].notna().any()]
+    shown.sort(key=lambda name: rows[name].protocol != FREE)
     if not shown:
         return None
     ticks = sorted(edited.checkpoint.unique())

@@ -1,4 +1,4 @@
-"""What is compared: methods by name, with other settings in brackets, and named sets of NMKE's settings."""
+"""What is compared: methods by name, with options, batch size and other settings behind it, and named sets of NMKE's settings."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 METHODS = ("NMKE", "NMKE+", "AlphaEdit", "MEMIT", "ROME", "FT", "NMKE random mask")
+# What "+NAS" and "+BLUE" behind a method's name set.
+OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"NAS": {"value_norm": "nas"}, "BLUE": {"blue": True}})
 
 # Named sets of settings: label -> what differs from the first method's file.
 ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -61,6 +63,7 @@ ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "binary": {"mask": "binary"},
             "soft": {"mask": "soft"},
             "restricted": {"solve": "restricted"},
+            "compensated": {"solve": "compensated"},
             "none": {"neurons": "all"},
         },
         "lambda": {f"λ = {value}": {"amplification": value} for value in (1.0, 10.0, 30.0, 100.0)},
@@ -81,6 +84,11 @@ class Method:
     base: HyperParams | None = None  # says which model EasyEdit's method edits, and where
     loaded: Any = None  # an editor on an unedited model, for the only segment of a plan
 
+    @property
+    def batch_size(self) -> int:
+        """Edits that share one update; of EasyEdit's methods, whose files are theirs, 1."""
+        return self.settings.batch_size if self.settings else 1
+
     def editor(self, seed: int, state_dir: Path):
         """state_dir: where a segment is kept while it is made, for those methods that can go on from any edit."""
         if self.loaded is not None:
@@ -94,15 +102,18 @@ class Method:
 
 
 def methods(names: str, model: str, directory: Path | None = None, overrides: Mapping[str, Any] | None = None) -> list[Method]:
-    """Methods from a list such as "NMKE, NMKE+, AlphaEdit[L2=10], easyedit:WISE".
+    """Methods from a list such as "NMKE, NMKE+, AlphaEdit@100, MEMIT+BLUE, AlphaEdit[L2=10], easyedit:WISE".
 
-    Files are `directory`/<method>/<model>.yaml, by default those that come with the package; [name=value; ...] changes settings,
-    and so do `overrides` (model_name, device) for all of them. ValueError, naming what is known, for anything that cannot be read.
+    Files are `directory`/<method>/<model>.yaml, by default those that come with the package. +NAS and +BLUE are OPTIONS, @100 is
+    the batch size, [name=value; ...] changes settings, and so do `overrides` (model_name, device) for all of them. ValueError,
+    naming what is known, for anything that cannot be read; FileNotFoundError for all methods that have no file for the model.
     """
-    found = []
-    for name in filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", names))):
-        bare, changes = _changes(name)
+    found, missing = [], {}
+    for name in filter(None, (part.strip() for part in re.split(r",(?![^\[\]]*\])", names))):
+        bare, changes = named(name)
         if bare.lower().startswith("easyedit:"):
+            if changes:
+                raise ValueError(f"method {name!r} changes settings of EasyEdit's, which are those of its file; change them there")
             method = bare.split(":", 1)[1]
             file = _easyedit_file(method, model, directory)
             base = _base(file, model, directory, overrides or {})
@@ -114,9 +125,34 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
             known = [*known, *VARIANTS, "easyedit:<method>"]
             raise ValueError(f"method {bare!r} is not known{did_you_mean(bare, known)}; known: {', '.join(known)}")
         path = file.format(method=bare, model=model)
-        settings = read(directory / path if directory else path)
-        found.append(Method(name, changed(settings, {**preset, **changes, **(overrides or {})})))
+        try:
+            settings = read(directory / path if directory else path)
+        except FileNotFoundError:
+            missing[f"{directory / path if directory else path}.yaml"] = path
+            continue
+        found.append(Method(name, changed(settings, {**preset, **changes, **(overrides or {})}, f"method {name}")))
+    if missing:
+        path = next(iter(missing.values()))
+        method = path.split("/")[0] + ("+" if path.endswith("-plus") else "")
+        raise FileNotFoundError(
+            f"no hyperparameter file {', '.join(missing)}; `nmke tune --model {model} --method {method} --out DIR/{path}.yaml` "
+            "finds settings, and --hparams-dir DIR takes them"
+        )
     return found
+
+
+def named(name: str) -> tuple[str, dict[str, Any]]:
+    """What a name is made of: "MEMIT+BLUE@100[v_lr=0.5]" -> ("MEMIT", {"blue": True, "batch_size": 100, "v_lr": 0.5})."""
+    match = re.fullmatch(r"([^\[\]@]+)(?:@\s*(\d+)\s*)?(?:\[([^\[\]]*)\])?", name)
+    if not match:
+        raise ValueError(f"method {name!r} cannot be read; expected a name, name@batch size, or name[setting=value; setting=value]")
+    pairs = [part.split("=", 1) for part in (match[3] or "").split(";") if part.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"method {name!r} cannot be read; settings are written name[setting=value; setting=value]")
+    bare, changes = match[1].strip(), {"batch_size": int(match[2])} if match[2] else {}
+    while bare not in VARIANTS and (option := bare.rpartition("+")[2]) in OPTIONS:
+        bare, changes = bare.rpartition("+")[0], {**OPTIONS[option], **changes}
+    return bare, {**changes, **{key.strip(): yaml.safe_load(value) for key, value in pairs}}
 
 
 def ablation(name: str, base: HyperParams) -> list[Method]:
@@ -126,23 +162,14 @@ def ablation(name: str, base: HyperParams) -> list[Method]:
     return [Method(label, changed(base, changes)) for label, changes in ABLATIONS[name].items()]
 
 
-def changed(settings: HyperParams, changes: Mapping[str, Any]) -> HyperParams:
-    """`settings` with other values; ("times", x) multiplies. ValueError with every problem in one message."""
+def changed(settings: HyperParams, changes: Mapping[str, Any], source: str = "hyperparameters") -> HyperParams:
+    """`settings` with other values; ("times", x) multiplies. ValueError with every problem of `source` in one message."""
     values = {
         name: getattr(settings, name) * value[1] if isinstance(value, tuple) and value[0] == "times" else value
         for name, value in changes.items()
     }
-    return type(settings).from_dict({**{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}, **values})
-
-
-def _changes(name: str) -> tuple[str, dict[str, Any]]:
-    match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", name)
-    if not match:
-        raise ValueError(f"method {name!r} cannot be read; expected a name, or name[setting=value; setting=value]")
-    pairs = [part.split("=", 1) for part in (match[2] or "").split(";") if part.strip()]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"method {name!r} cannot be read; settings are written name[setting=value; setting=value]")
-    return match[1].strip(), {key.strip(): yaml.safe_load(value) for key, value in pairs}
+    now = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    return type(settings).from_dict({**now, **values}, source)
 
 
 def _easyedit_file(method: str, model: str, directory: Path | None) -> str:

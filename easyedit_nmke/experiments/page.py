@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..messages import how_to_install
 from ..scores.table import in_report, task_scores
-from . import figures, report
+from . import board, figures, report
 from .analyses import Analysis, draw, read
 
 try:
@@ -91,17 +91,22 @@ def html(lines: Sequence[Mapping], notes: Sequence[str], pictures: Mapping[str, 
     last, names = report.shared_checkpoint(lines), report.methods(lines)
     protocols = [line["protocol"] for line in lines if line.get("protocol")]
     return template.render(
-        title=f"{report.count(len(names), 'method')}, {report.count(last, 'edit')}: {_data_name(protocols)}",
+        title=f"{_on(lines)}{report.count(len(names), 'method')}, {report.count(last, 'edit')}: {_data_name(protocols)}",
         headline=report.headline(lines, last),
         notes=[*notes, *report.gaps(lines), *report.failures(lines)],
         methods=names,
+        colours={name: figures.style(i)["color"] for i, name in enumerate(names)},
+        leaders=board.leaders(lines) if len(names) > 1 else None,
+        balances=list(report.BALANCES),
+        sides=board.side_by_side(lines, last),
+        costs=board.costs(lines, last),
         sections=sections,
         table=_scores(lines, last),
         legend=_legend(lines, last),
         questions=_questions(lines, last),
         others=[_scores(lines, t) for t in report.checkpoints(lines) if t != last],
         pictures=[_picture(name, picture) for name, picture in pictures.items()],
-        costs=_costs(lines, last),
+        masks=_masks(lines, last),
         commands=_distinct(protocol.get("command") for protocol in protocols),
         facts=_facts(lines, protocols),
         hparams=_hparams(lines),
@@ -145,9 +150,9 @@ def _picture(name: str, picture: bytes) -> dict:
     return {"name": name, "heading": heading, "text": text, "data": base64.b64encode(picture).decode()}
 
 
-def _costs(lines: Sequence[Mapping], checkpoint: int) -> dict | None:
+def _masks(lines: Sequence[Mapping], checkpoint: int) -> dict | None:
     """Memory and masks as a table."""
-    found = report.costs(lines, checkpoint)
+    found = report.memory_and_masks(lines, checkpoint)
     if found.empty:
         return None
     rows = []
@@ -173,6 +178,10 @@ def _facts(lines: Sequence[Mapping], protocols: Sequence[Mapping]) -> list[tuple
 def _hparams(lines: Sequence[Mapping]) -> list[tuple[str, str]]:
     settings = {line["method"]: (line.get("protocol") or {}).get("hparams") for line in lines if line["method"] != figures.UNEDITED}
     return [(name, json.dumps(values, indent=1, ensure_ascii=False)) for name, values in settings.items() if values]
+
+
+def _on(lines: Sequence[Mapping]) -> str:
+    return f"{name}: " if (name := report.model_name(lines)) else ""
 
 
 def _distinct(values: Iterable) -> list[str]:

@@ -24,18 +24,22 @@ from ..hparams import defaults, differences
 from ..methods import methods
 from ..methods.norms import stamped
 from ..models.arch import ModelView
-from ..models.device import peak_memory
+from ..models.device import peak_memory, synchronise
 from ..models.requests import Request
 from ..models.updates import model_digest
-from ..scores import generation, metrics
+from ..scores import free, generation, metrics
+from ..scores.counterfact import counterfact, fits
 from ..scores.drift import weight_drift
+from ..scores.harder import Harder
 from ..scores.kept import KeptText
-from ..scores.table import measured
+from ..scores.ripple import Ripples
+from ..scores.table import measured, metric_meta
 from ..scores.tasks import Questions, Task
 
 logger = logging.getLogger(__name__)
 
 FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
+COLUMNS = ("judge", "also")  # of a stamp's `scored_with`: columns that not every result has
 # What a model worn out by its edits raises: numbers that are not finite, systems that cannot be solved.
 WORN_OUT = (FloatingPointError, torch.linalg.LinAlgError)
 
@@ -62,7 +66,8 @@ class Scorer:
 
     exercises: (prompt, answer) pairs of general ability. tasks: called with (model, tok), gives more scores by name. separator:
     between prompt and target, as the editor's `target_separator`. text: to see by how much the model has moved; None: the
-    package's own. questions: of files, asked of the unedited model and from `questions_from` edits on.
+    package's own. questions: of files, asked of the unedited model and from `questions_from` edits on. judge: of what is said
+    freely. also: further readings (see `Harder`).
     """
 
     def __init__(
@@ -76,12 +81,17 @@ class Scorer:
         text: str | None = None,
         questions: Sequence[Task] = (),
         questions_from: int = 0,
+        judge: free.Judge | None = None,
+        also: Sequence[str] = (),
     ):
         self.requests, self.exercises, self.tasks, self.separator = list(requests), list(exercises), tasks, separator
         metrics.check(model, tok, self.requests, separator)
+        self.judge, self.harder = judge, Harder(model, tok, self.requests, also, separator)
+        self.kept = free.Kept(model, tok, self.requests, separator)
         self.text = KeptText(model, tok, text)
         self.questions, self.questions_from = Questions(model, tok, questions), questions_from
         self.before = metrics.quality(model, tok, self.requests, separator=separator)
+        self.ripples, self.counterfact = Ripples(model, tok, self.requests, separator), fits(self.requests)
         unknown = [request.prompt for request in self.requests if request.ground_truth is None]
         said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS, separator=separator))
         self.old = [
@@ -106,44 +116,28 @@ class Scorer:
         scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
         for name, prompts in (("rel", [(r.prompt,) for r in requests]), ("gen", [r.rephrase_prompts for r in requests])):
             scores.update(self._said(model, tok, name, requests, prompts))
+        scores |= self.kept.score(model, tok, len(requests), self.judge)
+        scores |= self.harder.score(model, tok, len(requests), self.judge)
         prompts = [r.prompt for r in requests[:FLUENCY_TEXTS]]
         texts = generation.greedy_texts(model, tok, prompts, FLUENCY_TOKENS, separator=self.separator)
         scores["fluency"] = generation.fluency(texts)
         general = metrics.exact_match(model, tok, self.exercises, separator=self.separator)
         scores["general"] = fmean(general) if general else None
-        scores |= self.text.score(model, tok)
+        scores |= self.text.score(model, tok) | self.ripples.score(model, tok, len(requests))
+        scores |= counterfact(model, tok, requests, self.separator) if self.counterfact else {}
         scores |= measured(model, tok, requests, before)
         return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
 
     def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[Sequence[str]]) -> dict:
         """Free generation against the target or any of its aliases, and the target's probability against the old answer's: means
         over each request's prompts, then over requests."""
-        asked = [
-            (i, prompt, request, old)
-            for i, (several, request, old) in enumerate(zip(prompts, requests, self.old, strict=False))
-            for prompt in several
-        ]
-        if not asked:
-            return dict.fromkeys((f"{name}_exact", f"{name}_contains", f"{name}_preferred"))
-        truths = [(prompt, (request.target_new, *request.aliases)) for _, prompt, request, _ in asked]
-        judged = generation.judge(model, tok, truths, separator=self.separator)
-        compared = [(i, prompt, request.target_new, old) for i, prompt, request, old in asked if old]
-        pairs = [(prompt, new) for _, prompt, new, _ in compared], [(prompt, old) for _, prompt, _, old in compared]
+        truths = [(request.target_new, *request.aliases) for request in requests]
+        asked = [free.Asked(i, prompt, truths[i]) for i, several in enumerate(prompts) for prompt in several]
+        compared = [(one.owner, one.prompt, self.old[one.owner]) for one in asked if self.old[one.owner]]
+        pairs = [(prompt, requests[i].target_new) for i, prompt, _ in compared], [(prompt, old) for _, prompt, old in compared]
         new, old = (generation.target_log_probs(model, tok, some, separator=self.separator) for some in pairs)
-        owners = [i for i, *_ in asked]
-        return {
-            f"{name}_exact": _mean_by_request(owners, [verdict.exact for verdict in judged]),
-            f"{name}_contains": _mean_by_request(owners, [verdict.contains for verdict in judged]),
-            f"{name}_preferred": _mean_by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)]),
-        }
-
-
-def _mean_by_request(owners: Sequence[int], values: Sequence[float]) -> float | None:
-    """Mean over each request's values, then over requests; None without any."""
-    by_request: dict[int, list[float]] = {}
-    for owner, value in zip(owners, values, strict=True):
-        by_request.setdefault(owner, []).append(value)
-    return fmean(map(fmean, by_request.values())) if by_request else None
+        preferred = free.mean_by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)])
+        return {**free.said(model, tok, name, asked, self.separator, self.judge), f"{name}_preferred": preferred}
 
 
 def batches(count: int, size: int, checkpoints: Sequence[int], start: int = 0) -> list[tuple[int, int]]:
@@ -171,7 +165,7 @@ class Segment:
         self.lines: list[dict] = []
         self.immediate: list[float] = []
         self.failed: list[int] = []
-        self.seconds = 0.0
+        self.seconds, self.memory = 0.0, 0.0  # of edits; MB
         ours = isinstance(self.editor, LifelongEditor)
         self.weights = _edited(self.editor) if ours else {}
         self.originals = {name: weight.detach().clone() for name, weight in self.weights.items()}
@@ -201,13 +195,18 @@ class Segment:
             yield Progress(stop - done)
 
     def _edit(self, batch: Sequence[Request]) -> None:
+        if not self.weights:  # ours measure every phase
+            peak_memory(reset=True)
         started, failed = time.perf_counter(), 0
         try:
             self.editor.apply(batch)
         except WORN_OUT as error:  # those that cannot be written count as failed
             logger.warning("%s, edit %d: %s", self.label, len(self.immediate) + 1, error)
             failed = len(batch)
+        synchronise()
         seconds = time.perf_counter() - started
+        if not self.weights:
+            self.memory = max(self.memory, peak_memory())
         pairs = [(request.prompt, request.target_new) for request in batch]
         right = metrics.token_accuracy(self.editor.model, self.editor.tok, pairs, separator=self.scorer.separator)
         self._count(immediate=right, failed=failed, seconds=seconds)
@@ -238,14 +237,16 @@ class Segment:
     def _line(self, edits: int) -> dict:
         peak_memory(reset=True)
         scores, ages = self.scorer(self.editor.model, self.editor.tok, edits)
+        scored = peak_memory()
         scores["immediate"] = fmean(self.immediate)
-        memory = {"score": peak_memory()}
-        reports = self.editor.state.reports[self.first :] if self.weights else []
+        made = list(self.editor.state.log)[self.first :] if self.weights else []
+        reports = [edit.report for edit in made]
+        peaks = [self.memory, *(peak for report in reports for peak in report.peak_memory.values())]
         seconds: dict[str, float] = {}
         for report in reports:
             for name, value in report.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
-            memory["edit"] = max(memory.get("edit", 0.0), *report.peak_memory.values())
+        startup = self.editor.state.startup if self.weights else getattr(self.editor, "startup", {})
         return {
             "method": self.label,
             "seed": self.seed,
@@ -253,11 +254,14 @@ class Segment:
             "failed": list(self.failed),
             "skipped": self._skipped(reports),
             "scores": scores,
+            "metric_meta": metric_meta(scores, self.stamp["batch_size"]),
             "retention": ages,
             "drift": self._drift(),
             "mask": {name: _mean_by_layer([getattr(report, name) for report in reports]) for name in ("density", "overlap")},
             "seconds": {**seconds, "total": self.seconds},
-            "peak_memory_mb": memory,
+            "startup_seconds": dict(startup),
+            "peak_memory_mb": {"score": scored, "edit": max(peaks)},
+            "kept_bytes": sum(edit.bytes for edit in made) if self.weights else None,
             "protocol": self.stamp,
         }
 
@@ -314,13 +318,26 @@ def stamp(editor, data: Mapping | None = None, command: str | None = None) -> di
     }
 
 
+def models_differ(one: Mapping, other: Mapping) -> bool:
+    """Whether two stamps are of different models, as far as they tell (older ones tell no weights)."""
+    mine, theirs = one.get("model") or {}, other.get("model") or {}
+    return any(name in mine and name in theirs and mine[name] != theirs[name] for name in ("type", "weights"))
+
+
 def settings_differ(one: Mapping, other: Mapping) -> list[str]:
     """What two stamps' results depend on and do not share, in words; versions, device and command aside. Of the texts and files
     that are scored with, those that both have: older stamps name none."""
     found = [f"{key} {one[key]!r} -> {other[key]!r}" for key in ("method", "data", "model") if one[key] != other[key]]
     ours, theirs = one.get("scored_with", {}), other.get("scored_with", {})
-    found += [f"{key} {ours[key]!r} -> {theirs[key]!r}" for key in ours if key in theirs and ours[key] != theirs[key]]
+    found += columns_differ(ours, theirs)
+    both = [key for key in ours if key in theirs and key not in COLUMNS]
+    found += [f"{key} {ours[key]!r} -> {theirs[key]!r}" for key in both if ours[key] != theirs[key]]
     return found + hparams_differ(one["hparams"], other["hparams"])
+
+
+def columns_differ(one: Mapping, other: Mapping) -> list[str]:
+    """The judge and the further readings that one of two stamps' `scored_with` has and the other has not, in words."""
+    return [f"{key} {one.get(key)} -> {other.get(key)}" for key in COLUMNS if one.get(key) != other.get(key)]
 
 
 def hparams_differ(one: Mapping, other: Mapping) -> list[str]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
-from typing import Any
 
-from ..hparams import is_int, is_number
 from ..messages import how_to_install
-from ..models.requests import called
 from ..scores import table as scores
-from .protocol import failed_edits
+from .lines import wrong
+from .protocol import failed_edits, models_differ
 
 try:
     import pandas as pd
@@ -22,11 +20,18 @@ except ModuleNotFoundError as missing:
     raise ImportError(f"the report needs {missing.name}: {how_to_install('figures')} brings it") from None
 
 
+# What a method is ranked by: the harmonic mean of these. Free generation first.
+BALANCES: Mapping[str, tuple[str, ...]] = {
+    "Free generation": ("rel_exact", "gen_exact", "loc"),
+    "Teacher forcing": ("rel", "gen", "loc"),
+}
+
+
 def read(directory: Path) -> tuple[list[dict], list[str]]:
     """(lines, notes) of DIR/results.jsonl: one line per (method, seed, checkpoint), the last where there are several.
 
     A last line that is cut short is left out, with a note. ValueError for any other line that cannot be read or holds what is no
-    result (see `_wrong`), and where no edited model has a result.
+    result (see `lines.wrong`), and where no edited model has a result.
     """
     path, found, notes = Path(directory) / "results.jsonl", {}, []
     if not path.is_file():
@@ -35,7 +40,7 @@ def read(directory: Path) -> tuple[list[dict], list[str]]:
     for number, text in enumerate(written, 1):
         try:
             line = json.loads(text)
-            problem = _wrong(line)
+            problem = wrong(line)
         except (ValueError, RecursionError) as error:
             if number == len(written) and isinstance(error, ValueError):
                 notes.append(
@@ -46,62 +51,19 @@ def read(directory: Path) -> tuple[list[dict], list[str]]:
         if problem:
             raise ValueError(f"line {number} of {path} is no result ({problem}); remove it and try again")
         found[line["method"], line["seed"], line["checkpoint"]] = line
+    different = next((line for line in found.values() if models_differ(_stamp(next(iter(found.values()))), _stamp(line))), None)
+    if different:
+        raise ValueError(
+            f"{path} holds results of different models ({different['method']}'s is another than that of the first line); "
+            "a table is of one model, so give each a folder of its own"
+        )
     if all(method == UNEDITED for method, *_ in found):
         raise ValueError(f"{path} has no result of an edited model yet")
     return list(found.values()), notes
 
 
-def _wrong(line) -> str:
-    """Why a line's content is no result, in words; "" where it is one. What is not known here may be anything."""
-    if not isinstance(line, dict):
-        return f"it is {called(line)}, not an object"
-    for name, fits, expected in _SHAPES:
-        if name not in line and name in _NEEDED:
-            return f"{name} is missing"
-        value = line.get(name)
-        if not fits(value) and (value is not None or name in _NEEDED):
-            return f"{name} is not {expected}"
-    return ""
-
-
-def _number(value) -> bool:
-    """None: nothing was measured. A whole number may be too large for what comes after."""
-    return value is None or (is_number(value) and not (is_int(value) and value.bit_length() > 1023))
-
-
-def _named(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-
-
-def _list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
-
-
-def _layer(value) -> bool:
-    """Of `drift`: numbers by name, and how many neurons changed by how much."""
-    histogram = value.get("histogram") if isinstance(value, dict) else None
-    numbers = isinstance(value, dict) and all(_number(entry) for name, entry in value.items() if name != "histogram")
-    return numbers and (histogram is None or (_named(_list(is_number))(histogram) and {"edges", "counts"} <= set(histogram)))
-
-
-def _protocol(value) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("data") or {}, dict)
-
-
-_NEEDED = ("method", "seed", "checkpoint", "scores")
-_SHAPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("method", lambda value: isinstance(value, str), "a text"),
-    ("seed", is_int, "a whole number"),
-    ("checkpoint", lambda value: is_int(value) and 0 <= value < 2**63, "a whole number of edits"),
-    ("scores", _named(_number), "numbers by name"),
-    ("seconds", _named(_number), "numbers by name"),
-    ("peak_memory_mb", _named(_number), "numbers by name"),
-    ("mask", _named(lambda value: value is None or _named(_number)(value)), "numbers by layer, by name"),
-    ("retention", _named(lambda value: value is None or _list(_number)(value)), "lists of numbers by name"),
-    ("drift", _named(_layer), "numbers and a histogram by layer"),
-    ("protocol", _protocol, "an object"),
-    ("failed", lambda value: is_int(value) or _list(is_int)(value), "a list of edits"),
-)
+def _stamp(line: Mapping) -> Mapping:
+    return line.get("protocol") or {}
 
 
 def methods(lines: Iterable[Mapping]) -> list[str]:
@@ -112,6 +74,17 @@ def methods(lines: Iterable[Mapping]) -> list[str]:
 def checkpoints(lines: Iterable[Mapping]) -> list[int]:
     """Numbers of edits after which any method was scored, ascending."""
     return sorted({line["checkpoint"] for line in lines if line["method"] != UNEDITED})
+
+
+def batch_size(lines: Iterable[Mapping], method: str) -> int:
+    """How many of a method's edits shared one update; where no line tells, 1."""
+    return next((_stamp(line).get("batch_size", 1) for line in lines if line["method"] == method), 1)
+
+
+def model_name(lines: Sequence[Mapping]) -> str:
+    """Of the edited model, as the settings name it, without the folders before it; "" where they do not."""
+    settings = next((found for line in lines if (found := _stamp(line).get("hparams")) and line["method"] != UNEDITED), {})
+    return str(settings.get("model_name") or "").rstrip("/").rpartition("/")[2]
 
 
 def shared_checkpoint(lines: Sequence[Mapping]) -> int:
@@ -152,30 +125,30 @@ def rows(lines: Sequence[Mapping], checkpoint: int) -> tuple[list[str], list[tup
     """
     found = table(lines, checkpoint)
     columns = {name: column for name, column in scores.in_report().items() if found[name, "mean"].notna().any()}
-    marks = {name: _marks(found[name], name, column.better) for name, column in columns.items()}
+    marked = {name: marks(found[name], name, column) for name, column in columns.items()}
     body = []
     for label in found.index:
-        cells = [(_cell(name, *found.loc[label, name]), marks[name].get(label, "")) for name in columns]
+        cells = [(cell(name, *found.loc[label, name], row.digits), marked[name].get(label, "")) for name, row in columns.items()]
         body.append((label, cells))
     return [f"{column.column} {column.arrow}" for column in columns.values()], body
 
 
-def _marks(score: pd.DataFrame, name: str, better: str) -> dict[str, str]:
+def marks(score: pd.DataFrame, name: str, row: scores.Metric) -> dict[str, str]:
+    """Label -> "best" or "close", as in `rows`, of one score's (mean, sem)."""
     found = score.drop(index=UNEDITED, errors="ignore").dropna(subset="mean")
     if len(found) < 2:
         return {}
-    best = found.loc[found["mean"].idxmin() if better == "lower" else found["mean"].idxmax()]
+    best = found.loc[found["mean"].idxmin() if row.better == "lower" else found["mean"].idxmax()]
     close = (found["mean"] - best["mean"]).abs() <= (found["sem"] ** 2 + best["sem"] ** 2) ** 0.5
-    marks = {label: "close" for label in found.index[close]}
-    return marks | {
-        label: "best" for label, mean in found["mean"].items() if _cell(name, mean, nan) == _cell(name, best["mean"], nan)
-    }
+    marked, printed = {label: "close" for label in found.index[close]}, cell(name, best["mean"], nan, row.digits)
+    return marked | {label: "best" for label, mean in found["mean"].items() if cell(name, mean, nan, row.digits) == printed}
 
 
-def _cell(name: str, mean: float, error: float) -> str:
+def cell(name: str, mean: float, error: float, digits: int = 2) -> str:
+    """A score as every table prints it."""
     if isnan(mean):
         return "-"
-    digits = 3 if name == "seconds" and mean < 0.1 else scores.table()[name].digits if name else 2
+    digits = 3 if name == "seconds" and mean < 0.1 else digits
     return f"{mean:.{digits}f}" + ("" if isnan(error) else f" ± {error:.{digits}f}")
 
 
@@ -190,14 +163,18 @@ def caption(lines: Sequence[Mapping], checkpoint: int) -> str:
 
 def markdown(lines: Sequence[Mapping], checkpoint: int) -> str:
     """`table` as Markdown: the best in bold, what is within one standard error of it in italics."""
-    headings, body = rows(lines, checkpoint)
+    return written(*rows(lines, checkpoint)) + "\n\n" + caption(lines, checkpoint)
+
+
+def written(headings: Sequence[str], body: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """Headings and rows of (label, [(text, mark), ...]) in Markdown."""
     marked = {"best": "**{}**", "close": "*{}*", "": "{}"}
-    written = [["", *headings], ["---"] + ["---:"] * len(headings)]
-    written += [[label.replace("|", "\\|"), *(marked[mark].format(text) for text, mark in cells)] for label, cells in body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in written) + "\n\n" + caption(lines, checkpoint)
+    found = [["", *headings], ["---"] + ["---:"] * len(headings)]
+    found += [[label.replace("|", "\\|"), *(marked[mark].format(text) for text, mark in cells)] for label, cells in body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in found)
 
 
-def costs(lines: Sequence[Mapping], checkpoint: int) -> pd.DataFrame:
+def memory_and_masks(lines: Sequence[Mapping], checkpoint: int) -> pd.DataFrame:
     """Peak memory in MB, and density and overlap of the masks by layer, at a checkpoint: means over seeds, a row per method."""
     found = []
     for line in lines:
@@ -212,17 +189,25 @@ def costs(lines: Sequence[Mapping], checkpoint: int) -> pd.DataFrame:
 
 
 def gaps(lines: Sequence[Mapping]) -> list[str]:
-    """A sentence for every method that lacks some of the seeds and checkpoints that are in the file."""
+    """A sentence for every method that lacks some of the seeds and checkpoints that are in the file; of one that edits in batches,
+    also which checkpoints do not end one."""
     reached = {(line["method"], line["seed"], line["checkpoint"]) for line in lines}
-    wanted, notes = checkpoints(lines), []
+    wanted, notes, batched = checkpoints(lines), [], {}
     for name in methods(lines):
-        said = []
+        said, size = [], batch_size(lines, name)
+        scored = {t for method, _, t in reached if method == name}
+        inside = [t for t in wanted[:-1] if t % size and t not in scored]  # see `Plan.due`
+        if inside:
+            batched.setdefault((size, tuple(inside)), []).append(name)
         for seed in sorted({line["seed"] for line in lines}):
-            missing = [t for t in wanted if (name, seed, t) not in reached]
+            missing = [t for t in wanted if t not in inside and (name, seed, t) not in reached]
             if missing:
-                said.append(f"seed {seed}" if missing == wanted else f"seed {seed} at T = {', '.join(map(str, missing))}")
+                whole = len(missing) == len(wanted) - len(inside)
+                said.append(f"seed {seed}" if whole else f"seed {seed} at T = {', '.join(map(str, missing))}")
         if said:
             notes.append(f"{name} is incomplete: nothing of {'; '.join(said)}.")
+    for (size, inside), names in batched.items():
+        notes.append(f"Not scored at T = {', '.join(map(str, inside))}, where no batch of {size} ends: {_listed(names)}.")
     return notes
 
 
@@ -244,22 +229,23 @@ def failures(lines: Sequence[Mapping]) -> list[str]:
 
 
 def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
-    """What came out at a checkpoint, in a few sentences made of the numbers alone.
-
-    Methods are ranked by the harmonic mean of Rel, Gen and Loc (of those that all methods have), taken per seed.
-    """
+    """What came out at a checkpoint, in a few sentences made of the numbers alone: who leads by free generation, then by teacher
+    forcing (see `ranking`), and what the first of these does."""
     data = frame(lines)
-    now = data[(data.checkpoint == checkpoint) & (data.method != UNEDITED)]
-    parts = [name for name in ("rel", "gen", "loc") if now.groupby("method")[name].count().all()]
-    balance = len(parts) / (1 / now[parts]).sum(axis=1, skipna=False)
-    ranked = balance.groupby(now.method).agg(["mean", "sem", "count"]).sort_values("mean", ascending=False).dropna(subset="mean")
-    if "rel" not in parts or ranked.empty:
+    found = {protocol: ranking(data, checkpoint, protocol) for protocol in BALANCES}
+    found = {protocol: (parts, ranked) for protocol, (parts, ranked) in found.items() if not ranked.empty}
+    if not found:
         return [f"After {count(checkpoint, 'edit')} not every method has a Rel, so nothing is ranked."]
-    lead = ranked.index[0]
+    text = [
+        _ranking(ranked, _listed(parts) + (f" by {protocol.lower()}" if len(found) > 1 else ""), checkpoint)
+        for protocol, (parts, ranked) in found.items()
+    ]
+    lead = next(iter(found.values()))[1].index[0]
+    now = data[(data.checkpoint == checkpoint) & (data.method != UNEDITED)]
     sentences = {name: row.said for name, row in scores.table().items() if row.said}
     its = now[now.method == lead][list(sentences)].mean()
     said = [sentence.format(its[name]) for name, sentence in sentences.items() if pd.notna(its[name])]
-    text = [_ranking(ranked, _listed([scores.OWN[name].title for name in parts]), checkpoint), f"{lead} {_listed(said)}."]
+    text.append(f"{lead} {_listed(said)}.")
     unedited = data[data.method == UNEDITED].general.mean()
     general = now[now.method == lead].general.mean()
     if pd.notna(unedited) and pd.notna(general):
@@ -267,18 +253,36 @@ def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
     return text
 
 
+def ranking(data: pd.DataFrame, checkpoint: int, protocol: str) -> tuple[list[str], pd.DataFrame]:
+    """(titles, methods by "mean", "sem", "count", the best first): the harmonic mean of those scores of BALANCES that all methods
+    of a `frame` have at a checkpoint, taken per seed; no rows where the first is not among them."""
+    names = BALANCES[protocol]
+    now = data[(data.checkpoint == checkpoint) & (data.method != UNEDITED)]
+    parts = [name for name in names if len(now) and now.groupby("method")[name].count().all()]
+    balance = len(parts) / (1 / now[parts]).sum(axis=1, skipna=False)
+    ranked = balance.groupby(now.method).agg(["mean", "sem", "count"]).sort_values("mean", ascending=False).dropna(subset="mean")
+    titles = [scores.OWN[name].title.partition(",")[0] for name in parts]
+    return titles, ranked if names[0] in parts else ranked.iloc[:0]
+
+
+def near(ranked: pd.DataFrame) -> list[str]:
+    """Those of a `ranking` whose distance to the first is within its standard error."""
+    if ranked.empty:
+        return []
+    best, others = ranked.iloc[0], ranked.iloc[1:]
+    return list(others.index[best["mean"] - others["mean"] <= (best["sem"] ** 2 + others["sem"] ** 2) ** 0.5])
+
+
 def _ranking(ranked: pd.DataFrame, parts: str, checkpoint: int) -> str:
     """First and second, whether their distance exceeds its standard error, and where there is none."""
-    said = {name: _cell("", row["mean"], row["sem"]) for name, row in ranked.iterrows()}
+    said = {name: cell("", row["mean"], row["sem"]) for name, row in ranked.iterrows()}
     best, after = ranked.iloc[0], f"After {count(checkpoint, 'edit')}"
     over = count(int(best["count"]), "seed")
     if len(ranked) == 1:
         return f"{after} {best.name} has a harmonic mean of {parts} of {said[best.name]} ({over})."
     text = f"{after} {best.name} has the highest harmonic mean of {parts}: {said[best.name]} ({over})"
-    others = ranked.iloc[1:]
-    near = list(others.index[best["mean"] - others["mean"] <= (best["sem"] ** 2 + others["sem"] ** 2) ** 0.5])
-    if near:
-        text += f", but within one standard error of {_listed([f'{name} ({said[name]})' for name in near])}."
+    if close := near(ranked):
+        text += f", but within one standard error of {_listed([f'{name} ({said[name]})' for name in close])}."
     else:
         text += f"; next is {ranked.index[1]} with {said[ranked.index[1]]}."
     alone = list(ranked.index[ranked["count"] == 1])

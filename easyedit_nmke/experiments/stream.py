@@ -6,6 +6,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from .. import atlas, data
@@ -15,7 +16,7 @@ from ..methods.contract import check_requests
 from ..models.arch import ModelView
 from ..models.chat import as_asked
 from ..models.requests import Request
-from ..scores import metrics
+from ..scores import metrics, ripple
 from .protocol import batches
 
 
@@ -34,7 +35,7 @@ class Stream:
 def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Sequence[int] = ()) -> Stream:
     """The first `edits` (None: all) facts of the test half of `atlas` or `facts`, or records of a file, in an order that the seed
     decides (0: as they are), without those that this model and its templates cannot be edited with or scored on. checkpoints: where
-    batches end, besides after `batch_size` requests."""
+    batches end, besides after `batch_size` requests. The requests of one record stay together, and are refused together."""
     if source in atlas.SOURCES or source == known.SOURCE:
         if source == known.SOURCE:
             records = known.requests(edits or 200, "test", seed)
@@ -44,21 +45,25 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
     method = getattr(editor, "method", None)
     loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)
-    order = list(range(len(loaded.requests)))
+    cases = [list(places) for _, places in groupby(range(len(loaded.requests)), key=loaded.indices.__getitem__)]
     if seed:
-        random.Random(seed).shuffle(order)
+        random.Random(seed).shuffle(cases)
     view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
     accepted, refused, size = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
     separator, asked = getattr(editor.hparams, "target_separator", None), {}
-    starts = [start for start, _ in batches(len(order), size, checkpoints)]
-    for place in order:
+    starts = [start for start, _ in batches(len(loaded.requests), size, checkpoints)]
+    for case in cases:
+        before = len(accepted)
         try:
-            (asked[place],) = as_asked(editor.tok, [loaded.requests[place]], editor.hparams)
-            begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
-            check_requests(view, editor.tok, [asked[place]], templates, separator, begun)
-            metrics.check(editor.model, editor.tok, [asked[place]], separator)
-            accepted.append(place)
+            for place in case:
+                (asked[place],) = as_asked(editor.tok, [loaded.requests[place]], editor.hparams)
+                begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
+                check_requests(view, editor.tok, [asked[place]], templates, separator, begun)
+                metrics.check(editor.model, editor.tok, [asked[place]], separator)
+                ripple.check(editor.model, editor.tok, [asked[place]], separator)
+                accepted.append(place)
         except ValueError as error:
+            del accepted[before:]
             refused.append(data.Refusal(loaded.indices[place], str(error)))
     refused.sort(key=lambda refusal: refusal.index)
     if not accepted:

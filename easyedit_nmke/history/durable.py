@@ -1,8 +1,8 @@
 """A state on disk: an edit counts when its record is there, and another process goes on from the last one, bit for bit.
 
 The journal's header holds what the method measured on the unedited model (templates, projector), the model's fingerprints and
-the hyperparameters; its records are edits, undone edits, rollbacks and a driver's notes, only ever appended. Records between
-"begin" and "commit" count together.
+the hyperparameters; its records are edits, undone edits, consolidations, rollbacks and a driver's notes, only ever appended.
+Records between "begin" and "commit" count together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..models.arch import down_projection
 from ..models.updates import KINDS, LowRank, Update, fingerprint, tensors_of
 from ..models.weights import Matrices
 from .journal import Journal, Record, installed
-from .log import Edit, EditReport, Event, Undo, check_undo
+from .log import Consolidation, Edit, EditReport, Event, Undo, check_alone, check_undo
 from .state import LifelongState, ValueNorm
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,20 @@ FREE = ("model_name", "device", "model_parallel", "stats_dir")
 
 @dataclass(frozen=True)
 class Ground:
-    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer."""
+    """What a method measures once, on the unedited model: context templates, statistics by name, norms of values by layer. files:
+    those statistics that stand in a file of their own, and are not written once more, by the end of their names ("4"): what the
+    method needs to find them again. seconds: that each part took to be made, also where it comes from the cache (None: not
+    known)."""
 
     templates: list[list[str]]
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     value_norms: Mapping[int, ValueNorm] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def unfiled(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self.statistics.items() if name.rpartition(".")[2] not in self.files}
 
 
 def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: HyperParams) -> LifelongState:
@@ -47,10 +56,13 @@ def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: Hype
     model = weights.view.model
     header = {
         "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norms or None,
+        "startup": state.startup,
         "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
     }  # fmt: skip
+    if ground.files:
+        header["files"] = ground.files
     state.follow(weights)
-    state.book = Book(Journal.create(hparams.state_dir, header, ground.statistics))
+    state.book = Book(Journal.create(hparams.state_dir, header, ground.unfiled))
     return state
 
 
@@ -66,7 +78,10 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
         book.check(hparams)
         book.check_model(weights)
         header = book.journal.header
-        state = build(Ground(header["templates"], book.journal.tensors(), _value_norms(header)))
+        ground = Ground(
+            header["templates"], book.journal.tensors(), _value_norms(header), header.get("files", {}), header.get("startup", {})
+        )
+        state = build(ground)
         state.follow(weights)
         state.replay(*history(book.journal))
     except BaseException:
@@ -91,6 +106,7 @@ class Book:
 
     def __init__(self, journal: Journal):
         self.journal, self.directory, self.libraries = journal, journal.path, installed()
+        self._grouped = False
         groups = [kind for record in journal.records() if (kind := record.content["kind"]) in ("begin", "commit", "abandon")]
         if groups and groups[-1] == "begin":  # a process was stopped within it
             self.journal.append({"kind": "abandon"}, {})
@@ -105,6 +121,18 @@ class Book:
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}. The model is as it was before this edit") from error
 
+    def consolidation(self, event: Consolidation) -> None:
+        packed = [_pack(update, {}) for update in event.updates]
+        about = {
+            "last": event.last,
+            "edits": list(event.edits),
+            "seconds": event.seconds,
+            "made": event.made,
+            "digest": event.digest,
+        }
+        updates = [content for content, _ in packed]
+        self.journal.append({"kind": CONSOLIDATION, **about, "updates": updates}, _key_tensors(event.keys) | _parts(packed))
+
     def undo(self, event: Undo) -> None:
         self.journal.append({"kind": "undo", "edit": event.edit, "digest": event.digest}, {})
 
@@ -117,8 +145,12 @@ class Book:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Records made inside it count when it has ended well, all of them or none."""
+        """Records made inside it count when it has ended well, all of them or none; a group within another is part of it."""
+        if self._grouped:
+            yield
+            return
         self.journal.append({"kind": "begin"}, {})
+        self._grouped = True
         try:
             yield
             self.journal.append({"kind": "commit"}, {})
@@ -128,6 +160,8 @@ class Book:
             except OSError:  # what would be added now would not count
                 self.close()
             raise
+        finally:
+            self._grouped = False
 
     def close(self) -> None:
         self.journal.close()
@@ -187,6 +221,8 @@ def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[t
             (events, notes), before = before, None
         elif content["kind"] in (EDIT, OLD_EDIT):
             events.append(_edit(record, journal.header, tensors))
+        elif content["kind"] == CONSOLIDATION:
+            events.append(_consolidation(record, journal.header, tensors))
         elif content["kind"] == "undo":
             events.append(Undo(content["edit"], content["digest"]))
         elif content["kind"] == "note":
@@ -204,7 +240,9 @@ def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[t
 def undo(directory: str | Path, edit: int) -> None:
     """Take one edit out of the state in `directory`, with no model at hand: who opens it next finds the model without it."""
     with Journal.open(directory) as journal:
-        check_undo(history(journal, tensors=False)[0], edit)
+        events, _ = history(journal, tensors=False)
+        check_undo(events, edit)
+        check_alone(events, edit)
         Book(journal).undo(Undo(edit))
 
 
@@ -214,6 +252,7 @@ def _fingerprints(model) -> dict[str, str]:
 
 # ---- records
 
+CONSOLIDATION = "consolidation"
 EDIT, OLD_EDIT = "edit:2", "edit"  # the old one names an update by its layer, and knows low-rank ones alone
 
 
@@ -235,11 +274,19 @@ def _content(edit: Edit, packed: Sequence[tuple[dict, dict]]) -> dict:
 
 def _tensors(edit: Edit, packed: Sequence[tuple[dict, dict]]) -> dict[str, torch.Tensor]:
     """Updates, masks as bits or indices, keys and z."""
-    tensors = {f"key.{layer}": keys for layer, keys in edit.keys.items()}
+    tensors = _key_tensors(edit.keys)
     tensors |= {f"mask.{layer}": _packed(mask) for layer, mask in edit.masks.items()}
     if edit.z is not None:
         tensors["z"] = edit.z
-    return tensors | {f"{name}.{i}": tensor for i, (_, parts) in enumerate(packed) for name, tensor in parts.items()}
+    return tensors | _parts(packed)
+
+
+def _key_tensors(keys: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"key.{layer}": columns for layer, columns in keys.items()}
+
+
+def _parts(packed: Sequence[tuple[dict, dict]]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{i}": tensor for i, (_, parts) in enumerate(packed) for name, tensor in parts.items()}
 
 
 def _pack(update: Update, masks: Mapping[int, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -268,17 +315,35 @@ def _edit(record: Record, header: Mapping, with_tensors: bool) -> Edit:
     content = record.content
     stored = record.tensors if with_tensors else {}
     masks = {int(layer): _unpacked(stored[f"mask.{layer}"], n) for layer, n in content["masks"].items()} if stored else {}
-    updates = []
-    for i, made in enumerate(content["updates"] if stored else ()):
-        about = made if content["kind"] == EDIT else _old_update(made, header, masks, stored[f"right.{i}"])
-        parts = {name: stored[f"{name}.{i}"] for name in KINDS[about["kind"]]._fields if f"{name}.{i}" in stored}
-        updates.append(_unpack(about, parts, masks))
-    keys = {int(name.removeprefix("key.")): keys for name, keys in stored.items() if name.startswith("key.")}
+    updates, keys = _updates(content, stored, masks, header), _keys(stored)
     supersedes = {int(new): tuple(olds) for new, olds in content["supersedes"].items()}
     report = EditReport.from_dict(content["report"])
     return Edit(
         content["id"], tuple(content["requests"]), tuple(updates), keys, stored.get("z"), masks, report, supersedes,
         content["digest"], content["made"],
+    )  # fmt: skip
+
+
+def _updates(
+    content: Mapping, stored: Mapping[str, torch.Tensor], masks: Mapping[int, torch.Tensor], header: Mapping
+) -> list[Update]:
+    updates = []
+    for i, made in enumerate(content["updates"] if stored else ()):
+        about = _old_update(made, header, masks, stored[f"right.{i}"]) if content["kind"] == OLD_EDIT else made
+        parts = {name: stored[f"{name}.{i}"] for name in KINDS[about["kind"]]._fields if f"{name}.{i}" in stored}
+        updates.append(_unpack(about, parts, masks))
+    return updates
+
+
+def _keys(stored: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {int(name.removeprefix("key.")): keys for name, keys in stored.items() if name.startswith("key.")}
+
+
+def _consolidation(record: Record, header: Mapping, with_tensors: bool) -> Consolidation:
+    content, stored = record.content, record.tensors if with_tensors else {}
+    return Consolidation(
+        content["last"], tuple(content["edits"]), tuple(_updates(content, stored, {}, header)), _keys(stored), content["seconds"],
+        content["made"], content["digest"],
     )  # fmt: skip
 
 

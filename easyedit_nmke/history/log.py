@@ -1,4 +1,5 @@
-"""What is known of every edit: its report, the updates it made, the keys it left, and what has become of it."""
+"""What is known of every edit: its report, the updates it made, the keys it left, and what has become of it; and consolidations,
+whose updates stand for those of many edits."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.updates import LowRank, Update
+from ..models.updates import LowRank, Update, tensors_of
 
 
 @dataclass
@@ -73,10 +74,21 @@ class Edit:
     def ids(self) -> range:
         return range(self.first, self.first + self.report.requests)
 
+    @property
+    def last(self) -> int:
+        return self.ids[-1]
+
     @cached_property
     def facts(self) -> dict[int, tuple[str, str]]:
         """Edit -> what it is about."""
         return {i: fact(request) for i, request in zip(self.ids, self.requests, strict=False)}
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors that are kept of it."""
+        of_updates = (tensor for update in self.updates for tensor in tensors_of(update).values())
+        others = (*self.keys.values(), *self.masks.values(), *([] if self.z is None else [self.z]))
+        return sum(tensor.nbytes for tensor in (*of_updates, *others))
 
     @property
     def separable(self) -> bool:
@@ -102,7 +114,33 @@ class Undo:
     digest: int | None = None
 
 
-Event = Edit | Undo
+@dataclass(frozen=True, eq=False)
+class Consolidation:
+    """The `edits` that counted among those up to edit `last`, solved at once: its updates, of the weights that the log begins with,
+    take the place of all that was added up to then. Tensors are on the CPU.
+
+    Column i of a (low-rank) update, and of keys, layer -> [F, edits], is that of edits[i]. digest: of the weights after it.
+    """
+
+    last: int
+    edits: tuple[int, ...]
+    updates: tuple[LowRank, ...]
+    keys: Mapping[int, torch.Tensor]
+    seconds: float
+    made: str  # when, UTC
+    digest: int | None = None
+
+    def __deepcopy__(self, memo) -> Consolidation:
+        return self  # nobody changes it
+
+    def updates_without(self, undone: set[int]) -> list[Update]:
+        """What is left of its updates when some edits are taken out."""
+        places = {place for place, edit in enumerate(self.edits) if edit in undone}
+        kept = (update.without(places) for update in self.updates)
+        return [update for update in kept if update is not None]
+
+
+Event = Edit | Undo | Consolidation
 
 
 def fact(request: Mapping[str, Any]) -> tuple[str, str]:
@@ -123,12 +161,26 @@ def standing(events: Iterable[Event]) -> dict[int, str]:
         if isinstance(event, Undo):
             found[event.edit] = "undone"
             found.update(dict.fromkeys(replaced.pop(event.edit, ()), "effective"))
-            continue
-        for new, olds in event.supersedes.items():
-            found.update(dict.fromkeys(olds, f"superseded by {new}"))
-        replaced.update(event.supersedes)
-        found.update(dict.fromkeys(event.ids, "effective"))
+        elif isinstance(event, Edit):
+            for new, olds in event.supersedes.items():
+                found.update(dict.fromkeys(olds, f"superseded by {new}"))
+            replaced.update(event.supersedes)
+            found.update(dict.fromkeys(event.ids, "effective"))
     return found
+
+
+def consolidated(events: Sequence[Event]) -> Consolidation | None:
+    """The consolidation whose updates are part of the weights after `events`: the last."""
+    return next((event for event in reversed(events) if isinstance(event, Consolidation)), None)
+
+
+def counting(events: Sequence[Event], last: int) -> list[tuple[int, Edit]]:
+    """(edit, the call that made it) of the edits up to `last` that count, as if no later one had been made: not undone, superseded
+    or skipped."""
+    calls = {i: event for event in events if isinstance(event, Edit) for i in event.ids if i <= last}
+    made = (event for event in events if (event.edit if isinstance(event, Undo) else event.last) <= last)
+    now = standing(made)
+    return [(i, call) for i, call in calls.items() if now[i] == "effective" and i - call.first not in call.report.skipped]
 
 
 def check_undo(events: Sequence[Event], edit: int) -> int:
@@ -152,10 +204,28 @@ def check_undo(events: Sequence[Event], edit: int) -> int:
     return place
 
 
+def held(events: Sequence[Event], edit: int) -> bool:
+    """Whether a consolidation stands for an edit's update, so that undoing the edit means solving the consolidation anew."""
+    whole = consolidated(events)
+    return whole is not None and edit <= whole.last
+
+
+def check_alone(events: Sequence[Event], edit: int) -> None:
+    """ValueError for an edit that a consolidation holds."""
+    if held(events, edit):
+        raise ValueError(
+            f"edit {edit} was consolidated with those up to {consolidated(events).last}, which have to be solved anew without it; "
+            "undo it by `LifelongEditor.undo` or `nmke undo`"
+        )
+
+
 def changes_of(events: Sequence[Event], start: int = 0) -> list[Update]:
-    """The updates of the events from number `start` on, in order, without those of edits that any of `events` takes out."""
-    undone = {event.edit for event in events if isinstance(event, Undo)}
-    made = (update for event in events[start:] if isinstance(event, Edit) for update in event.updates_without(undone))
+    """The updates of the events from number `start` on, in order, without those of edits that any of `events` takes out; those of
+    the last consolidation in the place of what it stands for."""
+    undone, whole = {event.edit for event in events if isinstance(event, Undo)}, consolidated(events[start:])
+    last = 0 if whole is None else whole.last
+    later = [event for event in events[start:] if isinstance(event, Edit) and event.first > last]
+    made = (update for event in [whole, *later][whole is None :] for update in event.updates_without(undone))
     return list(made)
 
 

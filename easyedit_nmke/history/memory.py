@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .log import Edit, Event
+from .log import Consolidation, Edit, Event, consolidated, standing
 
 
 class Memory:
@@ -50,20 +50,29 @@ class Memory:
             self.columns = [edit for edit in self.columns if edit not in ids]
 
     def recall(self, events: Sequence[Event]) -> None:
-        """The keys that a log leaves, appended and taken out in the order in which they were."""
+        """The keys that a log leaves, appended and taken out in the order in which they were; from its last consolidation on."""
         self.truncate(0)
-        for number in range(len(events)):
+        whole = consolidated(events)
+        for number in range(0 if whole is None else events.index(whole), len(events)):
             self.take(events[: number + 1])
 
     def take(self, events: Sequence[Event]) -> None:
-        """What the last of `events` did to the keys."""
+        """What the last of `events` did to the keys. A consolidation leaves its own, and after them those of later edits."""
         event = events[-1]
         if isinstance(event, Edit):
             self.forget([old for olds in event.supersedes.values() for old in olds])
             self.append(event.ids, event.keys)
             return
-        self.forget([event.edit])
-        edits = {i: made for made in events if isinstance(made, Edit) for i in made.ids}
-        for old in edits[event.edit].supersedes.get(event.edit, ()):
-            made = edits[old]
-            self.append([old], {layer: keys[:, old - made.first, None] for layer, keys in made.keys.items()})
+        calls = {i: made for made in events if isinstance(made, Edit) for i in made.ids}
+        if isinstance(event, Consolidation):
+            self.truncate(0)
+            later, now = (i for i, made in calls.items() if made.first > event.last), standing(events)
+            back = [i for i in (*event.edits, *later) if now[i] == "effective"]
+        else:
+            self.forget([event.edit])
+            back = calls[event.edit].supersedes.get(event.edit, ())
+        whole = consolidated(events)
+        for edit in back:
+            anew = whole is not None and edit in whole.edits
+            keys, place = (whole.keys, whole.edits.index(edit)) if anew else (calls[edit].keys, edit - calls[edit].first)
+            self.append([edit], {layer: columns[:, place, None] for layer, columns in keys.items()})

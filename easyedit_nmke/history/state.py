@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.updates import HALF, Update, moved
-from .log import Edit, EditReport, Event, Log, Undo, asked, check_undo, standing
+from .log import Consolidation, Edit, EditReport, Event, Log, Undo, asked, check_alone, check_undo, consolidated, counting, standing
 from .memory import Memory
 from .weights import EditedWeights
 
@@ -34,7 +35,8 @@ class LifelongState:
     `settings` are the hyperparameters that the state depends on; a call with others needs a state of its own. value_norms: of the
     values solved for a layer; those of others stay as they are. replays: the log holds the updates, so every earlier state of the
     weights can be had again; an edit then takes 0.4 MB on the CPU at 8B with 5 layers in bfloat16 (a dense one 1.2 GB). originals:
-    the weights before the first edit are kept even if updates are not.
+    the weights before the first edit are kept even if updates are not. startup: seconds that went by before the first edit, by what
+    was made (`durable.Ground`).
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class LifelongState:
         value_norms: Mapping[int, ValueNorm] | None = None,
         replays: bool = True,
         originals: bool = False,
+        startup: Mapping[str, float | None] | None = None,
     ):
         self.settings, self.templates, self.value_norms = dict(settings), templates, dict(value_norms or {})
         self.log, self.weights, self.memory = Log(), EditedWeights(replays, originals), Memory(solvers)
         self.masks: Mapping[int, torch.Tensor] = {}  # of the last edit, [F] bool
         self.attribution_cache: Any = None  # `attribution.AttributionCache`, made when first asked for; no part of the log
+        self.startup = {} if startup is None else startup
         self.book = None  # where the log is also kept on disk
         self._replaces: dict[int, list[int]] = {}  # by the edit in hand
 
@@ -60,7 +64,7 @@ class LifelongState:
 
     @property
     def events(self) -> list[Event]:
-        """Edits and undone edits, in order."""
+        """Edits, undone edits and consolidations, in order."""
         return self.log.events
 
     @property
@@ -87,6 +91,16 @@ class LifelongState:
     def claimed(self) -> int:
         """The last edit that this process knows of (see `Log.claimed`)."""
         return self.log.claimed
+
+    @property
+    def counting(self) -> list[tuple[int, Edit]]:
+        """(edit, the call that made it) of all edits that count now (see `log.counting`)."""
+        return counting(self.events, self.last)
+
+    @property
+    def consolidation(self) -> Consolidation | None:
+        """The last one, whose updates are part of the weights."""
+        return consolidated(self.events)
 
     @property
     def value_norm(self) -> float | None:
@@ -163,17 +177,13 @@ class LifelongState:
 
     def advance(self, report: EditReport, requests: Sequence[Any] = ()) -> None:
         """Record one finished call. The report's keys become past keys; keys, masks, updates and z are the log's from now on."""
-        dtype = next((weight.dtype for weight in self.weights.now.values() if weight.dtype in HALF), torch.float32)
-        exact = {layer for layer, solver in self.solvers.items() if getattr(solver, "exact", False)}
-        keys = {layer: (k if layer in exact else k.to(dtype)).cpu() for layer, k in report.keys.items()}
-        updates = tuple(moved(update, "cpu") for update in report.updates) if self.weights.replays else ()
+        updates, keys = self._kept(report)
         z = None if report.z is None else report.z.float().cpu()
         masks = {layer: mask.cpu() for layer, mask in report.masks.items()}
         told = replace(report, masks={}, updates=[], keys={}, z=None)
-        made = datetime.now(timezone.utc).isoformat(timespec="seconds")
         edit = Edit(
             self.last + 1, tuple(request.to_dict() for request in requests), updates, keys, z, masks, told, self._replaces,
-            self.weights.digest(), made,
+            self.weights.digest(), _now(),
         )  # fmt: skip
         with self.memory.unchanged_on_error():
             try:
@@ -187,6 +197,47 @@ class LifelongState:
                 raise
         self.events.append(edit)
         self.masks = masks
+
+    def _kept(self, report: EditReport) -> tuple[tuple[Update, ...], dict[int, torch.Tensor]]:
+        """The report's updates and keys, as the log has them."""
+        dtype = next((weight.dtype for weight in self.weights.now.values() if weight.dtype in HALF), torch.float32)
+        exact = {layer for layer, solver in self.solvers.items() if getattr(solver, "exact", False)}
+        keys = {layer: (k if layer in exact else k.to(dtype)).cpu() for layer, k in report.keys.items()}
+        return tuple(moved(update, "cpu") for update in report.updates) if self.weights.replays else (), keys
+
+    def consolidate(self, solve: Callable[[list[tuple[int, Edit]]], EditReport], undone: int | None = None) -> None:
+        """Put one solution of all edits that count in the place of all updates so far; its keys become the past keys.
+
+        solve: called with the edits (and the call of each) on the original weights and without past keys, writes them. undone: take
+        out this edit, which a consolidation holds, and make that one anew without it; later edits stay as they were solved. All or
+        nothing, also on disk. ValueError when there is nothing to consolidate.
+        """
+        self._check_replays()
+        if undone is not None:
+            check_undo(self.events, undone)
+        if len(self.weights.bases) > 1:
+            raise ValueError("the edited weights were changed by something else between edits, which a consolidation would undo")
+        whole = self.consolidation
+        last = self.last if whole is None or undone is None else whole.last
+        if undone is None and (not self.last or self.events[-1] is whole or not self.counting):
+            raise ValueError("there are no edits" if not self.counting else f"edits up to {whole.last} are consolidated already")
+        started, group = time.perf_counter(), self.book.together() if self.book and undone is not None else nullcontext()
+        with self._unchanged_on_error(), group:
+            if undone is not None:
+                self.events.append(Undo(undone))
+                if self.book:
+                    self.book.undo(self.events[-1])
+            edits = counting(self.events, last)
+            self.weights.set_to([])
+            self.memory.truncate(0)
+            updates, keys = self._kept(solve(edits)) if edits else ((), {})
+            seconds = time.perf_counter() - started
+            self.events.append(Consolidation(last, tuple(i for i, _ in edits), updates, keys, seconds, _now()))
+            self.weights.set_to(self.events)
+            self.memory.recall(self.events)
+            self.events[-1] = replace(self.events[-1], digest=self.weights.digest())
+            if self.book:
+                self.book.consolidation(self.events[-1])
 
     def note(self, content: Mapping[str, Any]) -> None:
         """Keep what a driver has to know when it goes on, with the log as it is now. Edits so far are then known to it."""
@@ -223,8 +274,10 @@ class LifelongState:
         """Take one edit out, wherever it lies: the weights become the originals plus all other updates, the past keys lose its own.
 
         The other updates stay as they were solved. An edit that superseded another brings that one back. Errors are ValueErrors.
+        What a consolidation holds is taken out by `consolidate`.
         """
         place = check_undo(self.events, edit)
+        check_alone(self.events, edit)
         self._check_replays()
         if self.weights.bases and place < self.weights.bases[-1][0]:
             raise ValueError("the edited weights were changed by something else after that edit, so it cannot be taken out of them")
@@ -244,11 +297,12 @@ class LifelongState:
 
     @contextmanager
     def as_of(self, edit: int) -> Iterator[None]:
-        """Inside it, the weights are as after edit `edit`; no editing there."""
+        """Inside it, the weights are as when the next edit after `edit` was made; no editing there."""
         if edit == self.last:
             yield
             return
         step = self.log.step(edit)
+        step = next(place for place in range(step, len(self.events)) if isinstance(self.events[place], Edit))
         self._check_replays()
         with self.weights.lent():
             self.weights.set_to(self.events[:step], masters=False)
@@ -280,7 +334,7 @@ class LifelongState:
         gone = self.log.truncate(step)
         self.weights.bases = [base for base in self.weights.bases if base[0] <= step]
         self.masks = {}
-        if any(isinstance(event, Undo) or event.supersedes for event in gone):
+        if any(not isinstance(event, Edit) or event.supersedes for event in gone):
             self.memory.recall(self.events)
         else:
             self.memory.truncate(len(self.memory.columns) - sum(len(event.ids) for event in gone if event.keys))
@@ -297,3 +351,7 @@ class LifelongState:
             self.weights.set_to(self.events)
             self.memory.recall(self.events)
             raise
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

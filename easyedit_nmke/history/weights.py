@@ -68,7 +68,9 @@ class EditedWeights:
             accumulate(master, master, of_parameter(updates, name))
 
     def changes(self, events: Sequence[Event]) -> tuple[dict[str, torch.Tensor], list[Update]]:
-        """What the weights after `events` are made of: (name -> [out, in] on the CPU, updates added to it)."""
+        """What the weights after `events` are made of: (name -> [out, in] on the CPU, updates added to it).
+
+        Up to a consolidation these are its updates alone."""
         count, _, base = [base for base in self.bases if base[0] <= len(events)][-1]
         return base, changes_of(events, count)
 
@@ -83,6 +85,13 @@ class EditedWeights:
                 weight.copy_(self.masters[name])
             else:
                 accumulate(weight, base[name], updates)
+
+    def change(self, name: str) -> torch.Tensor:
+        """By what edits have changed a parameter [out, in] so far, float64. ValueError when something else changed it, too."""
+        if len(self.bases) > 1:
+            raise ValueError(f"{name} was changed by something else between edits, so what edits changed is not known")
+        now = self.masters.get(name, self.now[name])
+        return now.double() - self.bases[0][2][name].to(now.device, torch.float64)
 
     @contextmanager
     def lent(self) -> Iterator[None]:

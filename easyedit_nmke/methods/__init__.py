@@ -14,13 +14,14 @@ import torch
 
 from .. import hparams as settings
 from ..extensions import row, with_extensions
-from ..history.log import Undo, check_undo, standing
+from ..history.log import Consolidation, Undo, check_undo, consolidated, held, standing
 from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..messages import did_you_mean
+from ..models.arch import ModelView, editing
 from ..models.requests import Request
-from . import alphaedit, ft, kne, locft, memit, nmke, rome, ultraedit
-from .contract import Method, apply_method
+from . import alphaedit, consolidation, ft, kne, locft, memit, nmke, rome, ultraedit
+from .contract import Method, apply_method, check_state
 
 DEFAULT = nmke.METHOD
 
@@ -89,23 +90,43 @@ def open_state(model, tok, hparams: HyperParams, progress: bool = True) -> Lifel
     return method_of(hparams).open(model, tok, hparams, progress)
 
 
+def consolidate(model, tok, hparams: HyperParams, state: LifelongState, undone: int | None = None) -> None:
+    """Solve all edits that count at once, in the place of all updates so far (see `consolidation`); with `undone`, make the
+    last consolidation anew without this edit. All or nothing, also on disk. ValueError when there is nothing to consolidate."""
+    method = method_of(hparams)
+    with editing(model):
+        check_state(state, hparams)
+        state.follow(method.matrices(model, hparams))
+        consolidation.consolidate(method, ModelView(model), tok, hparams, state, undone)
+
+
 def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, resolve: bool = False) -> None:
-    """Take edit `edit` out of the model: `LifelongState.undo`. With `resolve`, later edits are solved again without it, from
-    their recorded values z; they are made anew, so their numbers move up. All or nothing, also on disk."""
+    """Take edit `edit` out of the model: `LifelongState.undo`, or where a consolidation holds it, that one made anew without it.
+    With `resolve`, later edits are solved again without it, from their recorded values z; they are made anew, so their numbers move
+    up, and consolidations come where they came. All or nothing, also on disk."""
     if not resolve:
-        state.undo(edit)
+        if held(state.events, edit):
+            consolidate(model, tok, hparams, state, edit)
+        else:
+            state.undo(edit)
         return
     method = method_of(hparams)
     if method.replay is None:
         raise ValueError(f"edits of {method.name} cannot be solved again from their values; undo them without resolve")
     place = check_undo(state.events, edit)
-    later, now = state.events[place:], standing(state.events)
+    later, now, whole = state.events[place:], standing(state.events), consolidated(state.events[:place])
     with state.together():
         state.rewind(place)
         for event in later:
+            if isinstance(event, Consolidation):
+                anew, whole = whole is not None and whole.last == event.last, event  # those that an undo brought come with it
+                by_itself = anew or getattr(hparams, "consolidate_every", 0)
+                if not by_itself and state.counting and state.events[-1] is not consolidated(state.events):
+                    consolidate(model, tok, hparams, state)
+                continue
             if isinstance(event, Undo):
                 if event.edit < later[0].first:
-                    state.undo(event.edit)
+                    undo(model, tok, hparams, state, event.edit)
                 continue
             kept = [i for i, number in enumerate(event.ids) if number != edit and now[number] != "undone"]
             if kept:

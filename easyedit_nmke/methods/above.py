@@ -12,6 +12,15 @@ from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
 from .value_texts import Batch
 
+FEW = (
+    256  # tokens, up to which a GPU's products take as long as reading the weights: leaving some out costs launches, saves nothing
+)
+
+
+def few_on(device: torch.device) -> int:
+    """Tokens of a step, up to which every FFN is computed for all of them."""
+    return FEW if device.type == "cuda" else 0
+
 
 class Above:
     """The blocks above `z_layer`, run again and again on the columns from `batch.start` on with another value at the subject.
@@ -89,11 +98,13 @@ class Above:
         }
 
     def _places(self, batch: Batch) -> dict:
-        """Where a step needs each FFN; those that it needs everywhere are left out."""
+        """Where a step needs each FFN; those that it needs everywhere are left out, and all where there are few tokens."""
+        everywhere = len(batch.rows) * batch.columns
+        if everywhere <= few_on(self.view.device):
+            return {}
         real, read = batch.mask[:, batch.start :].flatten().nonzero()[:, 0], batch.read.sort().values
         last = self.view.depth - 1
         found = {layer: read if layer == last else real for layer in range(self.z_layer + 1, self.view.depth)}
-        everywhere = len(batch.rows) * batch.columns
         return {self.view.ffn(layer): where for layer, where in found.items() if len(where) < everywhere}
 
     def __call__(self, delta: torch.Tensor) -> list[torch.Tensor]:

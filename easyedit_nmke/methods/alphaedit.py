@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..history.durable import Ground
 from ..hparams import setting
 from ..models.arch import ModelView
-from ..statistics.nullspace import RowSpace, check_protection, row_spaces
+from ..statistics.nullspace import RowSpace, check_protection, read_row_space, row_space_files, row_spaces, space_digest
 from .contract import Method
 from .located import SpreadHyperParams, edit_layers, templates
 from .norms import value_norms
 from .solver import NullSpaceSolver
+
+LARGE = 1 << 28  # bytes of row spaces, beyond which a state on disk names their files in the cache instead of holding them
 
 
 @dataclass
@@ -48,17 +51,27 @@ class AlphaEditHyperParams(SpreadHyperParams):
 
 def measure(view: ModelView, tok, hparams: AlphaEditHyperParams, progress: bool) -> Ground:
     """Context templates, each layer's row space, and norms of values, of the model as it is now."""
-    found = templates(view, tok, hparams)
-    spaces = row_spaces(view, tok, hparams, progress)
+    spent: dict[str, float | None] = {}
+    found = templates(view, tok, hparams, spent)
+    spaces = row_spaces(view, tok, hparams, progress, spent)
     check_protection(spaces, hparams)
     statistics = {f"{part}.{layer}": t for layer, space in spaces.items() for part, t in space._asdict().items()}
-    return Ground(found, statistics, value_norms(view, tok, hparams, found, hparams.z_layers))
+    large = sum(tensor.nbytes for tensor in statistics.values()) > LARGE
+    files = row_space_files(view, tok, hparams) if large and hparams.state_dir is not None else {}
+    filed = {str(layer): {"path": str(file), "digest": space_digest(spaces[layer])} for layer, file in files.items()}
+    norms = value_norms(view, tok, hparams, found, hparams.z_layers, spent=spent)
+    return Ground(found, statistics, norms, files=filed, seconds=spent)
 
 
-def row_space(view: ModelView, ground: Ground, layer: int) -> RowSpace:
+def row_space(view: ModelView, ground: Ground, layer: int, hparams: AlphaEditHyperParams) -> RowSpace:
     """What `measure` has found for a layer, on its device."""
     device = view.weight(layer).device
-    return RowSpace(*(ground.statistics[f"{part}.{layer}"].to(device) for part in RowSpace._fields))
+    if f"basis.{layer}" in ground.statistics:
+        space = [ground.statistics[f"{part}.{layer}"] for part in RowSpace._fields]
+    else:
+        filed = ground.files[str(layer)]
+        space = read_row_space(Path(filed["path"]), filed["digest"], hparams)
+    return RowSpace(*(tensor.to(device) for tensor in space))
 
 
 def hard_solver(space: RowSpace, l2: float) -> NullSpaceSolver:
@@ -68,7 +81,7 @@ def hard_solver(space: RowSpace, l2: float) -> NullSpaceSolver:
 
 
 def build(view: ModelView, ground: Ground, hparams: AlphaEditHyperParams) -> Mapping[int, NullSpaceSolver]:
-    return {layer: hard_solver(row_space(view, ground, layer), hparams.L2) for layer in hparams.layers}
+    return {layer: hard_solver(row_space(view, ground, layer, hparams), hparams.L2) for layer in hparams.layers}
 
 
 METHOD = Method("AlphaEdit", AlphaEditHyperParams, edit_layers, measure, build, replay=edit_layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow_copy
@@ -21,10 +20,11 @@ from ..history.state import LifelongState
 from ..hparams import HyperParams
 from ..models.arch import ModelView, editing
 from ..models.chat import as_asked
-from ..models.device import peak_memory, synchronise
+from ..models.device import peak_memory, timed
 from ..models.prompts import SUBJECT, ended, tokenised_all
 from ..models.requests import Request
 from ..models.weights import Matrices, check_finite, check_model, down_projections
+from .consolidation import when_due
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Method:
     measure(view, tok, hparams, progress): what it has to know of the unedited model, once.
     build(view, ground, hparams): from that the solvers which remember past keys, by layer.
     writes(view, hparams): names of the parameters that it edits.
-    replay: `edit` that may be given z [D, requests], where edits can be solved again from their values (undo with resolve).
+    replay: `edit` that may be given z [D, requests], where edits can be solved again from their values (undo with resolve,
+        consolidation); a method whose reports have masks must take `masks`, layer -> [F] bool, too.
     needs_subject: whether a request has to say which words of the prompt are the subject.
     """
 
@@ -80,14 +81,16 @@ class Method:
             return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams)
         with editing(model):
             ground = self.measure(view, tok, hparams, progress)
-        state = self._state(view, ground, hparams)
+        with timed(ground.seconds, "solvers"):
+            state = self._state(view, ground, hparams)
         return state if hparams.state_dir is None else begun(state, ground, self.matrices(model, hparams), hparams)
 
     def _state(self, view: ModelView, ground: Ground, hparams: HyperParams) -> LifelongState:
         solvers = self.build(view, ground, hparams)
         return LifelongState(
-            hparams.state_settings(), solvers, ground.templates, ground.value_norms, hparams.keeps_updates, hparams.keeps_originals
-        )
+            hparams.state_settings(), solvers, ground.templates, ground.value_norms, hparams.keeps_updates, hparams.keeps_originals,
+            ground.seconds,
+        )  # fmt: skip
 
 
 def apply_method(
@@ -129,19 +132,26 @@ def apply_method(
     with editing(model):
         if state is None:
             state = carried_state(model, tok, hparams, method)
-        elif state.settings != hparams.state_settings():
-            raise ValueError(_different_state(state, hparams))
-        elif state.book is not None:
-            state.book.check(hparams)
+        check_state(state, hparams)
         setattr(model, HANDLE, state)
         check_requests(view, tok, learnt, state.flat_templates, hparams.target_separator)
         weights = method.matrices(model, hparams)
         state.follow(weights)
+        when_due(method, view, tok, hparams, state)  # a process was stopped between an edit and this, or went back to there
         with _unchanged_on_error({name: model.get_parameter(name) for name in weights}) as originals:
             if not state.claim(requests):
                 with state.superseding(requests):
                     state.advance((edit or method.edit)(view, tok, learnt, hparams, state), requests)
+        when_due(method, view, tok, hparams, state)
     return model, originals if return_orig_weights else {}
+
+
+def check_state(state: LifelongState, hparams: HyperParams) -> None:
+    """ValueError for a state that was opened with other hyperparameters."""
+    if state.settings != hparams.state_settings():
+        raise ValueError(_different_state(state, hparams))
+    if state.book is not None:
+        state.book.check(hparams)
 
 
 def _check_copy(hparams: HyperParams, state: LifelongState | None) -> None:
@@ -230,10 +240,7 @@ def _unchanged_on_error(weights: Mapping[str, torch.Tensor]) -> Iterator[dict[st
 @contextmanager
 def phase(report: EditReport, name: str) -> Iterator[None]:
     """Add the seconds that the block takes to the report, and keep the most memory it needed."""
-    synchronise()
     peak_memory(reset=True)
-    started = time.perf_counter()
-    yield
-    synchronise()
-    report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
+    with timed(report.seconds, name):
+        yield
     report.peak_memory[name] = max(report.peak_memory.get(name, 0.0), peak_memory())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attribution.masks import NeuronMask
 from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import HyperParams, is_number, setting
 from ..models.arch import ModelView
+from ..models.device import timed
 from ..models.prompts import context_templates
 from ..models.requests import Request
 from ..models.updates import LowRank
@@ -83,6 +83,7 @@ class SpreadHyperParams(KeyValueHyperParams):
     2502.03748) a value for each of two, the first and the last of `layers` in a file, each residual written whole."""
 
     blue: bool = setting(False, state=True)
+    consolidate_every: int = setting(0, least=0, whole=True)  # edits after which all are solved again at once; 0: never
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
@@ -104,9 +105,18 @@ class SpreadHyperParams(KeyValueHyperParams):
         return list(self.layers) if self.blue else list(self.layers[-1:])
 
 
-def templates(view: ModelView, tok, hparams) -> list[list[str]]:
-    """Context templates of `template_length` tokens, in groups."""
-    return context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+def templates(view: ModelView, tok, hparams, spent: MutableMapping[str, float | None] | None = None) -> list[list[str]]:
+    """Context templates of `template_length` tokens, in groups; `spent` is told their seconds."""
+    with timed({} if spent is None else spent, "templates"):
+        return context_templates(view.model, tok, hparams.template_prefixes, hparams.template_length, hparams.seed)
+
+
+def plain_update(
+    view: ModelView, state: LifelongState, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[LowRank, torch.Tensor]:
+    """(the update of `layer` that moves its output at `keys` [F, k] by `left` [D, k], masked; what is remembered of them)."""
+    right = state.solvers[layer].directions(keys, mask).T.float().contiguous()
+    return LowRank(view.weight_name(layer), left, right), keys
 
 
 def edit_layers(
@@ -117,14 +127,13 @@ def edit_layers(
     state: LifelongState,
     z: torch.Tensor | None = None,
     prompts: Sequence[str] = (),
-    masks: Callable[[EditReport], Mapping[int, NeuronMask]] = lambda report: {},
-    directions: Callable[..., torch.Tensor] = lambda solver, keys, mask: solver.directions(keys, mask),
+    masks: Callable[[EditReport], Mapping[int, torch.Tensor]] = lambda report: {},
+    update: Callable[..., tuple[LowRank, torch.Tensor]] = plain_update,
 ) -> EditReport:
     """Compute and write the update layer by layer: AlphaEdit and MEMIT, by the solvers of `state`; NMKE with masks.
 
     z [D, requests]: values that were found before (with `blue` those of one layer over those of the other). prompts: other prompts
-    of the subject over which keys are averaged. masks: asked once for the mask of each layer. directions: (solver, keys [F, k],
-    mask [F] or None) -> [F, k].
+    of the subject over which keys are averaged. masks: asked once for the mask [F] of each layer. update: as `plain_update`.
 
     A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's,
     and are remembered. With `blue` so does a layer's value.
@@ -145,18 +154,18 @@ def edit_layers(
         ascent = Ascent(view, tok, requests, contexts, z_layer)
         for index, layer in enumerate(layers):
             with phase(report, "keys"):
-                found[layer], current, output = ascent(layer)
+                keys, current, output = ascent(layer)
             residual = (z - current.to(z)) / (len(layers) - index)
             if index == 0:
                 report.residual += residual.norm(dim=0).mean().item() * len(layers) / len(groups)
             with phase(report, "solve"):
                 device = view.weight(layer).device
-                mask = chosen[layer].mask.to(device) if layer in chosen else None
-                right = directions(state.solvers[layer], found[layer], mask).T.float().contiguous()
-            with phase(report, "apply"):
+                mask = chosen[layer].to(device) if layer in chosen else None
                 left = view.ffn_change(layer, output, residual).to(device).float()
-                state.write(LowRank(view.weight_name(layer), left, right), report)
-            report.density[layer] = chosen[layer].density if layer in chosen else 1.0
+                change, found[layer] = update(view, state, layer, keys, left, mask)
+            with phase(report, "apply"):
+                state.write(change, report)
+            report.density[layer] = 1.0 if mask is None else (mask != 0).double().mean().item()
     report.z = torch.cat([z.to(solved[0].device) for z in solved])
     if all(solver.remembers for solver in state.solvers.values()):
         report.keys = found

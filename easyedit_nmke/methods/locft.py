@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ from .ft import descend, target_loss
 @dataclass
 class LocFTHyperParams(HyperParams):
     """Adam on one matrix (or block), breadth-first: every epoch sees every edit once, `batch_size` at a time."""
+
+    single_edits: ClassVar[bool] = False
 
     alg_name: str = setting("LocFT-BF", state=True)
     batch_size: int = setting(100, least=1, whole=True)  # of a training step, and of a call

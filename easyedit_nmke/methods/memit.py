@@ -32,9 +32,10 @@ class MEMITHyperParams(SpreadHyperParams):
 
 def measure(view: ModelView, tok, hparams: MEMITHyperParams, progress: bool) -> Ground:
     """Context templates, the covariance of each layer's keys, and norms of values, of the model as it is now."""
-    found = templates(view, tok, hparams)
-    known = by_name(moments(view, tok, hparams, progress))
-    return Ground(found, known, value_norms(view, tok, hparams, found, hparams.z_layers))
+    spent: dict[str, float | None] = {}
+    found = templates(view, tok, hparams, spent)
+    known = by_name(moments(view, tok, hparams, progress, spent))
+    return Ground(found, known, value_norms(view, tok, hparams, found, hparams.z_layers, spent=spent), seconds=spent)
 
 
 def build(view: ModelView, ground: Ground, hparams: MEMITHyperParams) -> Mapping[int, CovarianceSolver]:

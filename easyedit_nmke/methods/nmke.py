@@ -20,14 +20,15 @@ from ..messages import did_you_mean
 from ..models.arch import ModelView
 from ..models.prompts import open_end, tokenised_all
 from ..models.requests import Request
-from ..models.updates import accumulate, of_parameter
+from ..models.updates import LowRank, accumulate, of_parameter
 from ..scores.drift import mask_overlap
 from ..statistics.nullspace import RowSpace
 from . import alphaedit
 from .alphaedit import AlphaEditHyperParams
+from .compensated import CompensatedSolver
 from .contract import Method
 from .keys import attribution_inputs
-from .located import edit_layers
+from .located import edit_layers, plain_update
 from .solver import NullSpaceSolver, RestrictedSolver
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class NMKEHyperParams(AlphaEditHyperParams):
     regularizer: str = setting("nullspace", choices=("nullspace", "covariance"), state=True)
     # "auto": L2 times the mean squared norm of a key outside the protected directions, per layer
     l2_scale: str = setting("absolute", choices=("absolute", "auto"), state=True)
-    solve: str = setting("full", choices=("full", "restricted"), state=True)  # and mask afterwards; or for the chosen neurons alone
+    # "full": and mask afterwards; "restricted": for the chosen neurons alone; "compensated": and for what they owe past edits
+    solve: str = setting("full", choices=("full", "restricted", "compensated"), state=True)
     key_contexts: str = setting("templates", choices=("templates", "relations"))  # keys' texts; "relations": locality_prompts too
     # what attribution is compared with: "random" neurons as many, "uniform" scaling by as much
     control: str = setting("none", choices=("none", "random", "uniform"))
@@ -101,8 +103,10 @@ class NMKEHyperParams(AlphaEditHyperParams):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.solve == "restricted" and self.mask == "soft":
-            found.append("solve: restricted chooses neurons and mask: soft weighs all of them; use one of the two")
+        if self.solve != "full" and self.mask == "soft":
+            found.append(f"solve: {self.solve} chooses neurons and mask: soft weighs all of them; use one of the two")
+        if self.solve == "compensated" and self.control == "uniform":
+            found.append("solve: compensated makes up for what masks leave out, control: uniform has none; use one of the two")
         if not self.locality_prompts and self.key_contexts == "relations":
             found.append("key_contexts: relations needs locality_prompts; give some, or set key_contexts: templates")
         for kind in ("general", "specific"):
@@ -150,10 +154,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def build(view: ModelView, ground: Ground, hparams: NMKEHyperParams) -> Mapping[int, NullSpaceSolver | RestrictedSolver]:
-    return {layer: _solver(alphaedit.row_space(view, ground, layer), hparams) for layer in hparams.layers}
+    last = set(hparams.z_layers)
+    return {layer: _solver(alphaedit.row_space(view, ground, layer, hparams), hparams, layer in last) for layer in hparams.layers}
 
 
-def _solver(space: RowSpace, hparams: NMKEHyperParams) -> NullSpaceSolver | RestrictedSolver:
+def _solver(space: RowSpace, hparams: NMKEHyperParams, last: bool) -> NullSpaceSolver | RestrictedSolver:
+    """last: whether no other block makes up for what this one leaves."""
     soft, relative = hparams.regularizer == "covariance", hparams.l2_scale == "auto"
     if (soft or relative) and not torch.isfinite(space.energy):
         raise ValueError(
@@ -162,8 +168,9 @@ def _solver(space: RowSpace, hparams: NMKEHyperParams) -> NullSpaceSolver | Rest
         )
     l2 = hparams.L2 * space.energy.item() if relative else hparams.L2
     strength = hparams.mom2_update_weight * space.eigenvalues if soft else None
-    if hparams.solve == "restricted" and hparams.neurons != "all":
-        return RestrictedSolver(space.basis, l2, strength)
+    if hparams.solve != "full" and hparams.neurons != "all":
+        kind = CompensatedSolver if hparams.solve == "compensated" and last else RestrictedSolver
+        return kind(space.basis, l2, strength)
     return NullSpaceSolver(space.basis, l2, strength) if soft else alphaedit.hard_solver(space, l2)
 
 
@@ -178,10 +185,13 @@ def edit(
     state: LifelongState,
     z: torch.Tensor | None = None,
     scores: Mapping[int, torch.Tensor] | None = None,
+    masks: Mapping[int, torch.Tensor] | None = None,
 ) -> EditReport:
-    """`edit_layers` with masks. scores: layer -> what attribution gave before (`attributed`)."""
+    """`edit_layers` with masks. scores: layer -> what attribution gave before (`attributed`). masks: layer -> mask [F] bool."""
 
-    def masks(report: EditReport) -> dict[int, NeuronMask]:
+    def chosen(report: EditReport) -> Mapping[int, torch.Tensor]:
+        if masks is not None:
+            return masks
         if scores is None:
             found = neuron_masks(view, tok, requests, state.flat_templates, hparams, state, report)
         else:
@@ -189,11 +199,11 @@ def edit(
         if hparams.control == "random":
             found = {layer: shuffled(mask, f"{hparams.seed} {state.edits} {layer}") for layer, mask in found.items()}
         _note(found, state, report)
-        return found
+        return {layer: mask.mask for layer, mask in found.items()}
 
     prompts = hparams.locality_prompts if hparams.key_contexts == "relations" else ()
-    directions = _uniform if hparams.control == "uniform" else _masked
-    return edit_layers(view, tok, requests, hparams, state, z, prompts, masks, directions)
+    update = _uniform if hparams.control == "uniform" else _compensated if hparams.solve == "compensated" else plain_update
+    return edit_layers(view, tok, requests, hparams, state, z, prompts, chosen, update)
 
 
 def _note(masks: Mapping[int, NeuronMask], state: LifelongState, report: EditReport) -> None:
@@ -205,17 +215,25 @@ def _note(masks: Mapping[int, NeuronMask], state: LifelongState, report: EditRep
         report.masks[layer] = chosen
 
 
-def _masked(solver, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return solver.directions(keys, mask)
+def _uniform(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None):
+    """`plain_update` unmasked, each direction scaled to the norm of the masked one."""
+    solver = state.solvers[layer]
+    masked, whole = solver.directions(keys, mask), solver.directions(keys)
+    right = whole * (masked.norm(dim=0) / whole.norm(dim=0).clamp(min=1e-30))
+    return LowRank(view.weight_name(layer), left, right.T.float().contiguous()), keys
 
 
-def _uniform(solver, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The unmasked directions, each scaled to the norm of the masked one."""
-    masked = solver.directions(keys, mask)
-    if mask is None:
-        return masked
-    whole = solver.directions(keys)
-    return whole * (masked.norm(dim=0) / whole.norm(dim=0).clamp(min=1e-30))
+def _compensated(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None):
+    """`plain_update`, and in a block that no other makes up for, what past edits are owed; that is the last request's."""
+    solver = state.solvers[layer]
+    if not isinstance(solver, CompensatedSolver):
+        return plain_update(view, state, layer, keys, left, mask)
+    name, requests = view.weight_name(layer), left.shape[1]
+    change = state.weights.change(name)
+    right, outputs, owed = solver.compensated(keys, change, mask)
+    sides = torch.cat([left, outputs.float()], 1), torch.cat([right, owed], 1).T.float().contiguous()
+    owner = torch.arange(len(sides[1]), device=left.device).clamp(max=requests - 1)
+    return LowRank(name, *sides, owner=owner), solver.remembered(keys, left, change)
 
 
 def neuron_masks(
@@ -253,32 +271,31 @@ def attributed(
     if hparams.attribution_target == "target_new":
         read = tokenised_all(tok, [(text, None, request.target_new) for request, text in filled], hparams.target_separator)
         targets = torch.tensor([found.labels[0] for found in read])
-    found, readout = {}, view.readout
+    found, device = {}, view.readout.head.device
+    readout = view.readout.to(device)
     for layer in hparams.layers:
-        coefficients = seen.coefficients[layer]
-        device, w_out = coefficients.device, view.values(layer)
-        here = readout.to(device)
+        w_out = view.values(layer).to(device)  # the values go to the head, which is many times as large
         found[layer] = neuron_scores(
-            coefficients, seen.residual[layer].to(device), w_out, here, targets.to(device),
+            seen.coefficients[layer].to(device), seen.residual[layer].to(device), w_out, readout, targets.to(device),
             strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
             final_hidden=seen.final_hidden.to(device), backend=backend,
-            projection=cache.projection(layer, w_out, here, _made(view, layer, state)) if backend == "cached" else None,
+            projection=cache.projection(layer, w_out, readout, _made(view, layer, state)) if backend == "cached" else None,
         )  # fmt: skip
     return found
 
 
 def _made(view: ModelView, layer: int, state: LifelongState) -> Made:
     """What the log says a layer's values are made of."""
-    name = view.weight_name(layer)
+    name, device = view.weight_name(layer), view.readout.head.device
     bases, changes = state.changes()
     updates = of_parameter(changes, name)
 
     def after(count: int) -> torch.Tensor:
         if count == len(updates):
-            return view.values(layer)
+            return view.values(layer).to(device)
         weight = torch.empty_like(view.w_out(layer))
         accumulate(weight, bases[name], updates[:count])
-        return view.scaled(layer, weight)
+        return view.scaled(layer, weight).to(device)
 
     return Made(bases[name], updates, partial(view.scaled, layer), after)
 

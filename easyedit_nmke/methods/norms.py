@@ -8,7 +8,8 @@ block's output, by a dozen facts, and skips nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -18,10 +19,11 @@ from ..history.log import EditReport
 from ..history.state import LifelongState, ValueNorm
 from ..models.arch import ModelView
 from ..models.chat import as_asked
-from ..models.prompts import SUBJECT, ended
+from ..models.prompts import SUBJECT
 from ..models.requests import Request
 from ..models.updates import model_digest
 from ..statistics.covariance import own_file, save, tokenizer_digest
+from ..statistics.making import Making, making_of, seconds_of
 from .keys import subject_states
 from .values import reference_norm, target_values
 
@@ -37,23 +39,33 @@ _SETTINGS = (
 
 
 def value_norms(
-    view: ModelView, tok, hparams, templates: Sequence[Sequence[str]], layers: Sequence[int], part: str = "block"
+    view: ModelView,
+    tok,
+    hparams,
+    templates: Sequence[Sequence[str]],
+    layers: Sequence[int],
+    part: str = "block",
+    spent: MutableMapping[str, float | None] | None = None,
 ) -> dict[int, ValueNorm]:
     """The norm that the values of each of `layers` get, of the model as it is now; empty with `value_norm: free`. part: what the
-    method solves, see `target_values`."""
-    found = {}
+    method solves, see `target_values`. spent: told the seconds of the "pilot", as they were when its values were solved."""
+    found: dict[int, ValueNorm] = {}
+    made: list[Making | None] = []
     for layer in layers if hparams.value_norm != "free" else ():
         if hparams.value_norm == "anchored":
-            flat = [template for group in templates for template in group]
+            flat, started = [template for group in templates for template in group], time.perf_counter()
             norm = ValueNorm(reference_norm(view, tok, flat, layer, hparams, part), None, len(facts.CALIBRATION))
+            made.append(Making.since(started))
         else:
-            norm = trimmed(pilot(view, tok, hparams, layer, part))
+            norm = trimmed(pilot(view, tok, hparams, layer, part, made))
             logger.info(
                 "layer %d: values of the unedited model have a mean norm of %.4g, standard error %.2g (%d of %d pilot values)",
                 layer, *norm, hparams.nas_pilot,
             )  # fmt: skip
         factor = hparams.value_norm_factor
         found[layer] = norm._replace(mean=factor * norm.mean, error=None if norm.error is None else factor * norm.error)
+    if made and spent is not None:
+        spent["pilot"] = seconds_of(made)
     return found
 
 
@@ -63,20 +75,25 @@ def trimmed(norms: torch.Tensor) -> ValueNorm:
     return ValueNorm(kept.mean().item(), kept.std().item() / len(kept) ** 0.5, len(kept))
 
 
-def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block") -> torch.Tensor:
+def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block", made: list[Making | None] | None = None) -> torch.Tensor:
     """Norms of v* [nas_pilot] for so many facts with false objects, solved under the bare prompt alone. Kept in the cache of
-    covariances, under a name that holds the model, the tokenizer and all settings that they depend on."""
+    covariances, under a name that holds the model, the tokenizer and all settings that they depend on. made: gets what it
+    took to solve them, now or once."""
+    made = [] if made is None else made
     settings = {name: value for name, value in hparams.to_dict().items() if name in _SETTINGS or name.startswith("v_")}
     told = [settings, hparams.nas_pilot, part, model_digest(view.model), tokenizer_digest(tok)]
     file = own_file("values", layer, told, hparams)
     if file.is_file():
+        made.append(making_of(file))
         return load_file(file)["norms"]
     logger.info("layer %d: %d pilot values are solved on the unedited model, once", layer, hparams.nas_pilot)
-    requests = ended(tok, as_asked(tok, pilot_requests(hparams.nas_pilot), hparams), hparams)
+    started = time.perf_counter()
+    requests = as_asked(tok, pilot_requests(hparams.nas_pilot), hparams)
     z = torch.stack([value.z for value in target_values(view, tok, requests, [SUBJECT], layer, hparams, part)], 1)
     stream, _ = _around_ffn(view, tok, requests, layer, part)
     norms = (z - stream.to(z)).norm(dim=0).cpu()
-    save(file, {"norms": norms})
+    made.append(making := Making.since(started))
+    save(file, {"norms": norms}, making)
     return norms
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 SWITCH, STEP = 0.5, 0.125  # columns per dimension; at d 3072, t = d/2 an edit takes 14 ms in the dual and 15 in the primal (CPU)
 PANEL = 64  # columns that are factored together once there are so many: their factor no longer tells how they came
-SCRATCH = 1 << 19  # float64 numbers in a block that is converted and used while it is in the cache
+SCRATCH = 1 << 19  # float64 numbers in a block that is converted and used while it is in a CPU's cache
+CUDA_SCRATCH = 1 << 25  # on a GPU, where each block is two launches: 268 MB
 RESIDUAL = 1e-8  # of H; beyond it the update loses more than float32 would
 
 
@@ -35,11 +36,11 @@ class Unsolvable(FloatingPointError, ValueError):
     As a FloatingPointError it is a failed edit, after which a run goes on."""
 
 
-def cholesky(matrix: torch.Tensor, what: str) -> torch.Tensor:
+def cholesky(matrix: torch.Tensor, what: str | Callable[[], str]) -> torch.Tensor:
     """The lower Cholesky factor; `Unsolvable`, with `what` to say, where there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.any():
-        raise Unsolvable(what)
+        raise Unsolvable(what if isinstance(what, str) else what())
     return factor
 
 
@@ -133,8 +134,11 @@ class Ridge:
         inverse, weighed = self._factor[:rest, :rest], self._weigh(new)
         overlap = inverse @ times(self._columns[self._base : self.count], weighed)
         identity = torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
-        energy = new.square().sum(0).max().item()
-        what = f"L2 {self.l2:.3g} is too small for keys of energy {energy:.3g}: no digits are left; raise L2"
+
+        def what() -> str:
+            energy = new.square().sum(0).max().item()
+            return f"L2 {self.l2:.3g} is too small for keys of energy {energy:.3g}: no digits are left; raise L2"
+
         return inverse.T @ overlap, cholesky(new.T @ weighed + self.l2 * identity - overlap.T @ overlap, what)
 
     def _weigh(self, new: torch.Tensor) -> torch.Tensor:
@@ -230,9 +234,14 @@ def transposed_times(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tenso
     return out
 
 
+def block_height(width: int, cuda: bool) -> int:
+    """Rows of a matrix so wide that are converted at a time."""
+    return max(1, (CUDA_SCRATCH if cuda else SCRATCH) // max(1, width))
+
+
 def _blocks(matrix: torch.Tensor, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, these rows in like's dtype), each valid until the next: on a CPU the one buffer stays in the cache."""
-    height = max(1, SCRATCH // max(1, matrix.shape[1]))
+    height = block_height(matrix.shape[1], matrix.is_cuda)
     buffer = like.new_empty((min(height, len(matrix)), matrix.shape[1]))
     for start in range(0, len(matrix), height):
         part = matrix[start : start + height]

@@ -10,6 +10,7 @@ from ..history.log import EditReport
 from ..history.state import LifelongState
 from ..hparams import is_int, setting
 from ..models.arch import ModelView
+from ..models.device import timed
 from ..models.prompts import SUBJECT, context_templates
 from ..models.requests import Request
 from ..models.updates import LowRank
@@ -51,13 +52,15 @@ class ROMEHyperParams(KeyValueHyperParams):
 
 def measure(view: ModelView, tok, hparams: ROMEHyperParams, progress: bool) -> Ground:
     """Context templates of all lengths in one group, and with `mom2_adjustment` the covariance of keys per layer."""
-    prefixes, texts = hparams.template_prefixes, []
-    for number, (length, count) in enumerate(hparams.context_template_length_params if prefixes else []):
-        copies = count // len(prefixes)
-        texts += context_templates(view.model, tok, prefixes, length, hparams.seed + number, copies=copies)[1]
-    known = moments(view, tok, hparams, progress) if hparams.mom2_adjustment else {}
+    prefixes, texts, spent = hparams.template_prefixes, [], {}
+    with timed(spent, "templates"):
+        for number, (length, count) in enumerate(hparams.context_template_length_params if prefixes else []):
+            copies = count // len(prefixes)
+            texts += context_templates(view.model, tok, prefixes, length, hparams.seed + number, copies=copies)[1]
+    known = moments(view, tok, hparams, progress, spent) if hparams.mom2_adjustment else {}
     groups = [[SUBJECT, *texts]]
-    return Ground(groups, by_name(known), value_norms(view, tok, hparams, groups, hparams.layers, part="ffn"))
+    norms = value_norms(view, tok, hparams, groups, hparams.layers, "ffn", spent)
+    return Ground(groups, by_name(known), norms, seconds=spent)
 
 
 def build(view: ModelView, ground: Ground, hparams: ROMEHyperParams) -> Mapping[int, CovarianceSolver]:

@@ -122,6 +122,9 @@ class RestrictedSolver(_Solver):
     and past keys stay protected. A hard null space must protect fewer directions than S has neurons: with more, nothing is left to
     write with. S changes with every edit, so nothing can be factored ahead: an update costs O(|S|·(r + t)²), or O(|S|³) where that
     is less. Past keys are kept as they are, N·t·4 bytes.
+
+    The sum of such updates is the one-shot solution only where every edit chooses the same neurons, or where L2 (and λs) are small
+    beside the keys' energy: what an edit could not write on its own neurons stays unwritten on later ones (`compensated`).
     """
 
     def __init__(self, row_space: torch.Tensor, l2: float, strength: torch.Tensor | None = None):
@@ -139,26 +142,35 @@ class RestrictedSolver(_Solver):
 
     def directions(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[N, k] float64: the update for any `residual` [D, k] at `keys` is residual·directionsᵀ."""
+        rows, columns, _ = self._system(keys, mask)
+        picks = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)[:, columns.shape[1] - keys.shape[1] :]
+        return self._widened(ridge(columns, picks, None, self.l2), rows)
+
+    def _system(self, keys: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(S [N] bool; columns [|S|, c] float64 that weigh an update besides L2: in a soft null space U_S·sqrt(λs), then past and
+        new keys on S; Q [|S|, r], the directions that are left out, r = 0 in a soft one)."""
         _check(keys, mask, self.neurons)
         rows = torch.ones(self.neurons, dtype=torch.bool) if mask is None else mask != 0
         rows = rows.to(keys.device)
         new = keys[rows].double()
-        past, basis = self._keys[rows].to(new), self.row_space[rows].to(new)
-        if self.strength is None:
-            if len(basis) <= basis.shape[1]:
-                raise ValueError(
-                    f"solve: restricted could write nothing: {len(basis)} neurons are chosen and {basis.shape[1]} directions "
-                    "protected, which must be fewer; protect fewer (raise nullspace_threshold or nullspace_fraction), choose more "
-                    "neurons, or set regularizer: covariance"
-                )
-            basis = torch.linalg.qr(basis).Q
-            new, past = new - basis @ (basis.T @ new), past - basis @ (basis.T @ past)
-            columns = torch.cat([past, new], 1)
-        else:
-            columns = torch.cat([basis * self.strength.to(new).sqrt(), past, new], 1)
-        directions = torch.zeros(self.neurons, keys.shape[1], dtype=new.dtype, device=new.device)
-        directions[rows] = _ridge(columns, new, self.l2)
-        return directions
+        seen, basis = torch.cat([self._keys[: self.neurons][rows].to(new), new], 1), self.row_space[rows].to(new)
+        if self.strength is not None:
+            return rows, torch.cat([basis * self.strength.to(new).sqrt(), seen], 1), basis[:, :0]
+        if len(basis) <= basis.shape[1]:
+            raise ValueError(
+                f"the chosen neurons alone could write nothing: {len(basis)} neurons are chosen and {basis.shape[1]} directions "
+                "protected, which must be fewer; protect fewer (raise nullspace_threshold or nullspace_fraction), choose more "
+                "neurons, or set regularizer: covariance"
+            )
+        basis = torch.linalg.qr(basis).Q
+        return rows, seen - basis @ (basis.T @ seen), basis
+
+    @staticmethod
+    def _widened(chosen: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[|S|, k] with zeros for the other neurons."""
+        whole = chosen.new_zeros((len(rows), chosen.shape[1]))
+        whole[rows] = chosen
+        return whole
 
     def append(self, keys: torch.Tensor) -> None:
         """From now on, keep the outputs at `keys` [N, k]."""
@@ -186,16 +198,19 @@ class RestrictedSolver(_Solver):
         self._keys = memory["keys"].to(self._keys, copy=True)
 
 
-def _ridge(columns: torch.Tensor, new: torch.Tensor, l2: float) -> torch.Tensor:
-    """(columns·columnsᵀ + l2·I)⁻¹ new [n, k], where `new` are the last columns; by whichever of n and columns is fewer."""
+def ridge(columns: torch.Tensor, targets: torch.Tensor, start: torch.Tensor | None, l2: float) -> torch.Tensor:
+    """The X [n, k] that minimises ||columnsᵀX - targets||² + L2·||X - start||², (columns·columnsᵀ + L2·I)⁻¹ (columns·targets +
+    L2·start), for targets [t, k]; by whichever of n and t is fewer. start [n, k]; None: zero."""
     n, t = columns.shape
     what = f"L2 {l2:.3g} is too small for these keys: no digits are left; raise L2"
     if n <= t:
         gram = columns @ columns.T + l2 * torch.eye(n, dtype=columns.dtype, device=columns.device)
-        return torch.cholesky_solve(new, cholesky(gram, what))
+        wanted = columns @ targets
+        return torch.cholesky_solve(wanted if start is None else wanted + l2 * start, cholesky(gram, what))
     gram = columns.T @ columns + l2 * torch.eye(t, dtype=columns.dtype, device=columns.device)
-    picks = torch.eye(t, dtype=columns.dtype, device=columns.device)[:, t - new.shape[1] :]
-    return columns @ torch.cholesky_solve(picks, cholesky(gram, what))
+    if start is None:
+        return columns @ torch.cholesky_solve(targets, cholesky(gram, what))
+    return start + columns @ torch.cholesky_solve(targets - columns.T @ start, cholesky(gram, what))
 
 
 class CovarianceSolver(_Solver):

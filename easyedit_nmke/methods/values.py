@@ -20,6 +20,7 @@ from torch.nn.functional import log_softmax
 from .. import facts
 from ..models.arch import ModelView
 from ..models.chat import as_asked
+from ..models.device import total_memory
 from ..models.products import frozen
 from ..models.prompts import ended
 from ..models.requests import Request
@@ -27,7 +28,9 @@ from .above import Above
 from .value_texts import OTHER, SUBJECT, Batch, Row, batches, rows_of
 
 LOSS_TO_STOP = 0.05
-CPU_BUDGET, CUDA_BUDGET = 4 << 30, 8 << 30  # bytes: half for what is kept between steps, half for the activations of one
+# Bytes, half for what is kept between steps, half for the activations of one: on a GPU a share of its whole memory, not of what is
+# free, which is another time another.
+CPU_BUDGET, CUDA_SHARE = 4 << 30, 0.1
 # Activations that the backward pass needs, for each token and block in multiples of a width, for each place of the vocabulary.
 TIMES_HIDDEN, TIMES_NEURONS, TIMES_HEADS, TIMES_WORDS = 18, 4, 8, 5
 LEFT = 0.75  # of a batch's rows; with fewer than that still needed the others are dropped
@@ -63,8 +66,9 @@ def target_values(
     the target at least v_stop_probability (the whole target: the product over its tokens), or after v_num_grad_steps; a target
     that is not the likelier answer by then (mean NLL over ln 2) gets up to v_extra_steps more. None changes another's value. The
     model's weights take no gradient. `whole_texts` runs every token at every step, for comparison. budget: bytes that are not
-    exceeded, but for what one request needs (4 GB on a CPU, 8 GB on a GPU). FloatingPointError when a loss is not finite.
+    exceeded, but for what one request needs (4 GB on a CPU, a tenth of a GPU). FloatingPointError when a loss is not finite.
     """
+    requests = ended(tok, requests, hparams)
     texts = [rows_of(tok, i, request, templates, hparams) for i, request in enumerate(requests)]
     sizes = _Sizes(view, z_layer, budget)
     found: dict[int, Value] = {}
@@ -82,7 +86,7 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
     """Mean norm of the values that the model, as it is now, gets for a calibration set: what `value_norm: anchored` rescales every
     value to (NAS, arXiv 2602.02543), so that they do not grow with the weights."""
     requests = [Request(prompt, subject, target) for prompt, subject, target in facts.calibration()]
-    values = target_values(view, tok, ended(tok, as_asked(tok, requests, hparams), hparams), templates, z_layer, hparams, part)
+    values = target_values(view, tok, as_asked(tok, requests, hparams), templates, z_layer, hparams, part)
     return sum(value.z.norm().item() for value in values) / len(values)
 
 
@@ -140,6 +144,11 @@ def _solve(requests: Sequence[Request], pieces: list[_Piece], hparams, part: str
 # ---- memory
 
 
+def budget_on(device: torch.device) -> float:
+    """Bytes that the values of requests solved together may take."""
+    return CUDA_SHARE * total_memory(device) if device.type == "cuda" else CPU_BUDGET
+
+
 class _Sizes:
     """What values take: bytes kept between steps for each text, bytes of activations for each token that is run and place that is
     read."""
@@ -150,7 +159,7 @@ class _Sizes:
         size = view.weight(z_layer).dtype.itemsize
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or hidden // heads
-        self.half = ((CPU_BUDGET if view.device.type == "cpu" else CUDA_BUDGET) if budget is None else budget) / 2
+        self.half = (budget_on(view.device) if budget is None else budget) / 2
         self.kept = blocks * size * 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
         self.word = 4 * len(view.head.weight)
         self.token = blocks * (size * (TIMES_NEURONS * neurons + TIMES_HEADS * heads * head) + max(size, 4) * TIMES_HIDDEN * hidden)

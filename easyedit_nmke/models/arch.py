@@ -121,8 +121,9 @@ class Readout:
         return out if self.shift is None else out + self.shift.to(hidden)
 
     def logits(self, hidden: torch.Tensor, statistic: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., D] -> [..., V]."""
-        out = product(self.normalise(hidden, statistic), self.head.to(hidden))
+        """[..., D] -> [..., V], on the head's device: states go there, as the head is some 100,000 times as large."""
+        normal = self.normalise(hidden, statistic).to(self.head.device)
+        out = product(normal, self.head.to(normal))
         if self.head_bias is not None:
             out = out + self.head_bias.to(out)
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)

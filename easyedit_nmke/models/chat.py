@@ -45,12 +45,19 @@ def in_chat(tok, request):
     def probes(kinds):
         return {kind: tuple((put(prompt), answer) for prompt, answer in pairs) for kind, pairs in kinds.items()}
 
+    def queries(some):
+        return tuple(replace(query, prompt=put(query.prompt)) for query in some)
+
+    def tests(some):
+        return tuple(replace(test, queries=queries(test.queries), conditions=queries(test.conditions)) for test in some)
+
     return replace(
         request,
         prompt=put(request.prompt),
         rephrase_prompts=tuple(map(put, request.rephrase_prompts)),
         locality=probes(request.locality),
         portability=probes(request.portability),
+        ripple={kind: tests(some) for kind, some in request.ripple.items()},
     )
 
 
@@ -64,7 +71,7 @@ def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
     headers = rf"(?:{mark})(?:\s*{_NAME}?\s*(?:{mark}))*(?:[ \t]*{_NAME}[ \t]*\n)?\s*"
     found = list(re.finditer(headers, prompt))
     if (frame := _frame(tok)) and _framed(prompt, frame):
-        first, last = len(frame[0]), len(prompt.rstrip(" ")) - len(frame[1])
+        first, last = framed_words(tok, prompt)
         if not re.search(mark, prompt[first:last]):
             return (first, last) if first <= start and end <= last else None
     before = [header for header in found if header.start() < end]
@@ -76,6 +83,14 @@ def turn(prompt: str, start: int, end: int, tok=None) -> tuple[int, int] | None:
     if before[-1].end() > start or (roles and not roles[-1]["user"]):
         return None
     return before[-1].end(), stop
+
+
+def framed_words(tok, prompt: str) -> tuple[int, int]:
+    """Where the user's words begin and end in a prompt that the tokenizer's chat format frames; all of any other."""
+    frame = _frame(tok)
+    if not frame or not _framed(prompt, frame):
+        return 0, len(prompt)
+    return len(frame[0]), len(prompt.rstrip(" ")) - len(frame[1])
 
 
 def _frame(tok) -> tuple[str, str] | None:

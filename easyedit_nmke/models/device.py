@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import re
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +18,16 @@ def synchronise() -> None:
     """Wait until the GPUs have done what they were given, so that its time is counted where it was caused."""
     for device in _in_use():
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def timed(seconds: MutableMapping[str, float | None], name: str) -> Iterator[None]:
+    """Add the seconds that the block takes, the GPUs' work in it included, to `seconds`."""
+    synchronise()
+    started = time.perf_counter()
+    yield
+    synchronise()
+    seconds[name] = (seconds.get(name) or 0.0) + time.perf_counter() - started
 
 
 def peak_memory(reset: bool = False) -> float:

@@ -1,4 +1,4 @@
-"""Edit requests, and the one reading of them: from files (`data.py`), from EasyEdit's dictionaries, and from columns in Python."""
+"""Edit requests, and the one reading of them: from files (`data`), from EasyEdit's dictionaries, and from columns in Python."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from .subjects import find_subject
 
 Probes = Mapping[str, tuple[tuple[str, str], ...]]
 
+# Types of locality: the unrelated prompts of ZsRE and CounterFact records, as EasyEdit's scripts file them; and CounterFact's
+# prompts about subjects of which the new answer was true all along.
+NEIGHBORHOOD, ATTRIBUTE = "neighborhood", "attribute"
+# The type of portability, and of tests, that asks through several facts.
+MULTI_HOP = "multi_hop"
+
 # Field -> what messages call it.
 MEANINGS = {
     "prompt": "prompt", "subject": "subject", "target_new": "new target", "ground_truth": "old answer",
@@ -19,12 +25,30 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
+class Query:
+    """A prompt, and what has to be said after it: every one of `answers`, each in any of its spellings."""
+
+    prompt: str
+    answers: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class RippleTest:
+    """What should follow from an edit, or stay as it was: passed when any of the queries (`every`: all) is answered rightly. It
+    counts only where the unedited model answers all conditions rightly."""
+
+    queries: tuple[Query, ...]
+    conditions: tuple[Query, ...] = ()
+    every: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """One fact to write, with the prompts that measure it.
 
     prompt: the full text, with the subject in it ("" where the method needs none). rephrase_prompts: other wordings of it, all
     scored. aliases: other texts of the new target, which count as well when the model answers freely. locality, portability: type
-    -> ((prompt, answer), ...).
+    -> ((prompt, answer), ...). ripple: type -> tests that are asked freely.
     """
 
     prompt: str
@@ -35,6 +59,7 @@ class Request:
     locality: Probes = field(default_factory=dict)
     portability: Probes = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    ripple: Mapping[str, tuple[RippleTest, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.rephrase_prompts, tuple):  # one wording by itself, or none
@@ -53,7 +78,9 @@ class Request:
         Prompt, new target and (with `needs_subject`) subject are required: ValueError, naming the field, when one cannot be used.
         The rest is optional: what cannot be used of it is left out, and `note` is told. None, NaN, empty texts and empty lists are
         holes. Of several texts (also nested ones) all rephrases are kept, the first target is written and the others count as its
-        aliases, and the first answer of a probe is taken. names: what a field is called where the record comes from.
+        aliases, and the first answer of a probe is taken. "ripple" is {type: [test]}, with tests in RippleEdits' form:
+        {"test_queries": [{"prompt", "answers": [{"value", "aliases"}]}], "test_condition": "OR" or "AND", "condition_queries": [as
+        test_queries]}. names: what a field is called where the record comes from.
         """
         if not isinstance(record, Mapping):
             raise ValueError(f"is {called(record)}, not a set of named fields")
@@ -73,7 +100,7 @@ class Request:
         aliases = tuple(dict.fromkeys([*targets[1:], *read.optional("aliases")]))
         return cls(
             prompt, subject, targets[0], truth[0] if truth else None, rephrases, read.probes("locality"),
-            read.probes("portability"), aliases,
+            read.probes("portability"), aliases, read.ripple(),
         )  # fmt: skip
 
     @property
@@ -94,6 +121,8 @@ class Request:
                 kind: {"prompt": [p for p, _ in pairs], "ground_truth": [a for _, a in pairs]}
                 for kind, pairs in getattr(self, name).items()
             }
+        if self.ripple:
+            record["ripple"] = {kind: [_written(test) for test in tests] for kind, tests in self.ripple.items()}
         return record
 
     def fill(self, template: str, tok=None) -> tuple[str, int]:
@@ -199,3 +228,71 @@ class _Reader:
             yield asked[0], answers[0]
         elif asked:
             self.note(f"{self.field(path)} has no answer to {asked[0]!r}; it is left out")
+
+    def ripple(self) -> dict[str, tuple[RippleTest, ...]]:
+        """{type: tests} without those that cannot be read."""
+        content = self.record.get("ripple")
+        if is_hole(content):
+            return {}
+        if not isinstance(content, Mapping):
+            self.note(f"{self.field('ripple')} is {called(content)}, not a set of named types; it is left out")
+            return {}
+        found = {kind: tuple(self._tests(tests, f"ripple.{kind}")) for kind, tests in content.items()}
+        return {kind: tests for kind, tests in found.items() if tests}
+
+    def _tests(self, tests: Any, path: str) -> Iterator[RippleTest]:
+        if is_hole(tests):
+            return
+        for number, test in enumerate(tests if isinstance(tests, (list, tuple)) else [tests]):
+            try:
+                yield _test(test)
+            except ValueError as error:
+                self.note(f"{self.field(f'{path}[{number}]')} {error}; it is left out")
+
+
+def _test(test: Any) -> RippleTest:
+    """ValueError for what is no test, which says why."""
+    if not isinstance(test, Mapping):
+        raise ValueError(f"is {called(test)}, not a test with its queries")
+    needs = test.get("test_condition") or "OR"
+    if needs not in ("OR", "AND"):
+        raise ValueError(f"has the test_condition {needs!r}, which is neither OR nor AND")
+    queries, conditions = (_queries(test.get(part)) for part in ("test_queries", "condition_queries"))
+    if not queries:
+        raise ValueError("has no test_queries")
+    return RippleTest(queries, conditions, needs == "AND")
+
+
+def _queries(some: Any) -> tuple[Query, ...]:
+    if not is_hole(some) and not isinstance(some, (list, tuple)):
+        raise ValueError(f"has {called(some)} in place of its queries")
+    return tuple(map(_query, some or ()))
+
+
+def _query(query: Any) -> Query:
+    if not isinstance(query, Mapping):
+        raise ValueError(f"has {called(query)} in place of a query")
+    prompt, answers = texts(query.get("prompt")), query.get("answers")
+    if not prompt:
+        raise ValueError("has a query without a prompt")
+    if not isinstance(answers, (list, tuple)) or not answers or not all(isinstance(answer, Mapping) for answer in answers):
+        raise ValueError(f"has no answers to {prompt[0]!r}")
+    spelled = tuple(texts([answer.get("value"), answer.get("aliases")]) for answer in answers)
+    # A single letter is in nearly every text.
+    spelled = tuple(tuple(name for name in names if len(name) > 1 or name.isdigit()) for names in spelled)
+    if not all(spelled):
+        raise ValueError(f"has an answer without a text to {prompt[0]!r}")
+    return Query(prompt[0], spelled)
+
+
+def _written(test: RippleTest) -> dict:
+    """A test in RippleEdits' form."""
+
+    def queries(some: tuple[Query, ...]) -> list[dict]:
+        return [
+            {"prompt": query.prompt, "answers": [{"value": first, "aliases": others} for first, *others in query.answers]}
+            for query in some
+        ]
+
+    needs = "AND" if test.every else "OR"
+    return {"test_queries": queries(test.queries), "test_condition": needs, "condition_queries": queries(test.conditions)}

@@ -7,6 +7,7 @@ An update is low-rank, sparse or dense. Its `first` and following edits share it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ import torch
 HALF = (torch.bfloat16, torch.float16)
 
 _CHUNK = 1 << 22
-_BLOCK = 1 << 20  # elements of a weight that are summed at a time: 4 MB
+_BLOCK = 1 << 20  # elements of a weight that are summed at a time, in a CPU's cache: 4 MB
+_CUDA_BLOCK = 1 << 22  # in a GPU's second-level cache, where each column of each block is two launches: 16 MB
 _WRAP = (1 << 64) - 1
 
 
@@ -129,18 +131,23 @@ def accumulate(into: torch.Tensor, start: torch.Tensor, updates: Sequence[Update
     """into [out, in] = start + Σ updates, one after the other, in float32 (for float64 weights in float64); rounded to `into` once.
 
     Every product and every sum is rounded on its own, so the bits depend on the numbers and their order alone: not on the
-    device, its threads, or what was added together. `into` may be `start`. Scratch: 8 MB and the updates.
+    device, its threads, or what was added together. `into` may be `start`. Scratch: two blocks and the updates.
     """
     exact = torch.promote_types(start.dtype, torch.float32)
     changes = [moved(update, into.device, exact) for update in updates]
     into, start = _matrix(into), _matrix(start)
-    rows = max(1, _BLOCK // start.shape[1])
+    rows = block_rows(start.shape[1], into.is_cuda)
     for first in range(0, len(start), rows):
         block = slice(first, first + rows)
         total = start[block].to(into.device, exact, copy=True).contiguous()
         for change in changes:
             change.added_to(total, block)
         into[block] = total
+
+
+def block_rows(width: int, cuda: bool) -> int:
+    """Rows of a weight so wide that are summed at a time."""
+    return max(1, (_CUDA_BLOCK if cuda else _BLOCK) // width)
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,18 +158,36 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
 def fingerprint(tensors: Mapping[Any, torch.Tensor]) -> int:
     """A 64-bit digest of the bits of some tensors: the same bits give the same digest, a changed bit changes it.
 
-    Reads the tensors once; scratch is 64 MB.
+    Reads the tensors once, and waits once for each device that they are on, one after the other; scratch is 64 MB.
     """
-    digest, words = 0, {name: _words(tensor) for name, tensor in tensors.items()}
-    longest = max(map(len, words.values()), default=0)
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(-(1 << 62), 1 << 62, (min(_CHUNK, longest),), generator=generator, dtype=torch.int64) | 1
-    for bits in words.values():
-        weights = drawn.to(bits.device)
+    digest, parts = 0, []
+    for bits in map(_words, tensors.values()):
         for chunk in bits.split(_CHUNK):
-            part = int((chunk * weights[: len(chunk)]).sum().item())
-            digest = (digest * 6364136223846793005 + part + 1442695040888963407) & _WRAP
+            part = (chunk * _weights(_CHUNK, bits.device)[: len(chunk)]).sum()
+            if parts and parts[-1].device != part.device:
+                digest, parts = _folded(digest, parts), []
+            parts.append(part)
+    return _folded(digest, parts) if parts else digest
+
+
+def chunks_of(size: int, whole: bool = False) -> int:
+    """How many chunks so many bytes are read in; `whole`: how many words the longest has."""
+    words = -(-size // 8)
+    return min(words, _CHUNK) if whole else -(-words // _CHUNK)
+
+
+def _folded(digest: int, parts: Sequence[torch.Tensor]) -> int:
+    """The digest after some chunks' sums, which are on one device."""
+    for part in torch.stack(parts).tolist():
+        digest = (digest * 6364136223846793005 + part + 1442695040888963407) & _WRAP
     return digest
+
+
+@cache
+def _weights(length: int, device: torch.device) -> torch.Tensor:
+    """The odd numbers [length] int64 by which words are weighed: constants, drawn once for each device (32 MB)."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randint(-(1 << 62), 1 << 62, (length,), generator=generator, dtype=torch.int64) | 1).to(device)
 
 
 def model_digest(model: torch.nn.Module) -> str:

@@ -49,6 +49,12 @@ def says(text: str, truths: str | Sequence[str]) -> tuple[bool, bool]:
     return any(_bare(text[:end]) in wanted for end in _ends(text)), any(_has_words(spoken, truth) for truth in wanted)
 
 
+def only(text: str, truths: str | Sequence[str]) -> bool:
+    """Whether the whole text is one of the truths and says nothing more. Case, width, runs of spaces, and marks and full stops
+    around them do not count."""
+    return _truths(text)[0] in _truths(truths)
+
+
 def _folded(text: str) -> str:
     """Without differences of case, width and composition."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())

@@ -24,6 +24,7 @@ from .answers import answer, says
 from .metrics import TOKEN_BUDGET, Pair, read_targets
 
 ANSWER_TOKENS = 10  # that an answer gets at least
+STOP_TOKENS = 32  # within which a model should end by itself
 BEYOND = 2  # tokens after a long target, to see whether the answer ends there
 
 # ---- free generation
@@ -46,10 +47,23 @@ def greedy_texts(
     as it was found. `separator`: what stands between prompt and answer, as in the scores of targets: spaces at a prompt's end are
     left to the model. ValueError when a prompt has no token, or does not fit the model's context together with the new ones.
     """
+    found = greedy_ids(model, tok, prompts, new_tokens, token_budget, separator)
+    return [tok.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def greedy_ids(
+    model,
+    tok,
+    prompts: Sequence[str],
+    new_tokens: int | Sequence[int] = ANSWER_TOKENS,
+    token_budget: int = TOKEN_BUDGET,
+    separator: str | None = None,
+) -> list[list[int]]:
+    """The new tokens of `greedy_texts`."""
     counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
     rows = _prompt_rows(tok, prompts, counts, context_length(model), separator)
     budget = token_budget if hasattr(model, "generate") else 0
-    texts = [""] * len(rows)
+    found: list[list[int]] = [[] for _ in rows]
     with evaluating(model), torch.no_grad(), frozen(model):
         for count in sorted(set(counts)):
             some = [i for i, wanted in enumerate(counts) if wanted == count]
@@ -58,38 +72,62 @@ def greedy_texts(
                     chosen = [some[i] for i in batch]
                     said = _continuations(model, _pad_left([rows[i] for i in chosen], input_device(model)), config)
                     for i, ids in zip(chosen, said, strict=True):
-                        texts[i] = tok.decode(ids, skip_special_tokens=True)
-    return texts
+                        found[i] = ids
+    return found
 
 
-# ---- the judge
+def natural_texts(model, tok, prompts: Sequence[str], token_budget: int = TOKEN_BUDGET, separator: str | None = None) -> list[str]:
+    """`greedy_texts` up to where the model ends by itself, or STOP_TOKENS tokens; less where its context ends."""
+    context = context_length(model)
+    starts = [_lengths(tok, prompt, (), separator)[0] for prompt in prompts]
+    counts = [STOP_TOKENS if context is None else min(STOP_TOKENS, context - start) for start in starts]
+    return greedy_texts(model, tok, prompts, counts, token_budget, separator)
+
+
+# ---- answers
 
 
 class Verdict(NamedTuple):
-    """What a model says to a prompt, the answer in it (see `answer`), and how that compares with the truths (see `says`)."""
+    """What a model says to a prompt, the answer in it (see `answer`), how that compares with the truths (see `says`), and what it
+    says when it may go on."""
 
     text: str
     answer: str
     exact: bool
     contains: bool
+    whole: str = ""
 
 
 def judge(
-    model, tok, asked: Sequence[tuple[str, str | Sequence[str]]], token_budget: int = TOKEN_BUDGET, separator: str | None = None
+    model,
+    tok,
+    asked: Sequence[tuple[str, str | Sequence[str]]],
+    token_budget: int = TOKEN_BUDGET,
+    separator: str | None = None,
+    go_on: int = ANSWER_TOKENS,
 ) -> list[Verdict]:
     """The model's own answer to each (prompt, truths), of which any counts. It may take ANSWER_TOKENS tokens, or BEYOND more than
-    the longest truth has; less where the model's context ends. Errors as `greedy_texts` and `says`."""
+    the longest truth has; less where the model's context ends. `whole`: the text that takes `go_on` tokens in place of
+    ANSWER_TOKENS, which begins with the answer's. Errors as `greedy_texts` and `says`."""
     wanted = [[truths] if isinstance(truths, str) else list(truths) for _, truths in asked]
     prompts, context = [prompt for prompt, _ in asked], context_length(model)
-    counts = [_answer_tokens(tok, prompt, truths, context, separator) for prompt, truths in zip(prompts, wanted, strict=True)]
-    texts = greedy_texts(model, tok, prompts, counts, token_budget, separator)
-    return [Verdict(text, answer(text, truths), *says(text, truths)) for text, truths in zip(texts, wanted, strict=True)]
+    lengths = [_lengths(tok, prompt, truths, separator) for prompt, truths in zip(prompts, wanted, strict=True)]
+    first, most = ([_new_tokens(*found, least, context) for found in lengths] for least in (ANSWER_TOKENS, go_on))
+    found = greedy_ids(model, tok, prompts, list(map(max, first, most)), token_budget, separator)
+    texts = [tok.decode(ids[:count], skip_special_tokens=True) for ids, count in zip(found, first, strict=True)]
+    wholes = [tok.decode(ids, skip_special_tokens=True) for ids in found]
+    told = zip(texts, wanted, wholes, strict=True)
+    return [Verdict(text, answer(text, truths), *says(text, truths), whole) for text, truths, whole in told]
 
 
-def _answer_tokens(tok, prompt: str, truths: Sequence[str], context: int | None, separator: str | None) -> int:
+def _lengths(tok, prompt: str, truths: Sequence[str], separator: str | None) -> tuple[int, int]:
+    """Tokens of what is asked, and of the longest truth."""
     start = len(encode(tok, open_end(prompt, separator, tok)[0]))
-    longest = max((len(encode(tok, joined(prompt, truth, separator, tok))) - start for truth in truths), default=0)
-    enough = max(ANSWER_TOKENS, longest + BEYOND)
+    return start, max((len(encode(tok, joined(prompt, truth, separator, tok))) - start for truth in truths), default=0)
+
+
+def _new_tokens(start: int, longest: int, least: int, context: int | None) -> int:
+    enough = max(least, longest + BEYOND)
     return enough if context is None else max(longest, min(enough, context - start))
 
 

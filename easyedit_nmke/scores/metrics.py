@@ -17,7 +17,7 @@ from ..models.arch import context_length, evaluating
 from ..models.passes import batches, body_and_head, input_device
 from ..models.products import frozen
 from ..models.prompts import Tokenised, Tokens, pad, tokenised_all
-from ..models.requests import Request
+from ..models.requests import ATTRIBUTE, Request
 
 # Other facts of the edited subject: this type of locality has a column of its own (see `summary`).
 SAME_SUBJECT = "same_subject"
@@ -109,11 +109,12 @@ def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | 
     `before` and `after`: `quality` of the same requests on the unedited and on the edited model. Per request the prompts of a
     type are averaged first, then its types, then the requests that have any, so that no request counts more for having more
     prompts. "loc" leaves out the type "same_subject": other facts of the edited subject share its key and are far harder to
-    keep than neighbours, so one mean of both would hide how each of them does. Types are told by name alone: KnowEdit's
-    "Relation_Specificity" asks about the edited subject too, but counts in "loc", as EasyEdit counts it.
+    keep than neighbours, so one mean of both would hide how each of them does; and "attribute", which is in no published Loc.
+    Types are told by name alone: KnowEdit's "Relation_Specificity" asks about the edited subject too, but counts in "loc", as
+    EasyEdit counts it.
     """
     kept = _kept(before, after)
-    near = [[values for kind, values in types.items() if kind != SAME_SUBJECT] for types in kept]
+    near = [[values for kind, values in types.items() if kind not in (SAME_SUBJECT, ATTRIBUTE)] for types in kept]
     return {
         "rel": _mean_over_requests([[a["rewrite_acc"]] for a in after]),
         "gen": _mean_over_requests([[a.get("rephrase_acc", [])] for a in after]),

@@ -2,7 +2,7 @@
 
 Memory at F neurons, a layer: 0.56·F² numbers while summing (the upper triangle, in strips) and on disk; F² where it is used.
 At 14336 neurons in float32 that is 462 MB and 822 MB: five layers are summed in one pass with 2.3 GB, besides a batch's
-activations (at most ACTIVATIONS). In float64 a pass takes as many layers as SUMS allows.
+activations (at most 1 GB, on a GPU 4). In float64 a pass takes as many layers as SUMS allows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import json
 import logging
+import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,13 @@ from ..models.products import exact_products
 from ..models.prompts import pad, without_end
 from ..models.updates import fingerprint
 from .corpus import SELF, Corpus, corpus, identity, own_texts
+from .making import Making, making_of, seconds_of
 
 logger = logging.getLogger(__name__)
 
 LONGEST_TEXT = 512  # tokens of one text that count; EasyEdit takes as many as the model can read
-TOKENS_AT_A_TIME = 4096
-ACTIVATIONS = 1.0e9  # bytes that a batch may need
+TOKENS_AT_A_TIME, CUDA_TOKENS = 4096, 8192  # on a GPU as many as a product needs to run at its rate
+ACTIVATIONS, CUDA_ACTIVATIONS = 1.0e9, 4.0e9  # bytes that a batch may need
 SUMS = 2.5e9  # bytes of sums in one pass
 STRIPS = 8
 TEXTS_AT_A_TIME = 256  # tokenised together, then batched by length
@@ -142,37 +144,52 @@ def _batches(view: ModelView, tok, texts: Iterable[str], budget: int) -> Iterato
 
 
 def _tokens_at_a_time(view: ModelView, layers: Sequence[int]) -> int:
-    """Tokens of a batch, padding included, so that it fits ACTIVATIONS and a quarter of the memory that is free. Counted: the
+    """Tokens of a batch, padding included, so that it fits its bytes and a quarter of the memory that is free. Counted: the
     keys of all layers, one FFN and its float copy, eight residual streams, one layer's attention weights."""
     weight = view.weight(layers[0])
     size, (width, neurons) = weight.element_size(), view.w_out(layers[0]).shape
     heads = getattr(view.model.config, "num_attention_heads", 0)
     each = neurons * (size * (len(layers) + 3) + 8) + 8 * size * width + heads * LONGEST_TEXT * (size + 4)
-    return int(min(TOKENS_AT_A_TIME, min(ACTIVATIONS, free_memory(weight.device) / 4) // each))
+    most, room = (CUDA_TOKENS, CUDA_ACTIVATIONS) if weight.is_cuda else (TOKENS_AT_A_TIME, ACTIVATIONS)
+    return int(min(most, min(room, free_memory(weight.device) / 4) // each))
 
 
 # ---- files
 
 
-def moments(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, torch.Tensor]:
-    """layer -> E[c cᵀ] [F, F] over `mom2_dataset`, of the model as it is now, on the layer's device."""
-    return dict(each_moment(view, tok, hparams, moment_files(view, tok, hparams), progress))
+def moments(
+    view: ModelView, tok, hparams, progress: bool = True, spent: MutableMapping[str, float | None] | None = None
+) -> dict[int, torch.Tensor]:
+    """layer -> E[c cᵀ] [F, F] over `mom2_dataset`, of the model as it is now, on the layer's device. spent: told the seconds of the
+    "covariance", as they were when it was made; None where its file does not tell."""
+    made: dict[int, Making | None] = {}
+    found = dict(each_moment(view, tok, hparams, moment_files(view, tok, hparams), progress, made))
+    if spent is not None:
+        spent["covariance"] = seconds_of(made.values())
+    return found
 
 
 def each_moment(
-    view: ModelView, tok, hparams, files: Mapping[int, Path], progress: bool = True
+    view: ModelView, tok, hparams, files: Mapping[int, Path], progress: bool = True, made: dict[int, Making | None] | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(layer, E[c cᵀ]) from `moment_files`, one at a time; those that do not exist are made first, in `mom2_dtype`."""
+    """(layer, E[c cᵀ]) from `moment_files`, one at a time; those that do not exist are made first, in `mom2_dtype`. made: layer ->
+    what it took to make it, now or once."""
+    made = {} if made is None else made
+    made.update({layer: making_of(file) for layer, file in files.items()})
     dtype = getattr(torch, hparams.mom2_dtype)
     unsaved: dict[int, list[torch.Tensor]] = {}
     missing = [layer for layer, file in files.items() if not file.is_file()]
+    started = time.perf_counter()
     texts = _texts(view, tok, hparams, progress) if missing else []
     for group in _passes(view, missing, dtype):
         sums = key_sums(view, tok, texts, group, dtype, progress)
+        making = Making.since(started)
         for layer in group:
+            made[layer] = making
             strips = [strip.cpu() for strip in sums.pop(layer).means()]
-            if not save(files[layer], {str(index): strip for index, strip in enumerate(strips)}):
+            if not save(files[layer], {str(index): strip for index, strip in enumerate(strips)}, making):
                 unsaved[layer] = strips
+        started = time.perf_counter()
     for layer, file in files.items():
         strips = unsaved.pop(layer, None)
         neurons, device = view.w_out(layer).shape[1], view.weight(layer).device
@@ -275,11 +292,11 @@ def cache_directory(hparams) -> Path:
     return Path(hparams.stats_dir) if hparams.stats_dir else user_cache()
 
 
-def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
+def save(path: Path, tensors: Mapping[str, torch.Tensor], making: Making) -> bool:
     """All or nothing; a cache that cannot be written is only a warning, and False."""
     try:
         with whole_file(path) as temporary:
-            save_file(dict(tensors), temporary)
+            save_file(dict(tensors), temporary, making.metadata())
     except (OSError, SafetensorError) as error:
         logger.warning("the statistics of keys were not cached in %s: %s", path.parent, error)
         return False

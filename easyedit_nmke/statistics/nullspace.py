@@ -7,15 +7,18 @@ at 14336 in float32, one layer at a time; each layer's file is written before th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..models.arch import ModelView
-from .covariance import each_moment, moment_files, own_file, save
+from ..models.updates import fingerprint
+from .covariance import cache_directory, each_moment, moment_files, own_file, save
+from .making import Making, making_of, seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +34,19 @@ class RowSpace(NamedTuple):
     null: torch.Tensor
 
 
-def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int, RowSpace]:
+def row_spaces(
+    view: ModelView, tok, hparams, progress: bool = True, spent: MutableMapping[str, float | None] | None = None
+) -> dict[int, RowSpace]:
     """layer -> what updates must not touch, or not lightly.
 
     From EasyEdit's projector file when `P_loc` exists, else (with a warning where P_loc names none) from the covariance of keys
     over `mom2_dataset`, cached on disk with all its eigenvectors, so that another threshold or fraction needs no `eigh`. The log
-    tells how many directions of each layer that protects.
+    tells how many directions of each layer that protects. spent: told the seconds of the "covariance" and the "null space", as they
+    were when these were made; None where that is not known.
     """
+    spent = {} if spent is None else spent
     if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
+        spent["null space"] = None
         return _told(_from_projector(view, hparams))
     if hparams.P_loc is not None:
         logger.warning("P_loc %s does not exist: the null space is computed from %s instead", hparams.P_loc, hparams.mom2_dataset)
@@ -46,15 +54,47 @@ def row_spaces(view: ModelView, tok, hparams, progress: bool = True) -> dict[int
     files = {layer: _eigen_file(layer, file, hparams) for layer, file in moments.items()}
     missing = {layer: moments[layer] for layer, file in files.items() if not file.is_file()}
     unsaved: dict[int, dict[str, torch.Tensor]] = {}
-    for layer, moment in each_moment(view, tok, hparams, missing, progress):
-        kept = _decompose(moment, files[layer])
+    summed = {layer: making_of(file) for layer, file in moments.items()}
+    cut = {layer: making_of(file) for layer, file in files.items()}
+    for layer, moment in each_moment(view, tok, hparams, missing, progress, summed):
+        kept, cut[layer] = _decompose(moment, files[layer])
         if kept:
             unsaved[layer] = kept
+    spent.update({"covariance": seconds_of(summed.values()), "null space": seconds_of(cut.values())})
     spaces = {}
     for layer in hparams.layers:
         found = _cut(unsaved.pop(layer), hparams) if layer in unsaved else _read(files[layer], hparams)
         spaces[layer] = RowSpace(*(tensor.to(view.weight(layer).device) for tensor in found))
     return _told(spaces)
+
+
+def row_space_files(view: ModelView, tok, hparams) -> dict[int, Path]:
+    """layer -> the file that `row_spaces` has read, or left: none with a projector, nor where the cache could not be written."""
+    if hparams.P_loc is not None and Path(hparams.P_loc).is_file():
+        return {}
+    files = {layer: _eigen_file(layer, file, hparams) for layer, file in moment_files(view, tok, hparams).items()}
+    return {layer: file for layer, file in files.items() if file.is_file()}
+
+
+def read_row_space(file: Path, digest: str, hparams) -> RowSpace:
+    """From one of `row_space_files`, wherever `stats_dir` is now. ValueError when it is not there, or `space_digest` is another."""
+    found = next((place for place in (file, cache_directory(hparams) / file.name) if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{file}, which this state of edits was begun with, is not there; put it back, or set stats_dir to its folder"
+        )
+    try:
+        space = _read(found, hparams)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{found} cannot be read ({error}); put back the file that this state of edits was begun with") from None
+    if space_digest(space) != digest:
+        raise ValueError(f"{found} is not the file that this state of edits was begun with; put that back")
+    return space
+
+
+def space_digest(space: RowSpace) -> str:
+    """Of its bits, in hexadecimal."""
+    return f"{fingerprint(space._asdict()):016x}"
 
 
 def _told(spaces: dict[int, RowSpace]) -> dict[int, RowSpace]:
@@ -90,14 +130,16 @@ def row_space(moment: torch.Tensor, threshold: float, fraction: float | None = N
     return _above(values, vectors[:, first:], vectors[:, : _fewer(first, len(values))], first)
 
 
-def _decompose(moment: torch.Tensor, file: Path) -> dict[str, torch.Tensor]:
+def _decompose(moment: torch.Tensor, file: Path) -> tuple[dict[str, torch.Tensor], Making]:
     """Write the eigenvalues, ascending [F], and the eigenvectors in rows [F, F]; they are returned only if that failed.
 
     In float32 whatever `mom2_dtype` is: float64 would need 6.6 GB at 14336 neurons.
     """
+    started = time.perf_counter()
     values, vectors = torch.linalg.eigh(moment.float())
+    making = Making.since(started)
     tensors = {"eigenvalues": values.cpu(), "eigenvectors": vectors.T.contiguous().cpu()}
-    return {} if save(file, tensors) else tensors
+    return {} if save(file, tensors, making) else tensors, making
 
 
 def _first(values: torch.Tensor, threshold: float, fraction: float | None) -> int:

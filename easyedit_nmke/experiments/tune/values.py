@@ -58,8 +58,7 @@ class Values:
 
     def __init__(self, bed: Bed, templates: Sequence[str], folder: Path):
         self.bed, self.templates, self.folder = bed, list(templates), folder
-        rng_order = facts.relation_prompts(0)
-        self.others = rng_order[:OTHERS]
+        self.others = facts.relation_prompts(0)[:OTHERS]
 
     def tried(self, chosen: Mapping[str, Any], go_on: Callable[[float, int], bool]) -> dict[str, float] | None:
         """What the values of the first FACTS requests do (`effect`), with their mean number of steps and their "score": the
@@ -95,15 +94,15 @@ class Values:
         return z[:, :count]
 
     def _settings(self, chosen: Mapping[str, Any], base: KeyValueHyperParams | None = None) -> KeyValueHyperParams:
-        names = ("kl_factor", "v_extra_steps", "locality_factor", "locality_prompts", "v_loss_layer", "target_separator")
-        rest = {name: getattr(base, name) for name in names} if base else {}
+        names = ("kl_factor", "v_extra_steps", "v_loss_layer", "locality_factor", "locality_prompts", "target_separator")
+        rest = {name: getattr(base, name) for name in (*names, "target_eos")} if base else {}
         own = {name: value for name, value in chosen.items() if name != "block"}
         model = (self.bed.model, self.bed.tok)
         return AlphaEditHyperParams.from_dict({"layers": [chosen["block"]], "model_name": model, **rest, **own})
 
     def _file(self, block: int, settings: KeyValueHyperParams) -> Path:
         names = [name for name in vars(settings) if name.startswith(("v_", "kl_", "locality_"))]
-        told = [block, *(getattr(settings, name) for name in [*names, "clamp_norm_factor", "target_separator"])]
+        told = [block, *(getattr(settings, name) for name in [*names, "clamp_norm_factor", "target_separator", "target_eos"])]
         return self.folder / f"z-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.safetensors"
 
     def _keep(self, file: Path, z: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Knowledge-editing files (CounterFact, ZsRE, KnowEdit, EasyEdit requests) to Requests.
+"""Knowledge-editing files (CounterFact, ZsRE, KnowEdit, RippleEdits, MQuAKE, WikiBigEdit, EasyEdit requests) to Requests.
 
 A file that cannot be read at all raises one sentence; a record that cannot be edited is put aside with its number and its
 reason, and the rest of the file is used.
@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from .extensions import with_extensions
-from .models.requests import Request, called
-
-# The type under which EasyEdit's scripts file the unrelated prompts of ZsRE and CounterFact records.
-NEIGHBORHOOD = "neighborhood"
+from ..extensions import with_extensions
+from ..models.requests import ATTRIBUTE, NEIGHBORHOOD, Request, called
+from . import ripple
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Refusal:
 class Dataset:
     """What `load` found; unpacks as `requests, refused = load(path)`. `sha256` is of the whole file, whatever the limit.
 
-    indices[i] is requests[i]'s number in the file, from 0. notes: what was left out of records that are used, and what is odd about
-    them, a sentence each."""
+    indices[i] is requests[i]'s number in the file, from 0; requests of one number are one case, which is edited and scored as one.
+    notes: what was left out of records that are used, and what is odd about them, a sentence each."""
 
     requests: list[Request]
     indices: list[int]
@@ -57,8 +55,10 @@ class Format:
     """Where a file format keeps each text: dotted paths into a record, `a|b` where the format has two names for it.
 
     A record is of the first format all of whose `told_by` fields it has. Probes are (type, prompt path, answer path); None: the
-    record's own {type: ...} under "locality" and "portability". read: instead of the paths, makes EasyEdit's request dictionary
-    of a record (`Request.from_dict`); a ValueError of it refuses the record.
+    record's own {type: ...} under "locality" and "portability". more: what else the record has for the sections "locality",
+    "portability" and "ripple" of EasyEdit's request dictionary (`Request.from_dict`), {section: {type: ...}}. read: instead of the
+    paths, which then only name fields in messages, makes that dictionary of a record, or a list of them where a record asks for
+    several edits; a ValueError of it refuses the record.
 
     A package adds one by an entry point of the group easyedit_nmke.formats: the format's name, and a `Format`.
     """
@@ -71,18 +71,32 @@ class Format:
     locality: tuple[str, str, str] | None = None
     portability: tuple[str, str, str] | None = None
     told_by: tuple[str, ...] = ()
-    read: Callable[[Mapping], Mapping] | None = None
+    read: Callable[[Mapping], Mapping | list[Mapping]] | None = None
+    more: Callable[[Mapping], Mapping[str, Mapping]] | None = None
 
-    def fields(self, record: Mapping) -> tuple[Mapping, dict[str, str]]:
-        """(EasyEdit's request dictionary, what its fields are called in the file)."""
-        if self.read is not None:
-            return self.read(record), {}
+    def requests(self, record: Mapping, needs_subject: bool, note: Callable[[str], None]) -> list[Request]:
+        """Of one record; ValueError, naming the field, when one of them cannot be edited."""
+        contents, names = self.fields(record)
+        if isinstance(contents, Mapping):
+            return [Request.from_dict(contents, needs_subject, names, note)]
+        found = []
+        for number, content in enumerate(contents):
+            try:
+                found.append(Request.from_dict(content, needs_subject, names, note))
+            except ValueError as problem:
+                raise ValueError(f"rewrite {number}: {problem}") from None
+        return found
+
+    def fields(self, record: Mapping) -> tuple[Mapping | list[Mapping], dict[str, str]]:
+        """(EasyEdit's request dictionary, or several; what its fields are called in the file)."""
         paths = {
             "prompt": self.prompt, "target_new": self.target, "ground_truth": self.truth, "rephrase_prompt": self.rephrase,
             "subject": self.subject,
         }  # fmt: skip
-        content = {name: _get(record, path) for name, path in paths.items()}
         names = {name: _name(path) for name, path in paths.items()}
+        if self.read is not None:
+            return self.read(record), names
+        content = {name: _get(record, path) for name, path in paths.items()}
         for section in ("locality", "portability"):
             single = getattr(self, section)
             if single is None:
@@ -91,7 +105,15 @@ class Format:
                 kind, prompts, answers = single
                 content[section] = {kind: {"prompt": _get(record, prompts), "ground_truth": _get(record, answers)}}
                 names[f"{section}.{kind}"] = _name(prompts)
+        for section, kinds in (self.more(record) if self.more else {}).items():
+            content[section] = {**(content.get(section) or {}), **kinds}
         return content, names
+
+
+def _attributes(record: Mapping) -> dict:
+    """CounterFact's prompts about subjects of which the new answer was true all along."""
+    prompts = record.get("attribute_prompts")
+    return {"locality": {ATTRIBUTE: {"prompt": prompts, "ground_truth": _get(record, "requested_rewrite.target_new.str")}}}
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -100,7 +122,19 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             "requested_rewrite.prompt", "requested_rewrite.target_new.str", "requested_rewrite.target_true.str",
             "paraphrase_prompts", "requested_rewrite.subject",
             (NEIGHBORHOOD, "neighborhood_prompts", "requested_rewrite.target_true.str"),
-            told_by=("requested_rewrite.prompt",),
+            told_by=("requested_rewrite.prompt",), more=_attributes,
+        ),
+        "mquake": Format(
+            target="target_new.str", truth="target_true.str", rephrase="question", told_by=("requested_rewrite", "questions"),
+            read=ripple.mquake,
+        ),
+        "ripple_edits": Format(
+            "edit.prompt", "edit.prompt", "edit.original_fact.prompt", subject="edit.subject", told_by=("edit.prompt",),
+            read=ripple.ripple_edits,
+        ),
+        "wikibigedit": Format(
+            "update", "ans", rephrase="rephrase", locality=(NEIGHBORHOOD, "loc", "loc_ans"),
+            portability=("personas", "personas", "ans"), told_by=("update", "ans"), more=ripple.hops,
         ),
         "zsre": Format(
             "src", "alt", "answers", "rephrase", "subject",
@@ -112,7 +146,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         ),
         "knowedit": Format(
             "prompt|text", "target_new|labels", "ground_truth", "rephrase_prompt|rephrase", "subject|concept",
-            told_by=("prompt|text", "target_new|labels", "locality"),
+            told_by=("prompt|text", "target_new|labels", "locality"), more=ripple.portable,
         ),
         "easyedit": Format(rephrase="rephrase_prompt|rephrase", told_by=("prompt", "target_new")),
     }
@@ -139,10 +173,9 @@ def load(path: str | Path, limit: int | None = None, needs_subject: bool = True)
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"is {called(record)}, not a set of named fields")
-            fields, names = formats[name].fields(record)
-            told = partial(_noted, notes, index)
-            requests.append(Request.from_dict(fields, needs_subject, names, told))
-            indices.append(index)
+            case = formats[name].requests(record, needs_subject, partial(_noted, notes, index))
+            requests += case
+            indices += [index] * len(case)
         except ValueError as problem:
             refused.append(Refusal(index, str(problem)))
         except RecursionError:
@@ -242,8 +275,6 @@ def _format_of_file(path: Path, records: Sequence, formats: Mapping[str, Format]
     found = Counter(filter(None, (_format_of(record, formats) for record in records)))
     if found:
         return found.most_common(1)[0][0]
-    if any(isinstance(record, dict) and isinstance(record.get("requested_rewrite"), list) for record in records):
-        raise ValueError(f"{path} has MQuAKE's records, of several rewrites each, which are not read yet")
     got = f"fields {', '.join(records[0]) or '(none)'}" if isinstance(records[0], dict) else called(records[0])
     raise ValueError(f"{path} has records of no known format: the first has {got}; known formats: {_known(formats)}")
 
