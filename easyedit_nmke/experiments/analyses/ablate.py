@@ -249,7 +249,8 @@ def figure(lines: Sequence[Mapping]):
             ax.errorbar(heights, at, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
             mean, spread = _mean(found[top]["random"], name)
             beside = [place for place, row, cell in zip(at, rows, cells, strict=True) if cell and row != "random"]
-            ax.barh(beside, 4 * spread, width * 0.92, left=mean - 2 * spread, color="#bbbbbb", edgecolor="#666666", linewidth=0.8,
+            low = max(mean - 2 * spread, 0 if name == "kept_kl" else -np.inf)
+            ax.barh(beside, mean + 2 * spread - low, width * 0.92, left=low, color="#bbbbbb", edgecolor="#666666", linewidth=0.8,
                     alpha=0.75, label="as many random ones, ± 2 spreads" if top == tops[-1] else None)  # fmt: skip
         if not any(_mean(sets, name)[0] for of in found.values() for sets in of.values() if _mean(sets, name)):
             ax.text(0.5, 0.5, "no change", transform=ax.transAxes, ha="center", va="center", color="#666666")

@@ -161,7 +161,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
         f"The order general, domain, task is {as_told} the paper tells it; general neurons are "
         f"{seen['general'] / max(chance['general'], 1e-4):.1f} times as many as tasks without anything in common would give.",
     ]
-    answer, share = lines[1]["commonest answer"]
+    answer, share = lines[1].get("commonest answer", ("", 0))
     if share > 0.5:
         text.append(f"The model answers {answer!r} to {share:.0%} of the prompts, so general may be what makes it say that.")
     if within and across:
