@@ -47,6 +47,7 @@ def place(tmp_path_factory):
             editor.apply([request])
         editor.close()
     (home / "two.json").write_text(json.dumps(embedded.requests(2)))
+    (home / "free.jsonl").write_text('{"question": "What is two and two?", "answer": "4"}\n')
     (home / "NMKE" / "results.jsonl").write_text(
         json.dumps({"method": "NMKE", "seed": 0, "checkpoint": 3, "scores": {"rel": 0.5, "gen": 0.25, "loc": 1.0}}) + "\n"
     )
@@ -128,6 +129,15 @@ def test_without_a_name_it_shows_what_there_is_an_example_a_line(capsys):
 # ---- what the lines hold
 
 
+def test_roles_say_when_the_model_answers_everything_alike(made):
+    out, _ = made
+    lines = record.read(out / "roles.jsonl")
+    answer, share = lines[1]["commonest answer"]
+    assert answer and 0 < share <= 1 / 3 and not any("The model answers" in said for said in analyses()["roles"].said(lines))
+    alike = [lines[0], *({**line, "commonest answer": ["A", 1.0]} for line in lines[1:])]
+    assert any("The model answers 'A' to 100% of the prompts" in said for said in analyses()["roles"].said(alike))
+
+
 def test_the_explanation_is_of_the_model_before_and_after_that_edit(made, place):
     out, _ = made
     _, line = record.read(out / "explain-2.jsonl")
@@ -170,11 +180,12 @@ def test_masks_found_again_are_those_of_the_edits(made, place):
             assert block["bytes"]["coefficients"] == 6 * 2048 * 4
 
 
-def test_settings_write_the_values_that_were_solved_once(made, place):
-    """By hand: each z of the unedited model, written one after the other."""
+def test_settings_write_the_values_and_use_the_attributions_that_were_found_once(made, place):
+    """By hand: each z and mask of the unedited model, written one after the other."""
     from functools import partial
 
     from easyedit_nmke.methods.contract import apply_method
+    from easyedit_nmke.methods.nmke import attributed
     from easyedit_nmke.methods.values import target_values
     from easyedit_nmke.scores import metrics
 
@@ -188,13 +199,17 @@ def test_settings_write_the_values_that_were_solved_once(made, place):
     before = metrics.quality(editor.model, editor.tok, requests)
     state = open_state(editor.model, editor.tok, editor.hparams)
     values = target_values(ModelView(editor.model), editor.tok, requests, state.flat_templates, 1, editor.hparams)
-    for request, value in zip(requests, values, strict=True):
-        edit = partial(editor.method.replay, z=value.z[:, None])
+    scores = [attributed(ModelView(editor.model), editor.tok, [r], state.flat_templates, editor.hparams) for r in requests]
+    for request, value, found in zip(requests, values, scores, strict=True):
+        edit = partial(editor.method.replay, z=value.z[:, None], scores=found)
         apply_method(editor.method, editor.model, editor.tok, [request], editor.hparams, state=state, edit=edit)
     wanted = metrics.summary(before, metrics.quality(editor.model, editor.tok, requests))
     assert {name: lines["default"][name] for name in ("rel", "gen", "loc")} == {
         name: wanted[name] for name in ("rel", "gen", "loc")
     }
+    assert lines["default"]["density"] == pytest.approx(np.mean([r.density[layer] for r in state.reports for layer in (0, 1)]))
+    assert lines["default"]["phases"]["attribution"] > 0 and lines["default"]["phases"].get("values", 0) < 0.1
+    assert sorted(path.name for path in (out / "found" / "seed-0").iterdir()) == ["lps-30", "mpc-30", "values"]
 
 
 def test_every_setting_can_be_read(place):
@@ -255,11 +270,24 @@ def test_runs_of_another_model_and_paths_without_edits_are_refused(place, tmp_pa
         down_projections(tmp_path / "same.safetensors", view)
 
 
+@pytest.mark.parametrize("words", ["drift {home}/NMKE", "layers {home}/NMKE", "explain {home}/NMKE 1"])
+def test_a_run_of_another_model_is_one_sentence(place, tmp_path, tiny, capsys, words):
+    model, tok = tiny("gpt2")
+    model.save_pretrained(tmp_path / "other")
+    tok.save_pretrained(tmp_path / "other")
+    command = ["analyze", *words.format(home=place).split(), "--model", str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 1
+    *_, err = capsys.readouterr().err.strip().splitlines()
+    assert err.startswith("nmke analyze: ") and re.search("another model|was made on|edits of", err), err
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         ("roles --only country", "there is 1 task (country)"),
         ("roles --model smollm2", "--tasks is missing"),
+        ("roles --tasks {home}/free.jsonl", "a question without choices; tasks need one format, multiple choice, in common"),
         ("roles --domains nothing", "expected domain=task,task"),
         ("ablate --only country,sport --limit 1 --layers 4 --top 3000", "fewer than the 3000 of --top"),
         ("trace --prompt Rome", "--prompt and --subject go together"),
@@ -331,7 +359,7 @@ def test_the_report_has_a_section_for_each(page, made):
 
 def test_the_report_of_a_comparison_has_them_behind_it(made, place, tmp_path, capsys):
     out, _ = made
-    shutil.copytree(out, tmp_path / "both", ignore=shutil.ignore_patterns("report", "values", "attribution"))
+    shutil.copytree(out, tmp_path / "both", ignore=shutil.ignore_patterns("report", "found", "attribution"))
     shutil.copy(place / "NMKE" / "results.jsonl", tmp_path / "both")
     assert cli.main(["report", str(tmp_path / "both")]) == 0
     text = (tmp_path / "both" / "report" / "report.html").read_text()

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from easyedit_nmke.attribution import neuron_scores
 from easyedit_nmke.attribution.roles import activity, overlap, roles, shuffled
 from easyedit_nmke.experiments.analyses.ablate import _sets
-from easyedit_nmke.experiments.analyses.attributing import scores, task_scores
+from easyedit_nmke.experiments.analyses.attributing import task_scores
 from easyedit_nmke.experiments.analyses.questions import Question, ask, domains_of, judged, log_likelihoods
+from easyedit_nmke.methods.keys import attribution_inputs
 from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.hooks import silenced
 from easyedit_nmke.scores import tasks as questions_of_files
@@ -110,9 +112,15 @@ def test_scores_of_tasks_are_kept_and_not_taken_for_those_of_other_questions(pla
 
     view, tok, asked = planted
     first = dict(task_scores(view, tok, asked, (LAYER,), "lps", 0.0, tmp_path))
-    ((_, plain),) = scores(view, tok, PROMPTS["a"], (LAYER,))
-    torch.testing.assert_close(first[LAYER].score[0], plain.mean(0).float())
-    torch.testing.assert_close(first[LAYER].active[0], activity(plain).float())
+    states = attribution_inputs(view, tok, PROMPTS["b"], (LAYER,))
+    logits = view.readout.logits(states.final_hidden)
+    firsts = [tok.encode(f" {choice}", add_special_tokens=False)[0] for choice in asked[0].choices]
+    likeliest = torch.tensor(firsts)[logits[:, firsts].argmax(1)]
+    assert not torch.equal(likeliest, states.predicted)
+    plain = neuron_scores(states.coefficients[LAYER], states.residual[LAYER], view.values(LAYER), view.readout, likeliest,
+                          final_hidden=states.final_hidden)  # fmt: skip
+    torch.testing.assert_close(first[LAYER].score[1], plain.mean(0).float())
+    torch.testing.assert_close(first[LAYER].active[1], activity(plain).float())
     with monkeypatch.context() as patch:
         patch.setattr(attributing, "_scores", None)
         again = dict(task_scores(view, tok, asked, (LAYER,), "lps", 0.0, tmp_path))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from textwrap import fill
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -33,15 +35,25 @@ def _analyze(args, console: Console) -> int:
     lines, files = conduct(analysis, args)
     for table in analysis.tables(lines):
         console.print(table.title, highlight=False, markup=False, soft_wrap=True)
-        shown = Table(box=SIMPLE)
-        for heading, numeric in zip(table.headings, table.numeric, strict=True):
+        shown = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        narrow = [_narrow if numeric else str for numeric in table.numeric]
+        rows = [[fit(cell) for fit, cell in zip(narrow, row, strict=True)] for row in table.rows]
+        for i, (heading, numeric) in enumerate(zip(table.headings, table.numeric, strict=True)):
+            if numeric:
+                parts = [*re.split("[ -]", heading), *(line for row in rows for line in row[i].split("\n"))]
+                heading = fill(heading, max(map(len, parts)))
             shown.add_column(heading, overflow="fold", justify="right" if numeric else "left")
-        for row in table.rows:
+        for row in rows:
             shown.add_row(*map(Text, row))
         console.print(shown)
     for sentence in [*analysis.said(lines), f"Results: {', '.join(map(str, files))}"]:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _narrow(cell: str) -> str:
+    """A number's spread, or its control, under it."""
+    return cell.replace(" ± ", "\n±").replace(" (", "\n(")
 
 
 VERB = Verb(

@@ -16,7 +16,7 @@ ROWS = {**{name: TITLES[name] for name in KINDS[:3]}, "largest": "largest |c|·|
 def arguments(sub) -> None:
     task_arguments(sub)
     sub.add_argument("--top", type=source.numbers, default=(10, 50), metavar="LIST", help="how many are silenced (default 10,50)")
-    sub.add_argument("--roles", metavar="LIST", help="general, domain NAME, task NAME (default: all with as many neurons)")
+    sub.add_argument("--roles", metavar="LIST", help="general, domain NAME, task NAME (default: all that have as many neurons)")
     sub.add_argument("--draws", type=source.positive, default=5, metavar="N", help="of the random control (default 5)")
     sub.add_argument("--also", type=Path, nargs="+", default=(), metavar="FILE",
                      help="other tasks, each choice asked in full: arc_easy.jsonl piqa.jsonl")  # fmt: skip
@@ -71,16 +71,15 @@ def _sets(args, tasks: Mapping[str, str], found: Mapping) -> dict[tuple, list[tu
     wanted = [name.strip() for name in args.roles.split(",")] if args.roles else None
     if unknown := [role for role in wanted or () if role not in ranked]:
         raise ValueError(f"there is no role {unknown[0]!r}; roles are {', '.join(ranked)}")
-    roles = wanted or [role for role in ranked if role == "general" or len(ranked[role]) >= max(args.top)]
-    for role in roles:
+    for role in wanted or ["general"]:
         if len(ranked[role]) < max(args.top):
             raise ValueError(
                 f"{role} has {len(ranked[role])} neurons in these blocks, fewer than the {max(args.top)} of --top; ask for "
-                f"fewer, or "
-                "for more blocks"
+                "fewer, or for more blocks"
             )
     sets: dict[tuple, list[tuple[int, int]]] = {("nothing", 0): []}
     for top in args.top:
+        roles = wanted or [role for role, neurons in ranked.items() if len(neurons) >= top]
         sets |= {(role, top): ranked[role][:top] for role in roles}
         sets["largest", top] = _largest(found, top)
         for draw in range(args.draws):
@@ -123,7 +122,7 @@ def _random(found: Mapping, counts: Mapping[str, int], seed: int) -> list[tuple[
 
 def _losses(lines: Sequence[Mapping], top: int) -> dict[str, list[dict]]:
     """Row of the figure -> for each of its sets what it lost: log-probability of the right choice on its own tasks and on the
-    others, accuracy, KL on kept text, accuracy on other tasks. A set that is of no task has all for its own."""
+    others, accuracy, KL on kept text, both on other files. A set that is of no task has all for its own, and for others."""
     tasks = lines[0]["settings"]["tasks"]
     base = next(line for line in lines[1:] if line["key"][0] == "nothing")
     found: dict[str, list[dict]] = {row: [] for row in ROWS}
@@ -132,12 +131,13 @@ def _losses(lines: Sequence[Mapping], top: int) -> dict[str, list[dict]]:
         if size != top:
             continue
         own = [task for task in tasks if what in ("largest", "random") or _is_of(what, task, tasks)]
-        others = [task for task in tasks if task not in own]
+        others = list(tasks) if what in ("largest", "random") else [task for task in tasks if task not in own]
         found[kind(what)].append({
             "role": what,
             "own": _change(line, base, own, "log_prob"), "others": _change(line, base, others, "log_prob"),
             "accuracy": _change(line, base, own, "accuracy"), "kept_kl": line["kept_kl"],
-            "also": _change(line, base, list(base["also"]), "accuracy", "also"),
+            "also": _change(line, base, list(base["also"]), "log_prob", "also"),
+            "also accuracy": _change(line, base, list(base["also"]), "accuracy", "also"),
         })  # fmt: skip
     return {row: sets for row, sets in found.items() if sets}
 
@@ -153,7 +153,11 @@ def _mean(sets: Sequence[Mapping], name: str) -> tuple[float, float] | None:
 
 
 COLUMNS = {"own": "log p, own tasks", "others": "log p, other tasks", "accuracy": "accuracy, own", "kept_kl": "KL, kept text",
-           "also": "accuracy, other sets"}  # fmt: skip
+           "also": "log p, other files", "also accuracy": "accuracy, other files"}  # fmt: skip
+PANELS = {
+    "own": "log p(right choice)\nof its own tasks", "others": "log p(right choice)\nof the other tasks",
+    "also": "log p(right choice)\nof other files", "accuracy": "accuracy on its\nown tasks", "kept_kl": "KL on kept text",
+}  # fmt: skip
 
 
 def tables(lines: Sequence[Mapping]) -> list[Table]:
@@ -163,7 +167,7 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
         for row, sets in _losses(lines, top).items():
             cells = [_mean(sets, name) for name in COLUMNS]
             shown = ["-" if cell is None else f"{cell[0]:+.3f}" + (f" ± {cell[1]:.3f}" if len(sets) > 1 else "") for cell in cells]
-            rows.append((f"{ROWS[row]}, top {top}" if row != "random" else f"random, {top}", str(len(sets)), *shown))
+            rows.append((f"{top} {ROWS[row]}", str(len(sets)), *shown))
     asked = {**base["tasks"], **base["also"]}
     plain = [(task, f"{said['accuracy']:.2f}", f"{said['log_prob']:.3f}") for task, said in asked.items()]
     return [
@@ -173,9 +177,10 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
 
 
 def said(lines: Sequence[Mapping]) -> list[str]:
-    head = lines[0]["settings"]
-    top = max(head["top"])
-    found, text = _losses(lines, top), []
+    top, text = _top(lines), []
+    found = _losses(lines, top)
+    if "random" not in found:
+        return ["Not finished: random neurons, without which the others say nothing, are yet to be silenced."]
     chance = _mean(found["random"], "own")
     for row in KINDS[:3]:
         if row in found:
@@ -203,19 +208,36 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     return text
 
 
+def _top(lines: Sequence[Mapping]) -> int:
+    """The largest number of neurons that was silenced of most kinds of sets."""
+    return max(lines[0]["settings"]["top"], key=lambda top: (len(_losses(lines, top)), top))
+
+
+def _headline(lines: Sequence[Mapping]) -> str:
+    top = _top(lines)
+    found = _losses(lines, top)
+    told = [f"{ROWS[row]} {_mean(sets, 'own')[0]:+.3f}" for row, sets in found.items() if row != "random"]
+    mean, spread = _mean(found["random"], "own")
+    return (f"{lines[0]['settings']['name']}, {top} neurons silenced, change of log p(right choice) of their tasks: "
+            f"{', '.join(told)}, random {mean:+.3f} ± {spread:.3f}")  # fmt: skip
+
+
 def figure(lines: Sequence[Mapping]):
-    """For each kind of set, by its size: what the right choice loses on its own and on other tasks, and kept text."""
+    """For each kind of set, by its size: what the right choice loses on its own and on other tasks, and kept text; on each bar what
+    as many random ones lose. None before all has been measured."""
     from matplotlib.ticker import MaxNLocator
 
-    from .drawing import COLOURS, np
+    from .drawing import COLOURS, headline, np
     from .drawing import figure as made
 
-    tops, panels = lines[0]["settings"]["top"], ("own", "others", "accuracy", "kept_kl")
+    tops = lines[0]["settings"]["top"]
     found = {top: _losses(lines, top) for top in tops}
+    if not all("random" in sets for sets in found.values()):
+        return None
     rows = [row for row in ROWS if any(row in sets for sets in found.values())]
-    drawn = made(0.5 * len(rows) + 1.7)
-    titles = ("log p(right choice), own tasks", "log p(right choice), others", "accuracy, own tasks", "KL on kept text")
-    for ax, name, title in zip(drawn.subplots(1, 4, sharey=True), panels, titles, strict=True):
+    panels = [name for name in PANELS if any(_mean(sets, name) for of in found.values() for sets in of.values())]
+    drawn = made(0.5 * len(rows) + 1.9)
+    for ax, name in zip(drawn.subplots(1, len(panels), sharey=True), panels, strict=True):
         places, width = np.arange(len(rows)), 0.8 / len(tops)
         for i, top in enumerate(tops):
             cells = [_mean(found[top].get(row, []), name) for row in rows]
@@ -225,16 +247,22 @@ def figure(lines: Sequence[Mapping]):
             several = [len(found[top].get(row, [])) > 1 for row in rows]
             errors = [cell[1] if cell and more else np.nan for cell, more in zip(cells, several, strict=True)]
             ax.errorbar(heights, at, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+            mean, spread = _mean(found[top]["random"], name)
+            beside = [place for place, row, cell in zip(at, rows, cells, strict=True) if cell and row != "random"]
+            ax.barh(beside, 4 * spread, width * 0.92, left=mean - 2 * spread, color="#bbbbbb", edgecolor="#666666", linewidth=0.8,
+                    alpha=0.75, label="as many random ones, ± 2 spreads" if top == tops[-1] else None)  # fmt: skip
+        if not any(_mean(sets, name)[0] for of in found.values() for sets in of.values() if _mean(sets, name)):
+            ax.text(0.5, 0.5, "no change", transform=ax.transAxes, ha="center", va="center", color="#666666")
         ax.axvline(0, color="#666666", linewidth=0.8)
         ax.set_yticks(places, [ROWS[row] for row in rows])
         ax.grid(axis="y", visible=False)
-        ax.set_title(title, fontsize=8.5)
+        ax.set_title(PANELS[name], fontsize=8.5)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         low, high = ax.dataLim.intervalx
         ax.set_xlim(min(1.1 * low, -0.05 if name != "kept_kl" else 0), max(1.1 * high, 0.05))  # no magnified nothing
     drawn.axes[0].invert_yaxis()
-    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(tops))
-    drawn.suptitle(f"What silencing neurons changes: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(tops) + 1)
+    headline(drawn, _headline(lines))
     return drawn
 
 
@@ -250,7 +278,6 @@ ANALYSIS = Analysis(
     said,
     "On LLaMA2-7B, silencing the top 10 or 50 general neurons takes accuracy from 37.5 % to 4.2 % or .7 %; task-specific ones cost "
     "2 % to 6 % (Figure 2), on high school chemistry 14 % (Table 5). The paper has no control of random neurons.",
-    "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. What is no "
-    "longer than "
-    "the random bar and its line says nothing about the role.",
+    "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. Grey boxes: "
+    "as many random neurons, within two spreads; a bar that ends in its box says nothing about the role.",
 )

@@ -101,7 +101,7 @@ def figure(lines: Sequence[Mapping]):
     from itertools import groupby
 
     from .drawing import figure as made
-    from .drawing import heat, np
+    from .drawing import headline, heat, np
 
     prompts = lines[0]["settings"]["prompts"]
     groups = [(name, len(list(members))) for name, members in groupby(group for group, _ in prompts)]
@@ -119,8 +119,8 @@ def figure(lines: Sequence[Mapping]):
         ax.set_title(f"block {line['key'][0]}")
         drawn.colorbar(image, ax=ax, shrink=0.6, pad=0.02)
     drawn.axes[0].set_ylabel("neuron, the strongest first")
-    title = f"Coefficients of the strongest neurons across prompts: {lines[0]['settings']['name']}"
-    drawn.suptitle(title, fontsize=10, x=0.01, ha="left")
+    steady = ", ".join(f"{line['steady']:.0%} in block {line['key'][0]}" for line in lines[1:])
+    headline(drawn, f"{lines[0]['settings']['name']}: of the strongest neurons, steady over all prompts are {steady}")
     return drawn
 
 

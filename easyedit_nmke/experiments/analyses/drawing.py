@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError(f"figures need {missing.name}: {how_to_install('analyze')} brings it") from None
 
-__all__ = ["COLOURS", "LOOK", "WIDTH", "Figure", "figure", "heat", "np", "rc_context", "save"]
+__all__ = ["COLOURS", "LOOK", "WIDTH", "Figure", "figure", "headline", "heat", "np", "rc_context", "save"]
 
 LOOK = {**RC, "svg.fonttype": "none", "svg.hashsalt": "easyedit_nmke"}
 DPI = 130
@@ -24,6 +25,11 @@ DPI = 130
 
 def figure(height: float, width: float = WIDTH) -> Figure:
     return Figure((width, height), layout="constrained")
+
+
+def headline(drawn: Figure, text: str) -> None:
+    """What a figure says, over it."""
+    drawn.suptitle(textwrap.fill(text, round(10.6 * drawn.get_figwidth())), fontsize=10.5, fontweight="bold", x=0.01, ha="left")
 
 
 def save(made: Figure | None, file: Path) -> list[Path]:

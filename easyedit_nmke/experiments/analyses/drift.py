@@ -99,9 +99,11 @@ def _distributions(before, edited: Mapping) -> dict:
     weights = {"original": before, **edited}
     wide = 6 * before.std()  # beyond which bins are nearly empty
     inside = lambda values: values[values.abs() <= wide]
+    norms = {label: weight.norm(dim=1) for label, weight in weights.items()}
+    low, high = torch.cat(list(norms.values())).quantile(torch.tensor([0.005, 0.995]))  # a few rows lie far from all others
     return {
         "entries": histogram({label: inside(weight.flatten()) for label, weight in weights.items()}),
-        "norms": histogram({label: weight.norm(dim=1) for label, weight in weights.items()}),
+        "norms": histogram({label: values[(values >= low) & (values <= high)] for label, values in norms.items()}),
     }
 
 
@@ -162,7 +164,8 @@ def _or(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def said(lines: Sequence[Mapping]) -> list[str]:
+def _least_first(lines: Sequence[Mapping]) -> str:
+    """|ΔW|/|W| of each run over the edited blocks together, with its Rel."""
     head, changes = lines[0]["settings"], _changes(lines)
     totals = {
         label: (
@@ -170,18 +173,22 @@ def said(lines: Sequence[Mapping]) -> list[str]:
             / sum(c["norm_before"] ** 2 for (of, _), c in changes.items() if of == label)
         )
         ** 0.5
-        for label in head["runs"]
+        for label in dict.fromkeys(label for label, _ in changes)
     }
-    order = sorted(totals, key=totals.__getitem__)
     told = []
-    for label in order:
+    for label in sorted(totals, key=totals.__getitem__):
         scored = head["scores"].get(label)
         told.append(
             f"{label} {totals[label]:.3f}" + (f" (Rel {_or(scored['rel'])} after {scored['edits']} edits)" if scored else "")
         )
-    text = [f"{head['name']}: |ΔW|/|W| over the edited blocks together, least first: {', '.join(told)}."]
+    return ", ".join(told)
+
+
+def said(lines: Sequence[Mapping]) -> list[str]:
+    head = lines[0]["settings"]
+    text = [f"{head['name']}: |ΔW|/|W| over the edited blocks together, least first: {_least_first(lines)}."]
     rels = [scored["rel"] for scored in head["scores"].values() if scored]
-    if len(rels) == len(order) > 1 and max(rels) - min(rels) > 0.02:
+    if len(rels) == len(head["runs"]) > 1 and max(rels) - min(rels) > 0.02 + 1e-9:
         text.append("Their Rel differ by more than .02, so less drift may only mean that less was written.")
     if (maps := _last(lines, "map")) is not None:
         text.append(f"The two directions of the PCA hold {sum(maps['explained']):.0%} of the change of block {head['layers'][-1]}.")
@@ -190,7 +197,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 
 def figure(lines: Sequence[Mapping]):
     """Distances by block; entries and row norms of the last block; t-SNE of its rows, and PCA of what was added to them."""
-    from .drawing import COLOURS, np
+    from .drawing import COLOURS, headline, np
     from .drawing import figure as made
 
     head, changes = lines[0]["settings"], _changes(lines)
@@ -225,10 +232,13 @@ def figure(lines: Sequence[Mapping]):
             ax.set(title=f"{title}, block {layers[-1]}", ylabel="share")
         grid[1, 0].set_yscale("log")
     if (maps := _last(lines, "map")) is not None:
-        for label, points in maps["tsne"].items():
+        for i, (label, points) in enumerate(maps["tsne"].items()):  # rings in rings, the last a dot: rows may lie on each other
             x, y = np.asarray(points).T
-            size, alpha = (22, 0.5) if label == "original" else (7, 0.8)
-            grid[1, 1].scatter(x, y, size, color=colours[label], alpha=alpha, linewidths=0, label=label)
+            if i in (0, len(labels)):
+                grid[1, 1].scatter(x, y, 5 if i else 60, color=colours[label], alpha=1 if i else 0.5, linewidths=0, label=label)
+            else:
+                size = 28 * (1 - (i - 1) / len(labels))
+                grid[1, 1].scatter(x, y, size, facecolors="none", edgecolors=colours[label], linewidths=0.9, label=label)
         for label, points in maps["pca"].items():
             grid[1, 2].scatter(*np.asarray(points).T, 7, color=colours[label], alpha=0.7, linewidths=0)
         grid[1, 2].scatter([0], [0], 60, color="black", marker="+", zorder=3)
@@ -236,8 +246,8 @@ def figure(lines: Sequence[Mapping]):
         first, second = maps["explained"]
         grid[1, 2].set(title="PCA of what was added (+: nothing)", xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%}")
     handles = {label: handle for ax in grid.flat[:3] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=len(handles))
-    drawn.suptitle(f"Drift of the down projections: {head['name']}", fontsize=10, x=0.01, ha="left")
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=len(handles))
+    headline(drawn, f"{head['name']}: how far the edited weights have moved, |ΔW|/|W|: {_least_first(lines)}")
     return drawn
 
 

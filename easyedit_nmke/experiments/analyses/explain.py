@@ -271,7 +271,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 def figure(lines: Sequence[Mapping]):
     """The likeliest next words before and after; the blocks; what else changed."""
     from .drawing import figure as made
-    from .drawing import np
+    from .drawing import headline, np
 
     line, probes = lines[1], _changed(lines[1])[:PROBES]
     drawn = made(3.1 + 0.3 * max(len(probes), 1))
@@ -306,8 +306,9 @@ def figure(lines: Sequence[Mapping]):
     ax.set_yticks(range(len(probes)), [source.at_most([f"{probe['prompt']} {probe['answer']}"], 60) for probe in probes])
     ax.invert_yaxis()
     ax.set(xlim=(-0.02, 1.02), title="what else changed most (grey: before, orange: after)", xlabel="probability of the answer")
-    drawn.suptitle(f"Edit {lines[0]['settings']['edit']}: {line['prompt']} {line['old'] or '…'} → {line['new']}",
-                   fontsize=10, x=0.01, ha="left")  # fmt: skip
+    new = next(text for text in line["asked"] if text["of"] == "prompt" and text["which"] == "new")
+    headline(drawn, f"Edit {lines[0]['settings']['edit']}: {line['prompt']} {line['old'] or '…'} → {line['new']}. The new answer's "
+                    f"probability: {_percent(new['before'])} → {_percent(new['after'])}")  # fmt: skip
     return drawn
 
 

@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from . import source
 from .record import Analysis, Table
 
+PAPER = 0.42, 0.51  # of a block's neurons in a mask (Table 9)
 SHARES = {"general": "general", "specific": "specific", "both": "general and specific", "mask": "mask"}
 
 
@@ -134,7 +135,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 
 def figure(lines: Sequence[Mapping]):
     """Shares by block, the mask over edits, and the ratios that the entropies give."""
-    from .drawing import COLOURS, np
+    from .drawing import COLOURS, headline, np
     from .drawing import figure as made
 
     layers = lines[0]["settings"]["layers"]
@@ -144,7 +145,7 @@ def figure(lines: Sequence[Mapping]):
     for i, (name, title) in enumerate(SHARES.items()):
         values = [_of(lines, layer, name) for layer in layers]
         at = places + (i - 1.5) * width
-        left.bar(at, [fmean(v) for v in values], width * 0.92, yerr=[pstdev(v) for v in values], color=COLOURS[i], label=title,
+        left.bar(at, [fmean(v) for v in values], width * 0.92, yerr=_errors(values), color=COLOURS[i], label=title,
                  error_kw={"elinewidth": 1})  # fmt: skip
         if name == "both":
             chance = [fmean(_of(lines, layer, "general")) * fmean(_of(lines, layer, "specific")) for layer in layers]
@@ -156,6 +157,7 @@ def figure(lines: Sequence[Mapping]):
     edits = [line["key"][0] for line in lines[1:]]
     for i, layer in enumerate(layers):
         middle.plot(edits, _of(lines, layer, "mask"), color=COLOURS[i % len(COLOURS)], label=f"block {layer}")
+    middle.axhspan(*PAPER, color="#999999", alpha=0.35, linewidth=0, zorder=0, label="the paper")
     middle.set(xlabel="edit", title="share in the mask, over the edits", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
     middle.legend(fontsize=7.5, ncols=3, loc="upper left")
     for i, (name, title) in enumerate((("resonance", "resonance (general)"), ("burst", "burst (specific)"))):
@@ -165,8 +167,17 @@ def figure(lines: Sequence[Mapping]):
     right.set_xticks(places, list(map(str, layers)))
     right.set(xlabel="block", title="ratios from the entropies", ylim=(0, 0.6))
     right.legend(fontsize=7.5)
-    drawn.suptitle(f"Neurons chosen per block: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")
+    kept = [share for layer in layers for share in _of(lines, layer, "mask")]
+    headline(drawn, f"{lines[0]['settings']['name']}: a mask keeps {fmean(kept):.0%} of a block's neurons, from {min(kept):.0%} to "
+                    f"{max(kept):.0%}")  # fmt: skip
     return drawn
+
+
+def _errors(values: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """One spread down and up, as far as shares go."""
+    means, spreads = list(map(fmean, values)), list(map(pstdev, values))
+    pairs = list(zip(means, spreads, strict=True))
+    return [min(spread, mean) for mean, spread in pairs], [min(spread, 1 - mean) for mean, spread in pairs]
 
 
 ANALYSIS = Analysis(

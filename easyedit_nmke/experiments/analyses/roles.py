@@ -64,6 +64,8 @@ def arguments(sub) -> None:
 
 
 def run(args, begin) -> None:
+    from collections import Counter
+
     from ...attribution.roles import overlap, roles, shuffled
     from ...models.arch import ModelView
     from .attributing import task_scores
@@ -78,13 +80,15 @@ def run(args, begin) -> None:
     for layer, found in task_scores(view, tok, questions, layers, args.strategy, args.threshold, args.out):
         active = found.active > args.most
 
-        def counted(active=active) -> dict:
+        def counted(active=active, answers=found.answers) -> dict:
             drawn = [_counts(roles(shuffled(active, args.seed + i), tasks, domains)) for i in range(args.draws)]
             chance = {role: [draw[role] for draw in drawn] for role in drawn[0]}
+            ((often, times),) = Counter(answers.tolist()).most_common(1)
             return {
                 "neurons": active.shape[1], "active": active.double().mean(1).tolist(),
                 "chance": {role: _spread(values) for role, values in chance.items()},
                 "counts": _counts(roles(active, tasks, domains)), "overlap": overlap(active).tolist(),
+                "commonest answer": [tok.decode([often]).strip(), times / len(answers)],
             }  # fmt: skip
 
         notebook.once(layer, make=counted)
@@ -133,19 +137,20 @@ def tables(lines: Sequence[Mapping]) -> list[Table]:
     ]
 
 
+def _total(lines: Sequence[Mapping], which: str) -> dict[str, float]:
+    """Kind of role -> its share of the neurons of all blocks."""
+    sizes = [line["neurons"] for line in lines[1:]]
+    return {
+        name: sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+        for name, shares in _shares(lines, which).items()
+    }
+
+
 def said(lines: Sequence[Mapping]) -> list[str]:
     head = lines[0]["settings"]
-    total = sum(line["neurons"] for line in lines[1:])
-    counts = {
-        which: {
-            name: sum(share * line["neurons"] for share, line in zip(shares, lines[1:], strict=True))
-            for name, shares in _shares(lines, which).items()
-        }
-        for which in ("counts", "chance")
-    }
-    seen, chance = counts["counts"], counts["chance"]
+    seen, chance = _total(lines, "counts"), _total(lines, "chance")
     order = sorted(KINDS[:3], key=lambda name: -seen[name])
-    told = ", ".join(f"{TITLES[name]} {seen[name] / total:.1%} (by chance {chance[name] / total:.1%})" for name in order)
+    told = ", ".join(f"{TITLES[name]} {seen[name]:.1%} (by chance {chance[name]:.1%})" for name in order)
     as_told = "as" if order == list(KINDS[:3]) else "not as"
     tasks = head["tasks"]
     pairs = [(a, b) for i, a in enumerate(tasks) for b in list(tasks)[:i]]
@@ -154,9 +159,11 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     text = [
         f"{head['name']}, {len(tasks)} tasks, {head['questions']} prompts, blocks {', '.join(map(str, head['layers']))}: {told}.",
         f"The order general, domain, task is {as_told} the paper tells it; general neurons are "
-        f"{seen['general'] / max(chance['general'], 0.5):.1f} "
-        "times as many as tasks without anything in common would give.",
+        f"{seen['general'] / max(chance['general'], 1e-4):.1f} times as many as tasks without anything in common would give.",
     ]
+    answer, share = lines[1]["commonest answer"]
+    if share > 0.5:
+        text.append(f"The model answers {answer!r} to {share:.0%} of the prompts, so general may be what makes it say that.")
     if within and across:
         text.append(
             f"Two tasks of one domain share {sum(within) / len(within):.2f} of their active neurons, two of different domains "
@@ -173,7 +180,7 @@ def _overlap(lines: Sequence[Mapping], one: str, other: str) -> float:
 
 def figure(lines: Sequence[Mapping]):
     """Shares of the roles by block, as dots those of chance; the overlap of the tasks."""
-    from .drawing import COLOURS, heat, np
+    from .drawing import COLOURS, headline, heat, np
     from .drawing import figure as made
 
     names = list(lines[0]["settings"]["tasks"])
@@ -196,18 +203,13 @@ def figure(lines: Sequence[Mapping]):
         for i in range(len(names)):
             for j in range(len(names)):
                 if i != j:
-                    right.text(
-                        j,
-                        i,
-                        f"{mean[i, j]:.2f}",
-                        ha="center",
-                        va="center",
-                        color="white" if mean[i, j] > 0.55 else "black",
-                        fontsize=8,
-                    )
+                    colour = "white" if mean[i, j] > 0.55 else "black"
+                    right.text(j, i, f"{mean[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     drawn.colorbar(image, ax=right, shrink=0.9)
     right.set_title("active neurons that two tasks share (Jaccard)")
-    drawn.suptitle(f"Roles of FFN neurons: {lines[0]['settings']['name']}", fontsize=10, x=0.01, ha="left")
+    total, by_chance = _total(lines, "counts"), _total(lines, "chance")
+    told = ", ".join(f"{total[name]:.0%} {TITLES[name]} (by chance {by_chance[name]:.0%})" for name in KINDS[:3])
+    headline(drawn, f"{lines[0]['settings']['name']}, neurons of all blocks: {told}")
     return drawn
 
 

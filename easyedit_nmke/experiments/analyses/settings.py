@@ -1,8 +1,10 @@
-"""A dozen settings of NMKE beside the default (Figures 6, 7, Tables 2 to 4), all writing the same target values, solved once."""
+"""A dozen settings of NMKE beside the default (Figures 6, 7, Tables 2 to 4): target values and attributions are found once, on the
+unedited model, and shared, so that a setting costs a solve."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from types import MappingProxyType
@@ -35,8 +37,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "no mask (AlphaEdit)": {"neurons": "all"},
     }
 )
+CLAIMED = ("general only", "fixed ratio .3", "overlap", "soft mask")  # whose effects the paper tells in words
 SCORES = {"rel": "Rel ↑", "gen": "Gen ↑", "loc": "Loc ↑", "kept_kl": "KL, kept text ↓", "density": "neurons", "seconds": "s/edit ↓"}
-AT_A_TIME = 4  # values, between two writes
+AT_A_TIME = 4  # requests, between two writes
 
 
 def arguments(sub) -> None:
@@ -77,7 +80,7 @@ def run(args, begin) -> None:
             if all((name, seed) in notebook.found for name in hparams):
                 bar.update(len(hparams) * edits)
                 continue
-            stream = _Stream(editor, data, edits, seed, args.out)
+            stream = _Stream(editor, data, edits, seed, args.out / "found" / f"seed-{seed}", hparams.values())
             for name, setting in hparams.items():
                 bar.set_postfix_str(name)
                 done = bar.n
@@ -86,53 +89,78 @@ def run(args, begin) -> None:
 
 
 class _Stream:
-    """The requests of one seed, what the unedited model makes of them, and their values, kept in the folder as they are solved."""
+    """The requests of one seed, and what the unedited model makes of them: scores, values, attributions by every strategy that the
+    settings ask for. The latter two are kept in `folder` as they are found."""
 
-    def __init__(self, editor, data: str, edits: int, seed: int, folder: Path):
+    def __init__(self, editor, data: str, edits: int, seed: int, folder: Path, settings: Iterable):
         from ...models.arch import ModelView
         from ...scores import metrics
         from ...scores.kept import KeptText
         from ..stream import stream
 
-        self.editor, self.view = editor, ModelView(editor.model)
+        self.editor, self.view, self.folder = editor, ModelView(editor.model), folder
         self.requests = stream(editor, data, edits, seed).requests
         self.separator = editor.hparams.target_separator
         self.before = metrics.quality(editor.model, editor.tok, self.requests, separator=self.separator)
         self.kept = KeptText(editor.model, editor.tok)
-        self.z = self._values(folder / "values" / f"seed-{seed}")
+        self.values = self._found("values", {}, lambda some: {"z": self._values(some)})
+        editor.state.follow(editor.method.matrices(editor.model, editor.hparams))
+        asked = {_strategy(hparams): hparams for hparams in settings if hparams.neurons != "all"}
+        self.attributions = {
+            key: self._found("-".join(key), {"strategy": key}, lambda some, hparams=hparams: self._scores(some, hparams))
+            for key, hparams in asked.items()
+        }
 
-    def _values(self, folder: Path):
-        """z [D, requests] of the unedited model."""
+    def _values(self, some: Sequence):
+        """z of some requests, [requests, D]."""
+        import torch
+
+        from ...methods.values import target_values
+        from ...models.arch import editing
+
+        hparams, templates = self.editor.hparams, self.editor.state.flat_templates
+        with editing(self.editor.model):
+            values = target_values(self.view, self.editor.tok, some, templates, hparams.layers[-1], hparams)
+        return torch.stack([value.z for value in values])
+
+    def _scores(self, some: Sequence, hparams) -> dict:
+        """Layer, as a text -> scores [requests, templates, F]."""
+        from ...methods.nmke import attributed
+        from ...models.arch import editing
+
+        editor, templates = self.editor, self.editor.state.flat_templates
+        with editing(editor.model):
+            found = attributed(self.view, editor.tok, some, templates, hparams, editor.state)
+        return {str(layer): scores.view(len(some), len(templates), -1) for layer, scores in found.items()}
+
+    def _found(self, name: str, more: Mapping, make: Callable[[Sequence], Mapping]) -> dict:
+        """Tensors [requests, ...] by name, made of a few requests at a time; "seconds": what that took."""
+        import time
+
         import torch
         from safetensors import safe_open
         from safetensors.torch import save_file
         from tqdm import tqdm
 
         from ...files import whole
-        from ...methods.values import target_values
-        from ...models.arch import editing
         from ...models.passes import chunks
+        from .attributing import holds
 
-        editor, found = self.editor, []
-        parts = list(chunks(self.requests, AT_A_TIME))
-        for number, some in enumerate(tqdm(parts, desc="values", unit="batch", leave=False)):
-            file, mark = folder / f"{number:04}.safetensors", self._mark(some)
-            if file.is_file():
-                with safe_open(file, "pt") as stored:
-                    if (stored.metadata() or {}).get("of") == mark:
-                        found.append(stored.get_tensor("z"))
-                        continue
-            with editing(editor.model):
-                values = target_values(
-                    self.view, editor.tok, some, editor.state.flat_templates, editor.hparams.layers[-1], editor.hparams
-                )
-            found.append(torch.stack([value.z for value in values], 1).cpu())
-            with whole(file) as temporary:
-                save_file({"z": found[-1].contiguous()}, temporary, metadata={"of": mark})
-        return torch.cat(found, 1)
+        parts = []
+        for number, some in enumerate(tqdm(list(chunks(self.requests, AT_A_TIME)), desc=name, unit="batch", leave=False)):
+            file, mark = self.folder / name / f"{number:04}.safetensors", self._mark(some, more)
+            if not holds(file, mark):
+                started = time.perf_counter()
+                made = {key: tensor.float().cpu().contiguous() for key, tensor in make(some).items()}
+                made["seconds"] = torch.tensor([time.perf_counter() - started])
+                with whole(file) as temporary:
+                    save_file(made, temporary, metadata={"of": mark})
+            with safe_open(file, "pt") as stored:
+                parts.append({key: stored.get_tensor(key) for key in tuple(stored.keys())})
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    def _mark(self, requests: Sequence) -> str:
-        """What values depend on."""
+    def _mark(self, requests: Sequence, more: Mapping) -> str:
+        """What is found depends on this."""
         import hashlib
         import json
 
@@ -140,23 +168,21 @@ class _Stream:
 
         hparams = {name: value for name, value in self.editor.hparams.to_dict().items() if name not in ("device", "stats_dir")}
         asked = [(request.prompt, request.subject, request.target_new) for request in requests]
-        return hashlib.sha256(json.dumps([hparams, asked, model_digest(self.editor.model)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([hparams, more, asked, model_digest(self.editor.model)]).encode()).hexdigest()
 
     def edited(self, hparams, tell) -> dict:
         """Scores after all edits with one setting; the model is put back."""
-        from functools import partial
-
         from ...methods import open_state
         from ...methods.contract import apply_method
         from ...scores import metrics
 
         editor, method = self.editor, self.editor.method
-        state, reports = open_state(editor.model, editor.tok, hparams, progress=False), []
+        state = open_state(editor.model, editor.tok, hparams, progress=False)
         originals = {name: editor.model.get_parameter(name).detach().clone() for name in method.matrices(editor.model, hparams)}
         try:
             for start in range(0, len(self.requests), hparams.batch_size):
                 some = slice(start, start + hparams.batch_size)
-                replay = partial(method.replay, z=self.z[:, some])
+                replay = partial(method.replay, z=self.values["z"][some].T, scores=self.scores(hparams, some))
                 apply_method(method, editor.model, editor.tok, self.requests[some], hparams, state=state, edit=replay)
                 tell(len(self.requests[some]))
             after = metrics.quality(editor.model, editor.tok, self.requests, separator=self.separator)
@@ -164,12 +190,25 @@ class _Stream:
         finally:
             for name, original in originals.items():
                 editor.model.get_parameter(name).data.copy_(original)
-        reports = state.reports
+        reports, attributing = state.reports, self.attributions.get(_strategy(hparams)) if hparams.neurons != "all" else None
         seconds = {phase: sum(r.seconds.get(phase, 0.0) for r in reports) / len(self.requests) for phase in reports[0].seconds}
+        seconds["attribution"] = 0.0 if attributing is None else attributing["seconds"].sum().item() / len(self.requests)
         scores = {name: value for name, value in metrics.summary(self.before, after).items() if value is not None}
         density = fmean(share for report in reports for share in report.density.values())
         solving = sum(seconds.values()) - seconds.get("values", 0.0)
         return {**scores, **kept, "density": density, "phases": seconds, "seconds": solving}
+
+    def scores(self, hparams, some: slice) -> dict | None:
+        """Layer -> scores [requests x templates, F] of the setting's strategy; None where it chooses no neurons."""
+        if hparams.neurons == "all":
+            return None
+        device, found = self.view.device, self.attributions[_strategy(hparams)]
+        return {int(layer): scores[some].flatten(0, 1).to(device) for layer, scores in found.items() if layer != "seconds"}
+
+
+def _strategy(hparams) -> tuple[str, str]:
+    """What its attributions depend on, of what settings change."""
+    return hparams.attribution_strategy, f"{hparams.amplification:g}"
 
 
 # ---- what the lines hold
@@ -205,24 +244,35 @@ def _against(lines: Sequence[Mapping], label: str, name: str) -> tuple[float, fl
     return fmean(pairs), stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None
 
 
-def said(lines: Sequence[Mapping]) -> list[str]:
-    found, text = _scored(lines), []
-    balance = {
+def _balance(lines: Sequence[Mapping]) -> dict[str, float]:
+    """Setting -> the harmonic mean of its Rel, Gen and Loc, the highest first."""
+    means = {
         label: 3 / sum(1 / max(fmean(scores[name]), 1e-9) for name in ("rel", "gen", "loc"))
-        for label, scores in found.items()
+        for label, scores in _scored(lines).items()
         if all(name in scores for name in ("rel", "gen", "loc"))
     }
+    return dict(sorted(means.items(), key=lambda pair: -pair[1]))
+
+
+def _differences(lines: Sequence[Mapping], label: str) -> str:
+    """Of Rel, Gen and Loc to the default's."""
+    told = []
+    for name in ("rel", "gen", "loc"):
+        mean, error = _against(lines, label, name)
+        told.append(f"{SCORES[name].split()[0]} {mean:+.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+    return ", ".join(told)
+
+
+def said(lines: Sequence[Mapping]) -> list[str]:
+    found, text, balance = _scored(lines), [], _balance(lines)
     if balance:
-        best = max(balance, key=balance.__getitem__)
-        text.append(
-            f"The highest harmonic mean of Rel, Gen and Loc is {best}'s: {balance[best]:.3f}; the default's {balance[DEFAULT]:.3f}."
-        )
+        best = next(iter(balance))
+        others = "" if best == DEFAULT else f"; the default's {balance[DEFAULT]:.3f}"
+        text.append(f"The highest harmonic mean of Rel, Gen and Loc is that of {best}: {balance[best]:.3f}{others}.")
     if "random mask" in found:
-        told = []
-        for name in ("rel", "gen", "loc"):
-            mean, error = _against(lines, "random mask", name)
-            told.append(f"{SCORES[name].split()[0]} {mean:+.3f}" + (f" ± {error:.3f}" if error is not None else ""))
-        text.append(f"The random mask of the same density, against the default: {', '.join(told)}.")
+        text.append(f"The random mask of the same density, against the default: {_differences(lines, 'random mask')}.")
+    if told := [f"{label}: {_differences(lines, label)}" for label in CLAIMED if label in found]:
+        text.append(f"What the paper tells apart, against the default: {'; '.join(told)}.")
     times = {label: fmean(found[label]["seconds"]) for label in (DEFAULT, "PSA", "MPC", "no mask (AlphaEdit)") if label in found}
     text.append(f"Seconds an edit without the values: {', '.join(f'{label} {value:.2f}' for label, value in times.items())}.")
     if lines[0]["settings"]["seeds"] == 1:
@@ -232,7 +282,7 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 
 def figure(lines: Sequence[Mapping]):
     """A row for each setting, a panel for each score; the default as a line."""
-    from .drawing import COLOURS, np
+    from .drawing import COLOURS, headline, np
     from .drawing import figure as made
 
     found = _scored(lines)
@@ -254,14 +304,17 @@ def figure(lines: Sequence[Mapping]):
         ax.margins(x=0.15)
     drawn.axes[0].invert_yaxis()
     head = lines[0]["settings"]
-    title = f"NMKE's settings beside the default (line), {head['name']} after {head['edits']} edits; orange: controls"
-    drawn.suptitle(title, fontsize=10, x=0.01, ha="left")
+    balance = _balance(lines)
+    shown = dict.fromkeys(label for label in [next(iter(balance), None), DEFAULT, "random mask"] if label in balance)
+    told = ", ".join(f"{label} {balance[label]:.2f}" for label in shown)
+    headline(drawn, f"{head['name']} after {head['edits']} edits, harmonic mean of Rel, Gen and Loc: {told} (line: the default; "
+                    "orange: controls)")  # fmt: skip
     return drawn
 
 
 ANALYSIS = Analysis(
     "settings",
-    "a dozen settings beside the default, all writing the same target values, so that each costs a solve",
+    "a dozen settings beside the default, sharing target values and attributions, so that each costs a solve",
     "nmke analyze settings --hparams NMKE/atlas --edits 200 --seeds 3 --out results",
     run,
     figure,

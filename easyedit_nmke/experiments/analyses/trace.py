@@ -168,10 +168,19 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     return text
 
 
+def _where(lines: Sequence[Mapping]) -> str:
+    """From which block on the answer has left the subject."""
+    state = _by_place(lines, "state")[0]
+    passed = (state[-1] > state[2]).tolist()
+    if all(passed) or not any(passed):
+        return f"the answer comes back at the {'last token' if all(passed) else 'last subject token'} in all blocks"
+    return f"the answer comes back at the last subject token in early blocks, at the last token from block {passed.index(True)} on"
+
+
 def figure(lines: Sequence[Mapping]):
     """A panel for each kind of state: tokens (of one prompt), or places (of several), by block."""
     from .drawing import figure as made
-    from .drawing import heat, np
+    from .drawing import headline, heat, np
 
     head, single = lines[0]["settings"], len(lines) == 2
     values = {part: _effects(lines, part)[0] if single else _by_place(lines, part)[0] for part in PARTS}
@@ -181,20 +190,19 @@ def figure(lines: Sequence[Mapping]):
         shown = list(range(len(names)))
     else:
         names, shown = list(PLACES), [i for i in range(len(PLACES)) if not np.isnan(values["state"][i]).all()]
-    high = max(np.nanmax(of_part[shown]) for of_part in values.values())
     drawn = made(0.28 * len(shown) + 1.9)
     for ax, (part, what), colour in zip(drawn.subplots(1, 2, sharey=True), PARTS.items(), ("Purples", "Greens"), strict=True):
         image = heat(ax, values[part][shown], [names[i] for i in shown], list(map(str, range(head["depth"]))),
-                     cmap=colour, low=0, high=high, every=max(1, head["depth"] // 10))  # fmt: skip
+                     cmap=colour, low=0, high=np.nanmax(values[part][shown]), every=max(1, head["depth"] // 10))  # fmt: skip
         together = f", {head['window']} blocks together" if part == "ffn" and head["window"] > 1 else ""
         ax.set(title=f"put back: {what}{together}", xlabel="block")
         drawn.colorbar(image, ax=ax, shrink=0.9, pad=0.01)
         for first in (layer for layer in head["marked"] if layer - 1 not in head["marked"]):
             run = next(i for i in range(1, head["depth"] + 1) if first + i not in head["marked"])
             ax.add_patch(_box(first, run, len(shown)))
-    edited = "; framed: the edited blocks" if head["marked"] else ""
-    of = f"{lines[1]['prompt']!r} → {lines[1]['answer']!r}" if single else f"mean of {len(lines) - 1} facts"
-    drawn.suptitle(f"How much of the answer's probability comes back: {head['name']}, {of}{edited}", fontsize=10, x=0.01, ha="left")
+    edited = " (framed: the edited blocks)" if head["marked"] else ""
+    of = f"{lines[1]['prompt']!r} → {lines[1]['answer']!r}" if single else f"{len(lines) - 1} facts"
+    headline(drawn, f"{head['name']}, {of}: {_where(lines)}{edited}")
     return drawn
 
 
