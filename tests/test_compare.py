@@ -272,7 +272,7 @@ class Failing(Method):
 
     def editor(self, seed, state_dir):
         results = state_dir.parents[1] / "results.jsonl"
-        while '"NMKE"' not in results.read_text():
+        while '"checkpoint": 1,' not in results.read_text():
             time.sleep(0.05)
         raise Lost("no weights left")
 

@@ -140,7 +140,7 @@ BASELINES = ["AlphaEdit", "MEMIT", "ROME", "FT"]
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_shipped_files_of_the_other_methods(method):
     expected = {"atlas", "gpt2-xl", "qwen2.5-7b"} | ({"llama3-8b"} if method != "MEMIT" else set())  # EasyEdit has no such file
-    expected |= {"smollm2"} if method == "AlphaEdit" else set()
+    expected |= {"smollm2", "gemma3-270m"} if method == "AlphaEdit" else set()
     assert set(shipped(method)) == expected
     for name, path in shipped(method).items():
         assert path.read_text().startswith(f"# nmke run --hparams {method}/{name} ")

@@ -3,7 +3,6 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,14 +320,14 @@ def test_names_are_addresses_where_there_is_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.real
-def test_smollm2_judges_offline(tmp_path):
+def test_smollm2_judges_offline_and_badly(tmp_path, caplog):
     found("smollm2")
-    file = SimpleNamespace(answers=tmp_path / "judge.jsonl")
     judge = named("smollm2", tmp_path).open()
     items = [
         ("The capital of Italy is", ("Rome",), " Rome."), ("The capital of Italy is", ("Rome",), " a large wooden chair."),
         ("The author of Hamlet is", ("Jane Austen",), " Jane Austen"), ("The author of Hamlet is", ("Jane Austen",), " 1848."),
     ]  # fmt: skip
     first = judge(items)
-    assert len(lines_of(file.answers)) == 4 and named("smollm2", tmp_path).open()(items) == first
+    assert len(lines_of(tmp_path / "judge.jsonl")) == 4 and named("smollm2", tmp_path).open()(items) == first
+    assert "the judge 'smollm2' gets plain questions wrong" in caplog.text
     assert judge.ask.tok.chat_template and judge.key["judge weights"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli, load_delta
 from easyedit_nmke.cli import kept
+from easyedit_nmke.models.prompts import encode
 from easyedit_nmke.scores import generation
 
 SETTINGS = dict(
@@ -137,7 +138,7 @@ def test_a_checked_answer_is_judged_and_not_compared_letter_by_letter(results, r
     seen = []
     monkeypatch.setattr(kept, "history", told(kept.history, wanted))
     monkeypatch.setattr(
-        generation, "greedy_texts", lambda m, t, prompts, counts, *_: seen.extend(counts) or [said[p] for p in prompts]
+        generation, "greedy_ids", lambda m, t, prompts, counts, *_: seen.extend(counts) or [encode(t, said[p]) for p in prompts]
     )
     found = kept.edits(results, check=True)
     assert [(edit["said"], edit["right"]) for edit in found] == [("St. Helier", True), (long, True), ("Romeo", False)]

@@ -219,17 +219,17 @@ class Edit:
         )
 
     def solve(self) -> Work:
-        """`NullSpaceSolver.directions`: the key projected, and the past keys' part taken off it."""
+        """`NullSpaceSolver.directions`: the key projected, and the past keys' part taken off it; what the FFN has to put out."""
         flops, moved, launches = self._ridge(reads=2)
         layers = len(self.layers)
-        return Work(PRECISE, layers * flops, layers * moved, 0, layers * (launches + 34), 3 * layers)
+        launches += 34 + (POST_NORM if self.model.kind.startswith("gemma") else 0)
+        return Work(PRECISE, layers * flops, layers * moved, 0, layers * launches, 3 * layers)
 
     def apply(self) -> Work:
         """The update added to the weight, block by block."""
         m, layers = self.model, len(self.layers)
         blocks = math.ceil(m.hidden / block_rows(m.neurons, self.cuda))
-        launches = 4 * blocks + 7 + (POST_NORM if self.model.kind.startswith("gemma") else 0)
-        return Work("float32", 0, layers * self.matrix * (32 + 5 * self.size), 0, layers * launches, layers)
+        return Work("float32", 0, layers * self.matrix * (32 + 5 * self.size), 0, layers * (4 * blocks + 7), layers)
 
     def rest(self) -> Work:
         """Checks, copies in case of failure, two fingerprints, the key remembered, 16-bit weights' masters."""

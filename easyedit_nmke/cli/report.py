@@ -33,7 +33,7 @@ def _report(args, console: Console) -> int:
         lines, notes = ([], []) if alone else report.read(folder)
         if args.markdown:
             last = report.shared_checkpoint(lines)
-            said = f"{report.markdown(lines, last)}\n\n{board.markdown(lines, last)}"
+            said = f"{report.markdown(lines, last)}\n\n{board.markdown(lines, last)}".rstrip()
             print(f"**{folder.name}**\n\n{said}\n" if models else said)
             continue
         if lines:

@@ -122,8 +122,9 @@ def costs(lines: Sequence[Mapping], checkpoint: int) -> tuple[list[str], list[tu
 
 
 def markdown(lines: Sequence[Mapping], checkpoint: int) -> str:
-    """`costs` as Markdown."""
-    return report.written(*costs(lines, checkpoint))
+    """`costs` as Markdown; nothing where none are known."""
+    spent, rows = costs(lines, checkpoint)
+    return report.written(spent, rows) if spent else ""
 
 
 def _column(
