@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..scores.table import FREE, table, with_tasks
+from ..scores.table import FREE, NATURAL, table, with_tasks
 
 UNEDITED = "unedited"
 # Okabe and Ito's colours, told apart by colour-blind readers; wine in place of their yellow, which white paper swallows.
@@ -60,7 +60,7 @@ def curves(data: pd.DataFrame, methods: Sequence[str]) -> Figure | None:
     edited, unedited = data[data.method != UNEDITED], data[data.method == UNEDITED]
     rows = with_tasks(data)
     shown = [name for name, row in rows.items() if row.curve and name in edited and edited[name].notna().any()]
-    shown.sort(key=lambda name: rows[name].protocol != FREE)
+    shown.sort(key=lambda name: rows[name].protocol not in (FREE, NATURAL))
     if not shown:
         return None
     ticks = sorted(edited.checkpoint.unique())

@@ -316,9 +316,12 @@ def in_shell(scores: Collection[str] = ()) -> dict[str, str]:
 def in_report() -> dict[str, Metric]:
     """The columns of the report's table: free generation first, then what the shell shows too, then the rest."""
     found = {name: row for name, row in table().items() if row.column}
-    return dict(
-        sorted(found.items(), key=lambda item: (item[1].protocol != FREE or item[1].asked, item[1].short is None or item[1].asked))
-    )
+
+    def place(item: tuple[str, Metric]) -> tuple[bool, bool]:
+        _, row = item
+        return row.protocol not in (FREE, NATURAL) or row.asked, row.short is None or row.asked
+
+    return dict(sorted(found.items(), key=place))
 
 
 def metric_meta(scores: Mapping[str, Any], batch_size: int | None = None) -> dict[str, dict[str, str]]:
