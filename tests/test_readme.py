@@ -188,6 +188,16 @@ def test_the_comparison_is_its_file(capsys, monkeypatch):
     assert capsys.readouterr().out.strip() in (HOME / "docs/comparing.md").read_text()
 
 
+def test_where_edited_models_stop_is_its_file():
+    lines = [json.loads(line) for line in (HOME / "docs/real/stops/results.jsonl").read_text().splitlines()]
+    text = (HOME / "docs/real.md").read_text()
+    names = ("rel_natural_exact", "gen_natural_exact", "rel_natural_contains", "gen_natural_contains", "rel", "gen", "loc")
+    for line in lines:
+        cells = [f"{line['scores'][name]:.2f}" for name in (*names, "prefix", "overedit")]
+        assert f"| {line['method']} | {' | '.join(cells)} |" in text
+    assert len(lines) == 5 and lines[1]["protocol"]["command"].replace("'", '"') in " ".join(text.replace("\\", "").split())
+
+
 def test_speed_is_that_of_its_files_and_names_their_processor():
     text = (HOME / "docs/speed.md").read_text()
     told = text[: text.index("## On an Intel Xeon")]
