@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from ..messages import did_you_mean
-from ..models.device import processor, total_memory
+from ..models.device import processor, synchronise, total_memory
 
 EAGER_OP, WAIT = 6e-6, 20e-6  # seconds of the host for an operation of eager torch, and for a wait; no data sheet has them
 SECONDS = 0.05  # of each measurement of this machine
@@ -74,13 +74,13 @@ def measured(device: torch.device) -> Card:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         rows, weights = ones(64, 1024, dtype=dtype), [ones(2048, 1024, dtype=dtype) for _ in range(8)]
         products = lambda rows=rows, weights=weights: [torch.nn.functional.linear(rows, weight) for weight in weights]
-        rates[str(dtype).removeprefix("torch.")] = 2 * 64 * 1024 * 2048 * 8 / _seconds(products, device)
+        rates[str(dtype).removeprefix("torch.")] = 2 * 64 * 1024 * 2048 * 8 / _seconds(products)
     large, block, small = ones(1 << 25), ones(1 << 18), ones(8, 8)
     out = torch.empty_like(large)
-    copying = _seconds(lambda: out.copy_(large), device)
-    exponentials = _seconds(lambda: torch.exp2(block), device)
-    launch = _seconds(lambda: [small + small for _ in range(100)], device) / 100
-    wait = 0.0 if device.type == "cpu" else _seconds(lambda: small.sum().item(), device) - launch
+    copying = _seconds(lambda: out.copy_(large))
+    exponentials = _seconds(lambda: torch.exp2(block))
+    launch = _seconds(lambda: [small + small for _ in range(100)]) / 100
+    wait = 0.0 if device.type == "cpu" else _seconds(lambda: small.sum().item()) - launch
     name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Card(
         name, total_memory(device), 8 * large.numel() / copying, {**rates, "float16": rates["bfloat16"]},
@@ -88,16 +88,14 @@ def measured(device: torch.device) -> Card:
     )  # fmt: skip
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     """Of one call; the fastest of several, within SECONDS."""
 
     def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise()
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise()
         return time.perf_counter() - started
 
     once()

@@ -51,9 +51,7 @@ def comparison(lines: list[dict], notes: list[str], console: Console) -> None:
     headings, body = report.rows(lines, last)
     title, left_out = f"Scores after {report.count(last, 'edit')}", []
     title += f" of {name}" if (name := report.model_name(lines)) else ""
-    optional = [
-        f"{row.column} {row.arrow}" for name, row in in_report().items() if (row.short is None or row.asked) and name != "seconds"
-    ]
+    optional = [f"{row.column} {row.arrow}" for name, row in in_report().items() if row.optional and name != "seconds"]
     optional = [heading for heading in optional if heading in headings]
     anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is
     while optional and Measurement.get(console, anywhere, _table(title, headings, body)).minimum > console.width:

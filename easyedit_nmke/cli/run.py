@@ -107,8 +107,7 @@ def _table(lines: list[dict]) -> Table:
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
-    known = {name for line in lines for name, value in line["scores"].items() if value is not None}
-    headings = {name: heading for name, heading in in_shell(known).items() if name in known}
+    headings = in_shell({name for line in lines for name, value in line["scores"].items() if value is not None})
     lost = any(map(failed_edits, lines))
     table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
     for line in lines:

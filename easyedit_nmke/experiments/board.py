@@ -92,7 +92,7 @@ def side_by_side(lines: Sequence[Mapping], checkpoint: int) -> dict | None:
 
 
 def _knows_single_edits(lines: Sequence[Mapping], label: str) -> bool:
-    name = next(((line.get("protocol") or {}).get("method") for line in lines if line["method"] == label), None)
+    name = next((report.stamp(line).get("method") for line in lines if line["method"] == label), None)
     method = editing_methods().get(name)
     return method is None or method.hparams.single_edits
 
@@ -106,7 +106,7 @@ def costs(lines: Sequence[Mapping], checkpoint: int) -> tuple[list[str], list[tu
     now = [line for line in lines if line["checkpoint"] == checkpoint and checkpoint]
     names = [name for name in report.methods(lines) if any(line["method"] == name for line in now)]
     columns: dict[str, tuple[Callable[[Mapping], float | None], Callable[[float], str]]] = {
-        "Batch": (lambda line: (line.get("protocol") or {}).get("batch_size"), "{:.0f}".format),
+        "Batch": (lambda line: report.stamp(line).get("batch_size"), "{:.0f}".format),
         "Start-up": (_startup, _time),
         "An edit": (lambda line: _total(line, 1 / checkpoint), _time),
         f"{report.count(checkpoint, 'edit')}": (_total, _time),

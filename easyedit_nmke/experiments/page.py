@@ -176,7 +176,7 @@ def _facts(lines: Sequence[Mapping], protocols: Sequence[Mapping]) -> list[tuple
 
 
 def _hparams(lines: Sequence[Mapping]) -> list[tuple[str, str]]:
-    settings = {line["method"]: (line.get("protocol") or {}).get("hparams") for line in lines if line["method"] != figures.UNEDITED}
+    settings = {line["method"]: report.stamp(line).get("hparams") for line in lines if line["method"] != figures.UNEDITED}
     return [(name, json.dumps(values, indent=1, ensure_ascii=False)) for name, values in settings.items() if values]
 
 

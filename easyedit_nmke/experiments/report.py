@@ -51,7 +51,7 @@ def read(directory: Path) -> tuple[list[dict], list[str]]:
         if problem:
             raise ValueError(f"line {number} of {path} is no result ({problem}); remove it and try again")
         found[line["method"], line["seed"], line["checkpoint"]] = line
-    different = next((line for line in found.values() if models_differ(_stamp(next(iter(found.values()))), _stamp(line))), None)
+    different = next((line for line in found.values() if models_differ(stamp(next(iter(found.values()))), stamp(line))), None)
     if different:
         raise ValueError(
             f"{path} holds results of different models ({different['method']}'s is another than that of the first line); "
@@ -62,7 +62,8 @@ def read(directory: Path) -> tuple[list[dict], list[str]]:
     return list(found.values()), notes
 
 
-def _stamp(line: Mapping) -> Mapping:
+def stamp(line: Mapping) -> Mapping:
+    """What a line depends on, as far as it tells."""
     return line.get("protocol") or {}
 
 
@@ -78,12 +79,12 @@ def checkpoints(lines: Iterable[Mapping]) -> list[int]:
 
 def batch_size(lines: Iterable[Mapping], method: str) -> int:
     """How many of a method's edits shared one update; where no line tells, 1."""
-    return next((_stamp(line).get("batch_size", 1) for line in lines if line["method"] == method), 1)
+    return next((stamp(line).get("batch_size", 1) for line in lines if line["method"] == method), 1)
 
 
 def model_name(lines: Sequence[Mapping]) -> str:
     """Of the edited model, as the settings name it, without the folders before it; "" where they do not."""
-    settings = next((found for line in lines if (found := _stamp(line).get("hparams")) and line["method"] != UNEDITED), {})
+    settings = next((found for line in lines if (found := stamp(line).get("hparams")) and line["method"] != UNEDITED), {})
     return str(settings.get("model_name") or "").rstrip("/").rpartition("/")[2]
 
 

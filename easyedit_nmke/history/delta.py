@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..models.arch import ModelView
-from ..models.updates import KINDS, LowRank, Update, accumulate, fingerprint, moved, of_parameter, tensors_of
+from ..models.updates import KINDS, LowRank, Update, accumulate, hexadecimal, moved, of_parameter, tensors_of
 
 FILE = "delta.safetensors"
 _FORMAT, _OLD_FORMAT = "easyedit_nmke delta 2", "easyedit_nmke delta 1"  # the old one has one low-rank update for each layer
@@ -108,7 +108,7 @@ def _natural(name: str) -> list:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    return f"{fingerprint({0: tensor}):016x}"
+    return hexadecimal({0: tensor})
 
 
 def _read(path: Path) -> tuple[dict, list[Update]]:

@@ -21,7 +21,7 @@ import torch
 
 from ..hparams import HyperParams
 from ..models.arch import down_projection
-from ..models.updates import KINDS, LowRank, Update, fingerprint, tensors_of
+from ..models.updates import KINDS, LowRank, Update, hexadecimal, tensors_of
 from ..models.weights import Matrices
 from .journal import Journal, Record, installed
 from .log import Consolidation, Edit, EditReport, Event, Undo, check_alone, check_undo
@@ -247,7 +247,7 @@ def undo(directory: str | Path, edit: int) -> None:
 
 
 def _fingerprints(model) -> dict[str, str]:
-    return {name: f"{fingerprint({name: parameter}):016x}" for name, parameter in model.named_parameters()}
+    return {name: hexadecimal({name: parameter}) for name, parameter in model.named_parameters()}
 
 
 # ---- records

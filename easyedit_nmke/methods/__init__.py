@@ -121,7 +121,7 @@ def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, reso
             if isinstance(event, Consolidation):
                 anew, whole = whole is not None and whole.last == event.last, event  # those that an undo brought come with it
                 by_itself = anew or getattr(hparams, "consolidate_every", 0)
-                if not by_itself and state.counting and state.events[-1] is not consolidated(state.events):
+                if not by_itself and state.counting and state.events[-1] is not state.consolidation:
                     consolidate(model, tok, hparams, state)
                 continue
             if isinstance(event, Undo):

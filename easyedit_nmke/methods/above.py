@@ -12,9 +12,8 @@ from ..models.arch import ModelView
 from ..models.hooks import only_at, record, record_calls, repeated
 from .value_texts import Batch
 
-FEW = (
-    256  # tokens, up to which a GPU's products take as long as reading the weights: leaving some out costs launches, saves nothing
-)
+# Tokens up to which a GPU's products take as long as reading the weights: leaving some out costs launches and saves nothing.
+FEW = 256
 
 
 def few_on(device: torch.device) -> int:

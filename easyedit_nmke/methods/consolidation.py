@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..history.log import Edit, EditReport, consolidated
+from ..history.log import Edit, EditReport
 from ..history.state import LifelongState
 from ..models.arch import ModelView
 from ..models.chat import as_asked
@@ -49,8 +49,11 @@ def consolidate(method: Method, view: ModelView, tok, hparams, state: LifelongSt
 def when_due(method: Method, view: ModelView, tok, hparams, state: LifelongState) -> None:
     """`consolidate` after every `hparams.consolidate_every` edits. What cannot be solved in floating point is left as it is, with a
     warning, and tried again after the next edit."""
-    every, whole = getattr(hparams, "consolidate_every", 0), consolidated(state.events)
-    if not every or state.last - (0 if whole is None else whole.last) < every or not state.counting:
+    every = getattr(hparams, "consolidate_every", 0)
+    if not every:
+        return
+    whole = state.consolidation
+    if state.last - (0 if whole is None else whole.last) < every or not state.counting:
         return
     try:
         consolidate(method, view, tok, hparams, state)
@@ -63,5 +66,5 @@ def union(masks: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch.Tensor
     found: dict[int, torch.Tensor] = {}
     for of_edit in masks:
         for layer, mask in of_edit.items():
-            found[layer] = found[layer] | mask if layer in found else mask
+            found[layer] = mask | found.get(layer, mask)
     return found

@@ -20,7 +20,7 @@ from ..messages import did_you_mean
 from ..models.arch import ModelView
 from ..models.prompts import open_end, tokenised_all
 from ..models.requests import Request
-from ..models.updates import LowRank, accumulate, of_parameter
+from ..models.updates import LowRank, Update, accumulate, of_parameter
 from ..scores.drift import mask_overlap
 from ..statistics.nullspace import RowSpace
 from . import alphaedit
@@ -272,22 +272,21 @@ def attributed(
         read = tokenised_all(tok, [(text, None, request.target_new) for request, text in filled], hparams.target_separator)
         targets = torch.tensor([found.labels[0] for found in read])
     found, device = {}, view.readout.head.device
-    readout = view.readout.to(device)
+    readout, log = view.readout.to(device), state.changes() if backend == "cached" else None
     for layer in hparams.layers:
         w_out = view.values(layer).to(device)  # the values go to the head, which is many times as large
         found[layer] = neuron_scores(
             seen.coefficients[layer].to(device), seen.residual[layer].to(device), w_out, readout, targets.to(device),
             strategy=hparams.attribution_strategy, amplification=hparams.amplification, norm=hparams.attribution_norm,
             final_hidden=seen.final_hidden.to(device), backend=backend,
-            projection=cache.projection(layer, w_out, readout, _made(view, layer, state)) if backend == "cached" else None,
+            projection=cache.projection(layer, w_out, readout, _made(view, layer, *log)) if backend == "cached" else None,
         )  # fmt: skip
     return found
 
 
-def _made(view: ModelView, layer: int, state: LifelongState) -> Made:
-    """What the log says a layer's values are made of."""
+def _made(view: ModelView, layer: int, bases: Mapping[str, torch.Tensor], changes: Sequence[Update]) -> Made:
+    """What the log (`LifelongState.changes`) says a layer's values are made of."""
     name, device = view.weight_name(layer), view.readout.head.device
-    bases, changes = state.changes()
     updates = of_parameter(changes, name)
 
     def after(count: int) -> torch.Tensor:

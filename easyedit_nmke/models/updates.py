@@ -190,9 +190,14 @@ def _weights(length: int, device: torch.device) -> torch.Tensor:
     return (torch.randint(-(1 << 62), 1 << 62, (length,), generator=generator, dtype=torch.int64) | 1).to(device)
 
 
+def hexadecimal(tensors: Mapping[Any, torch.Tensor]) -> str:
+    """`fingerprint`, as files tell it."""
+    return f"{fingerprint(tensors):016x}"
+
+
 def model_digest(model: torch.nn.Module) -> str:
     """`fingerprint` of all parameters of a model, in hexadecimal."""
-    return f"{fingerprint(dict(model.named_parameters())):016x}"
+    return hexadecimal(dict(model.named_parameters()))
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

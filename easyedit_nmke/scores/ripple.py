@@ -7,15 +7,13 @@ whole words. What a model that does not stop goes on to say is about something e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 
 from ..models.arch import context_length
 from ..models.prompts import encode, open_end
 from ..models.requests import MULTI_HOP, Query, Request
 from .answers import answer, says
-from .generation import greedy_texts
-
-TOKENS = 32  # that an answer may take
+from .free import mean_by_request
+from .generation import STOP_TOKENS, greedy_texts
 
 
 class Ripples:
@@ -41,11 +39,12 @@ class Ripples:
         there = [(i, kind, test, counts) for i, kind, test, counts in self._tests if i < edits]
         asked = [(i, kind, test) for i, kind, test, counts in there if counts]
         right = answered(model, tok, (query for *_, test in asked for query in test.queries), self.separator)
-        passed: dict[str, dict[int, list[bool]]] = {kind: {} for kind in self._kinds}
+        owners, passed = ({kind: [] for kind in self._kinds} for _ in range(2))
         for i, kind, test in asked:
             results = [right[query] for query in test.queries]
-            passed[kind].setdefault(i, []).append(all(results) if test.every else any(results))
-        scores = {_name(kind): fmean(map(fmean, values.values())) if values else None for kind, values in passed.items()}
+            owners[kind].append(i)
+            passed[kind].append(all(results) if test.every else any(results))
+        scores = {_name(kind): mean_by_request(owners[kind], passed[kind]) for kind in self._kinds}
         return {**scores, "ripple_counted": len(asked) / len(there) if there else None}
 
 
@@ -53,7 +52,7 @@ def answered(model, tok, queries: Iterable[Query], separator: str | None = None)
     """Whether the model answers each query rightly; a prompt is gone on from once."""
     queries = dict.fromkeys(queries)
     prompts = list(dict.fromkeys(query.prompt for query in queries))
-    said = dict(zip(prompts, greedy_texts(model, tok, prompts, TOKENS, separator=separator), strict=True))
+    said = dict(zip(prompts, greedy_texts(model, tok, prompts, STOP_TOKENS, separator=separator), strict=True))
     return {query: all(_says(said[query.prompt], names) for names in query.answers) for query in queries}
 
 
@@ -67,8 +66,8 @@ def check(model, tok, requests: Sequence[Request], separator: str | None = None)
     tests = [test for request in requests for some in request.ripple.values() for test in some]
     for prompt in dict.fromkeys(query.prompt for test in tests for query in (*test.queries, *test.conditions)):
         count = len(encode(tok, open_end(prompt, separator, tok)[0]))
-        if context is not None and count + TOKENS > context:
-            size = f"{count} tokens and needs {TOKENS} more"
+        if context is not None and count + STOP_TOKENS > context:
+            size = f"{count} tokens and needs {STOP_TOKENS} more"
             raise ValueError(f"the query {prompt[:60]!r} has {size}, the model's context is {context}")
 
 

@@ -58,6 +58,11 @@ class Metric:
     asked: bool = False
 
     @property
+    def optional(self) -> bool:
+        """Whether tables do without it where they would be too wide: the shell does not always show it."""
+        return self.short is None or self.asked
+
+    @property
     def arrow(self) -> str:
         return "↑" if self.better == "higher" else "↓"
 
@@ -308,9 +313,9 @@ def _names_of(name: str) -> tuple[str, str, str]:
     return name, f"{name}.norm", f"{name}.same"
 
 
-def in_shell(scores: Collection[str] = ()) -> dict[str, str]:
-    """{name: heading} of the shell's tables; of scores that have to be asked for, those among `scores`."""
-    return {name: row.short for name, row in table().items() if row.short and (not row.asked or name in scores)}
+def in_shell(scores: Collection[str] | None = None) -> dict[str, str]:
+    """{name: heading} of the shell's tables, of those among `scores`; None: of all that need not be asked for."""
+    return {name: row.short for name, row in table().items() if row.short and (not row.asked if scores is None else name in scores)}
 
 
 def in_report() -> dict[str, Metric]:
@@ -319,7 +324,7 @@ def in_report() -> dict[str, Metric]:
 
     def place(item: tuple[str, Metric]) -> tuple[bool, bool]:
         _, row = item
-        return row.protocol not in (FREE, NATURAL) or row.asked, row.short is None or row.asked
+        return row.protocol not in (FREE, NATURAL) or row.asked, row.optional
 
     return dict(sorted(found.items(), key=place))
 

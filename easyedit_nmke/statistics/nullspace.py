@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..models.arch import ModelView
-from ..models.updates import fingerprint
+from ..models.updates import hexadecimal
 from .covariance import cache_directory, each_moment, moment_files, own_file, save
 from .making import Making, making_of, seconds_of
 
@@ -94,7 +94,7 @@ def read_row_space(file: Path, digest: str, hparams) -> RowSpace:
 
 def space_digest(space: RowSpace) -> str:
     """Of its bits, in hexadecimal."""
-    return f"{fingerprint(space._asdict()):016x}"
+    return hexadecimal(space._asdict())
 
 
 def _told(spaces: dict[int, RowSpace]) -> dict[int, RowSpace]:

@@ -63,9 +63,9 @@ def _named(runs: Sequence[str]) -> dict[str, Path]:
 
 
 def _digest(found: Mapping) -> str:
-    from ...models.updates import fingerprint
+    from ...models.updates import hexadecimal
 
-    return f"{fingerprint({str(layer): weight.contiguous() for layer, weight in found.items()}):016x}"
+    return hexadecimal({str(layer): weight.contiguous() for layer, weight in found.items()})
 
 
 def _scores(path: Path) -> dict | None:

@@ -15,7 +15,7 @@ from ...history.durable import find, history
 from ...history.journal import Journal
 from ...history.log import changes_of
 from ...models.arch import ModelView
-from ...models.updates import accumulate, fingerprint, of_parameter
+from ...models.updates import accumulate, hexadecimal, of_parameter
 
 
 def base_of(path: Path) -> str | None:
@@ -69,7 +69,7 @@ def _of_state(folder: Path, view: ModelView) -> dict[int, torch.Tensor]:
         known: Mapping[str, str] = journal.header["model"]["weights"]
         updates, names, found = changes_of(history(journal)[0]), _names(view), {}
     for name in sorted({update.parameter for update in updates} & set(names), key=names.__getitem__):
-        if known.get(name) != f"{fingerprint({name: view.model.get_parameter(name)}):016x}":
+        if known.get(name) != hexadecimal({name: view.model.get_parameter(name)}):
             raise ValueError(f"{folder} holds edits of another model ({name} differs); give its base model by --model")
         found[names[name]] = torch.empty_like(view.matrix(name))
         accumulate(found[names[name]], view.matrix(name), of_parameter(updates, name))

@@ -175,11 +175,11 @@ class _Stream:
         from ...methods import open_state
         from ...methods.contract import apply_method
         from ...scores import metrics
+        from ..tune.bed import unedited_afterwards
 
         editor, method = self.editor, self.editor.method
         state = open_state(editor.model, editor.tok, hparams, progress=False)
-        originals = {name: editor.model.get_parameter(name).detach().clone() for name in method.matrices(editor.model, hparams)}
-        try:
+        with unedited_afterwards(editor.model, method.matrices(editor.model, hparams)):
             for start in range(0, len(self.requests), hparams.batch_size):
                 some = slice(start, start + hparams.batch_size)
                 replay = partial(method.replay, z=self.values["z"][some].T, scores=self.scores(hparams, some))
@@ -187,9 +187,6 @@ class _Stream:
                 tell(len(self.requests[some]))
             after = metrics.quality(editor.model, editor.tok, self.requests, separator=self.separator)
             kept = self.kept.score(editor.model, editor.tok)
-        finally:
-            for name, original in originals.items():
-                editor.model.get_parameter(name).data.copy_(original)
         reports, attributing = state.reports, self.attributions.get(_strategy(hparams)) if hparams.neurons != "all" else None
         seconds = {phase: sum(r.seconds.get(phase, 0.0) for r in reports) / len(self.requests) for phase in reports[0].seconds}
         seconds["attribution"] = 0.0 if attributing is None else attributing["seconds"].sum().item() / len(self.requests)
