@@ -11,6 +11,7 @@ from easyedit_nmke import apply_nmke_to_model
 from easyedit_nmke.attribution import AttributionCache, fused
 from easyedit_nmke.attribution.masks import neuron_mask
 from easyedit_nmke.methods.nmke import NMKEHyperParams
+from easyedit_nmke.models import adding
 from easyedit_nmke.models.updates import LowRank
 
 # P, N, D, V: one of each, one tile and a bit, many prompts, a vocabulary of several tiles
@@ -21,6 +22,18 @@ def errors(case, norm, **settings):
     """Largest absolute error of the scores."""
     expected = case.scores(backend="reference", norm=norm)
     return float((case.scores(backend="fused", norm=norm, **settings) - expected).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 1, 1), (16, 128, 3), (37, 131, 20)])
+def test_columns_are_added_to_the_bit(dtype, rows, width, columns):
+    g = torch.Generator().manual_seed(rows)
+    sizes = (rows, width), (rows, columns), (columns, width)
+    total, left, right = (torch.randn(*size, generator=g, dtype=dtype) for size in sizes)
+    expected = total.clone()
+    LowRank("w", left, right).added_to(expected, slice(None))
+    adding.add_columns(total, left, right)
+    assert torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("norm", ["frozen", "exact"])
