@@ -108,4 +108,6 @@ def rows(content: Mapping) -> tuple[list[str], list[list[str]]]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
