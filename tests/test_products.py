@@ -173,12 +173,12 @@ def test_statistics_and_scores_are_computed_exactly(tiny, monkeypatch):
     model, tok = tiny("llama")
     view = ModelView(model)
     watched(covariance.SecondMoment, "add"), watched(fast, "perturbed_log_probs")
-    watched(AttributionCache, "check"), watched(cached.Projection, "follow")
+    watched(AttributionCache, "check"), watched(cached.Projection, "_add")
     covariance.covariances(view, tok, ["The capital of France is Paris. " * 12], [0])
     case, cache = make_case((2, 7, 8, 37)), AttributionCache()
     case.scores(backend="fast")
-    cache.projection(0, case.w_out, case.readout)
-    cache.follow({0: [LowRank("0", torch.zeros(8, 1), torch.zeros(1, 7))]}, {0: case.w_out}, case.readout)
+    zeros = [LowRank("0", torch.zeros(8, 1), torch.zeros(1, 7))]
+    cache.projection(0, case.w_out, case.readout, cached.Made(case.w_out, zeros, lambda left: left, lambda count: case.w_out))
     exact = {("highest", ("ieee",) * len(PARTS))}
-    assert seen == {name: exact for name in ("add", "perturbed_log_probs", "check", "follow")}
+    assert seen == {name: exact for name in ("add", "perturbed_log_probs", "check", "_add")}
     assert torch.get_float32_matmul_precision() == "medium"

@@ -8,7 +8,7 @@ import torch
 from test_attribution import READOUTS, make_case
 
 from easyedit_nmke import apply_nmke_to_model
-from easyedit_nmke.attribution import AttributionCache, fused
+from easyedit_nmke.attribution import AttributionCache, Made, fused
 from easyedit_nmke.attribution.masks import neuron_mask
 from easyedit_nmke.methods.nmke import NMKEHyperParams
 from easyedit_nmke.models import adding
@@ -98,13 +98,11 @@ def test_prompts_and_neurons_in_parts():
 def test_the_kernel_reads_a_cache(dtype):
     """U stored, and a change of the weights as pending factors, through the same kernel."""
     case = make_case((3, 63, 20, 150), "layer", dtype=dtype)
-    cache = AttributionCache()
-    cache.projection(0, case.w_out, case.readout)
-    generator = torch.Generator().manual_seed(0)
+    base, generator = case.w_out.clone(), torch.Generator().manual_seed(0)
     left, right = torch.randn(20, 3, generator=generator), 0.1 * torch.randn(3, 63, generator=generator)
     case.w_out.add_(left @ right)
-    cache.follow({0: [LowRank("0", left, right)]}, {0: case.w_out}, case.readout)
-    held = cache.layers[0]
+    made = Made(base, [LowRank("0", left, right)], lambda left: left, lambda count: case.w_out if count else base)
+    held = AttributionCache().projection(0, case.w_out, case.readout, made)
     for final in (case.final_hidden, None):
         args = (case.coefficients, case.residual, case.w_out, case.readout, case.target_ids, 30.0, final)
         after, before = fused.perturbed_log_probs(*args, projection=held)
@@ -168,10 +166,10 @@ def test_a_cache_is_read_with_few_widths():
     """Each other one would compile the kernel anew, some seconds in each of the first edits."""
     case, widths = make_case((2, 33, 16, 129), "rms"), set()
     cache = AttributionCache()
-    projection = cache.projection(0, case.w_out, case.readout)
+    projection = cache.projection(0, case.w_out, case.readout, Made.of(case.w_out))
     for _ in range(20):
         weight, head, stored, _ = fused._operands(case.w_out, slice(None), case.readout, case.target_ids, projection, torch.float32)
         assert weight.shape[1] == head.shape[1] and weight.is_contiguous() and stored.shape == (33, 129)
         widths.add(weight.shape[1])
-        projection._add([LowRank("w", torch.randn(16, 1), torch.randn(1, 33))], case.readout)
+        projection._add(torch.randn(16, 1), torch.randn(1, 33), case.readout)
     assert widths == {0, 16, 32}
