@@ -5,6 +5,7 @@ import os
 # Before torch is imported: processes that share cores are many times slower with more threads than their share.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub, and one that does not answer is asked for half a minute
 
 import pytest
 import torch
