@@ -108,7 +108,8 @@ def _against(ax, points: Sequence[tuple[Mapping, float, bool]], name: str, logar
     values = [chosen[name] for chosen, *_ in points]
     if logarithmic:
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+        few = max(values) > 1000 * min(values)  # decades alone have room
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 3), numticks=6))
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.xaxis.set_minor_locator(NullLocator())
         ax.tick_params("x", labelsize=7)
