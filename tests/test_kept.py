@@ -61,10 +61,13 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     editor.close()
     assert all(torch.equal(model.get_parameter(name), p) for name, p in editor.model.named_parameters())
 
-    shown = run(capsys, "export", results, "--to", "lora", "--rank", 2, "--out", tmp_path / "small")
-    report = kept.export(results, "lora", tmp_path / "again", rank=2)
-    assert f"Rank 2 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
-    assert "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
+    shown = run(capsys, "export", results, "--to", "lora", "--rank", 1, "--out", tmp_path / "small")
+    report = kept.export(results, "lora", tmp_path / "again", rank=1)
+    assert f"Rank 1 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
+    assert "rounded" not in shown and "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
+    shown = run(capsys, "export", results, "--to", "lora", "--rank", 9, "--out", tmp_path / "served")
+    assert "--rank 9 is rounded up to 16, the next one that vLLM serves\nRank 16 leaves out 0.00%" in shown
+    assert "--max-lora-rank 16" in (tmp_path / "served" / "README.md").read_text()
 
     assert asked[1]["prompt"] in run(capsys, "undo", results, 2)
     listed = run(capsys, "log", results)

@@ -41,7 +41,9 @@ def _rollback_arguments(rollback: argparse.ArgumentParser) -> None:
 def _export_arguments(export: argparse.ArgumentParser) -> None:
     folder_arguments(export)
     export.add_argument("--to", required=True, choices=("model", "delta", "lora"), help="a whole checkpoint, factors, an adapter")
-    export.add_argument("--rank", type=positive, metavar="R", help="of the adapter (default: that of all edits together)")
+    export.add_argument(
+        "--rank", type=positive, metavar="R", help="of the adapter, rounded up to one that vLLM serves (default: that of all edits)"
+    )
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of a model's edited tensors (default: the base's, rounded)"
     )
@@ -116,6 +118,9 @@ def _export(args, console: Console) -> int:
     if report and args.to == "model":
         console.print(str(report), highlight=False, soft_wrap=True)
     elif report:
+        if args.rank not in (None, report.rank):
+            told = f"--rank {args.rank} is rounded up to {report.rank}, the next one that vLLM serves"
+            console.print(told, highlight=False, soft_wrap=True)
         each = ", ".join(f"layer {layer} {error:.2%}" for layer, error in report.errors.items())
         told = f"Rank {report.rank} leaves out {report.total:.2%} of the updates (Frobenius norm): {each}"
         console.print(told, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from ..files import check_new
 from ..history import journal
 from ..history.checkpoint import ModelReport
 from ..history.durable import find, history, undo
-from ..history.export import Card, LoraReport, export_delta, export_lora, export_model
+from ..history.export import Card, LoraReport, export_delta, export_lora, export_model, served_rank
 from ..history.journal import Journal, Verification
 from ..history.log import Consolidation, Edit, Event, consolidated, held, standing
 from ..models.arch import ModelView, evaluating
@@ -123,7 +123,7 @@ def export(
     dtype: str | None = None,
 ) -> ModelReport | LoraReport | None:  # fmt: skip
     """Write the edited model of a state to `out`; returns what an adapter's rank, or rounding a whole model to `dtype` (by default
-    the base's), leaves out. to: "model", "delta" or "lora"."""
+    the base's), leaves out. to: "model", "delta" or "lora". rank: rounded up to one that servers take (`served_rank`)."""
     for name, value, kind in (("--rank", rank, "lora"), ("--dtype", dtype, "model")):
         if value is not None and to != kind:
             raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
@@ -136,7 +136,7 @@ def export(
             return export_model(editor.model, editor.tok, out, card, kind, editor.state.weights.masters)
         if to == "delta":
             return export_delta(editor.model, updates, originals, out, card)
-        return export_lora(editor.model, updates, out, card, rank)
+        return export_lora(editor.model, updates, out, card, None if rank is None else served_rank(rank), fill=True)
 
 
 def _card(editor: LifelongEditor) -> Card:
