@@ -45,9 +45,12 @@ class LifelongEditor:
         return cls(hparams)
 
     @classmethod
-    def of_folder(cls, folder: str | Path, model: str | None = None, device: str | None = None) -> LifelongEditor:
+    def of_folder(
+        cls, folder: str | Path, model: str | None = None, device: str | None = None, write: bool = True
+    ) -> LifelongEditor:
         """The editor of the edits that are kept in `folder` or below it (see `durable.find`), its model brought to the last one.
-        model, device: instead of those that it was started with."""
+        model, device: instead of those that it was started with. write: whether later edits, and undone ones, are kept there too;
+        without it they are this editor's alone, and the folder stays as it is."""
         folder = find(folder)
         with Journal.open(folder, write=False) as journal:
             content = journal.header["hparams"]
@@ -56,7 +59,7 @@ class LifelongEditor:
             {**content, **changes, "state_dir": str(folder)}, source=f"the state in {folder}"
         )
         editor = cls.from_hparams(hparams)
-        editor.open()  # which brings the model to the last edit
+        editor._state = editor.method.open(editor.model, editor.tok, hparams, write=write)  # brings the model to the last edit
         return editor
 
     def open(self) -> LifelongState:

@@ -238,6 +238,26 @@ def test_a_truncated_adapter_reports_what_it_costs(rank, edited, tmp_path):
     assert f"it leaves out {report.total:.2%} of the updates" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_ranks_are_rounded_up_to_those_that_are_served():
+    asked = (1, 2, 8, 9, 300, 320, 321, 512, 600)
+    assert [export.served_rank(rank) for rank in asked] == [1, 8, 8, 16, 320, 320, 512, 512, 600]
+
+
+@pytest.mark.parametrize(("kind", "columns", "rank"), [("llama", (1, 3), 8), ("gpt2", (20, 20), 64), ("llama", (90,), 64)])
+def test_an_adapter_is_filled_up_to_its_rank_with_zeros(kind, columns, rank, edited, tmp_path):
+    """Also beyond the matrices' own rank of 32."""
+    peft = pytest.importorskip("peft")
+    base, model, updates, _ = edited(kind, columns=columns)
+    report = export.export_lora(model, updates, tmp_path / "out", CARD, rank=rank, fill=True)
+    assert report.rank == rank and report.total < 1e-12
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(rank == tensor.shape[0 if "lora_A" in name else 1] for name, tensor in stored.items())
+    used = [tensor.any(dim=1 if "lora_A" in name else 0).sum().item() for name, tensor in stored.items()]
+    assert used == [min(sum(columns), rank, 32) if sum(columns) > rank else sum(columns)] * 4
+    wanted = logits(model)
+    assert (logits(peft.PeftModel.from_pretrained(base, tmp_path / "out")) - wanted).abs().max() <= 1e-4
+
+
 def test_more_edits_than_hidden_dimensions_need_no_higher_rank(edited, tmp_path):
     _, model, updates, _ = edited("llama", columns=(10,) * 4)
     report = export.export_lora(model, updates, tmp_path / "out", CARD)

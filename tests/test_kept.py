@@ -1,7 +1,9 @@
 """The shell on a state that `nmke run` left: log, undo, export."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from easyedit_nmke.cli import kept
 from easyedit_nmke.models.prompts import encode
 from easyedit_nmke.scores import generation
 
+HOME = Path(__file__).parents[1]
 SETTINGS = dict(
     alg_name="NMKE", model_name="atlas", device="cpu", layers=[0, 1], v_num_grad_steps=2, mom2_dataset="atlas", mom2_n_samples=200,
     nullspace_fraction=0.9,
@@ -61,10 +64,13 @@ def test_log_undo_and_export(results, requests, capsys, monkeypatch, tmp_path):
     editor.close()
     assert all(torch.equal(model.get_parameter(name), p) for name, p in editor.model.named_parameters())
 
-    shown = run(capsys, "export", results, "--to", "lora", "--rank", 2, "--out", tmp_path / "small")
-    report = kept.export(results, "lora", tmp_path / "again", rank=2)
-    assert f"Rank 2 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
-    assert "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
+    shown = run(capsys, "export", results, "--to", "lora", "--rank", 1, "--out", tmp_path / "small")
+    report = kept.export(results, "lora", tmp_path / "again", rank=1)
+    assert f"Rank 1 leaves out {report.total:.2%} of the updates (Frobenius norm): layer 0 " in shown and report.total > 0
+    assert "rounded" not in shown and "Rank 3 leaves out 0.00%" in run(capsys, "export", results, "--to", "lora")
+    shown = run(capsys, "export", results, "--to", "lora", "--rank", 9, "--out", tmp_path / "served")
+    assert "--rank 9 is rounded up to 16, the next one that vLLM serves\nRank 16 leaves out 0.00%" in shown
+    assert "--max-lora-rank 16" in (tmp_path / "served" / "README.md").read_text()
 
     assert asked[1]["prompt"] in run(capsys, "undo", results, 2)
     listed = run(capsys, "log", results)
@@ -156,3 +162,28 @@ def told(history, wanted):
         return events, notes
 
     return other
+
+
+def test_the_page_on_serving_runs(results, requests, monkeypatch):
+    """Its blocks of Python one after the other, as a reader would."""
+    pytest.importorskip("peft")
+    for to in ("lora", "model"):
+        kept.export(results, to, results / to)
+    monkeypatch.chdir(results.parent)
+    page, seen = (HOME / "docs" / "serving.md").read_text(), []
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M):
+        names = {"asked": seen[-1]["asked"]} if seen else {}
+        exec(block, names)
+        seen.append(names)
+    by_peft, whole, by_transformers = seen
+    editor = kept.open_editor(kept.find(results))
+    editor.close()
+    with torch.no_grad():
+        wanted, before = (model(by_peft["asked"]).logits for model in (editor.model, embedded.load()[0]))
+    for found in (by_peft["edited"], by_transformers["edited"], by_peft["merged"](by_peft["asked"]).logits):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    for found in (by_peft["unedited"], by_transformers["unedited"]):
+        torch.testing.assert_close(found, before, rtol=0, atol=1e-4)
+    assert (wanted - before).abs().max() > 1e-2
+    (said,) = generation.greedy_texts(whole["model"], whole["tok"], ["The people of Cape Wuzes are citizens of"], 8)
+    assert whole["said"].endswith(said.strip())

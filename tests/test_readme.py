@@ -198,6 +198,14 @@ def test_where_edited_models_stop_is_its_file():
     assert len(lines) == 5 and lines[1]["protocol"]["command"].replace("'", '"') in " ".join(text.replace("\\", "").split())
 
 
+def test_what_llama_cpp_says_is_its_file():
+    content, text = json.loads((HOME / "docs/serving.json").read_text()), (HOME / "docs/serving.md").read_text()
+    for row in content["results"]:
+        cells = [row["served"], *(f"{row[name]} of {content['edits']}" for name in ("new_answer", "same_tokens"))]
+        assert f"| {' | '.join(cells)} |" in text
+    assert content["engine"].split(",")[0] in text
+
+
 def test_speed_is_that_of_its_files_and_names_their_processor():
     text = (HOME / "docs/speed.md").read_text()
     told = text[: text.index("## On an Intel Xeon")]

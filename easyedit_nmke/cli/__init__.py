@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from ..extensions import with_extensions
-from . import analyze, bench, check, demo, doctor, edits, report, run, tasks, tune
+from . import analyze, bench, chat, check, demo, doctor, edits, report, run, tasks, tune
 from .verb import Verb
 
 VERBS = (
-    demo.VERB, check.VERB, run.RUN, run.COMPARE, tune.VERB, report.VERB, tasks.VERB, edits.LOG, edits.UNDO, edits.ROLLBACK,
-    edits.CONSOLIDATE, edits.EXPORT, analyze.VERB, bench.VERB, doctor.VERB,
+    demo.VERB, check.VERB, run.RUN, run.COMPARE, tune.VERB, report.VERB, tasks.VERB, edits.LOG, chat.VERB, edits.UNDO,
+    edits.ROLLBACK, edits.CONSOLIDATE, edits.EXPORT, analyze.VERB, bench.VERB, doctor.VERB,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ at once, and given to others."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -14,33 +15,35 @@ from rich.text import Text
 from .verb import Verb, positive, quiet_libraries
 
 
-def _folder(sub: argparse.ArgumentParser) -> None:
+def folder_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("folder", type=Path, metavar="DIR", help="where `nmke run` keeps its edits, or a state_dir")
     sub.add_argument("--model", metavar="NAME", help="where the base model lies now, if it was moved")
     sub.add_argument("--device", metavar="NAME", help="instead of the one that the edits were made on")
 
 
 def _log_arguments(log: argparse.ArgumentParser) -> None:
-    _folder(log)
+    folder_arguments(log)
     log.add_argument("--check", action="store_true", help="also load the model and ask it")
     log.add_argument("--verify", action="store_true", help="first read every file and check that it is what was written")
 
 
 def _undo_arguments(undo: argparse.ArgumentParser) -> None:
-    _folder(undo)
+    folder_arguments(undo)
     undo.add_argument("edit", type=positive, metavar="ID", help="its number in `nmke log`")
     undo.add_argument("--resolve", action="store_true", help="solve the later edits again without it (loads the model)")
 
 
 def _rollback_arguments(rollback: argparse.ArgumentParser) -> None:
-    _folder(rollback)
+    folder_arguments(rollback)
     rollback.add_argument("to", type=int, metavar="ID", help="the last edit that stays, 0 for none")
 
 
 def _export_arguments(export: argparse.ArgumentParser) -> None:
-    _folder(export)
+    folder_arguments(export)
     export.add_argument("--to", required=True, choices=("model", "delta", "lora"), help="a whole checkpoint, factors, an adapter")
-    export.add_argument("--rank", type=positive, metavar="R", help="of the adapter (default: that of all edits together)")
+    export.add_argument(
+        "--rank", type=positive, metavar="R", help="of the adapter, rounded up to one that vLLM serves (default: that of all edits)"
+    )
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of a model's edited tensors (default: the base's, rounded)"
     )
@@ -57,21 +60,26 @@ def _log(args, console: Console) -> int:
         raise ValueError(f"{args.folder} is damaged, see above; put {files} back from a backup")
     if args.check:
         quiet_libraries(args)
-    table = Table(title=f"Edits in {args.folder}", title_justify="left", box=SIMPLE)
-    table.add_column("Edit", justify="right")
-    names = ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if args.check else []), "When", "Now")
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for edit in kept.edits(args.folder, args.model, args.device, args.check):
-        style = "" if edit["now"] == "effective" else "dim"
-        said = [Text(edit["said"], "green" if edit["right"] else "red")] if args.check else []
-        asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
-        table.add_row(str(edit["id"]), *asked, *said, Text(edit["made"]), Text(edit["now"]), style=style)
-    console.print(table)
+    found = kept.edits(args.folder, args.model, args.device, args.check)
+    console.print(edit_table(found, f"Edits in {args.folder}", args.check))
     for told in kept.consolidations(args.folder):
         console.print(told, highlight=False, soft_wrap=True)
     console.print(kept.verified(args.folder), highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def edit_table(edits: Sequence[Mapping], title: str, said: bool = False) -> Table:
+    """`kept.edits` as a table; said: with what the model says."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE)
+    table.add_column("Edit", justify="right")
+    for name in ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if said else []), "When", "Now"):
+        table.add_column(name, overflow="fold")
+    for edit in edits:
+        style = "" if edit["now"] == "effective" else "dim"
+        answer = [Text(edit["said"], "green" if edit["right"] else "red")] if said else []
+        asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
+        table.add_row(str(edit["id"]), *asked, *answer, Text(edit["made"]), Text(edit["now"]), style=style)
+    return table
 
 
 def _undo(args, console: Console) -> int:
@@ -110,6 +118,9 @@ def _export(args, console: Console) -> int:
     if report and args.to == "model":
         console.print(str(report), highlight=False, soft_wrap=True)
     elif report:
+        if args.rank not in (None, report.rank):
+            told = f"--rank {args.rank} is rounded up to {report.rank}, the next one that vLLM serves"
+            console.print(told, highlight=False, soft_wrap=True)
         each = ", ".join(f"layer {layer} {error:.2%}" for layer, error in report.errors.items())
         told = f"Rank {report.rank} leaves out {report.total:.2%} of the updates (Frobenius norm): {each}"
         console.print(told, highlight=False, soft_wrap=True)
@@ -146,7 +157,7 @@ CONSOLIDATE = Verb(
     "solve all edits that still count at once, in the place of all updates so far",
     "nmke consolidate results",
     _consolidate,
-    _folder,
+    folder_arguments,
     needs_arguments=True,
 )
 EXPORT = Verb(

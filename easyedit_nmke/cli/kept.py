@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from ..files import check_new
 from ..history import journal
 from ..history.checkpoint import ModelReport
 from ..history.durable import find, history, undo
-from ..history.export import Card, LoraReport, export_delta, export_lora, export_model
+from ..history.export import Card, LoraReport, export_delta, export_lora, export_model, served_rank
 from ..history.journal import Journal, Verification
-from ..history.log import Consolidation, Edit, consolidated, held, standing
+from ..history.log import Consolidation, Edit, Event, consolidated, held, standing
+from ..models.arch import ModelView, evaluating
+from ..models.chat import as_chat
+from ..models.products import frozen
 from ..scores import generation
 from ..scores.table import in_shell
 
@@ -30,22 +34,27 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     where = find(folder)
     with Journal.open(where, write=False) as journal:
         events, _ = history(journal, tensors=False)
-    now, found, truths = standing(events), [], []
-    for event in events:
-        if isinstance(event, Edit):
-            for number, request in zip(event.ids, event.requests, strict=True):
-                told = {name: request.get(name) for name in ("subject", "prompt", "ground_truth", "target_new")}
-                found.append({"id": number, **told, "made": event.made, "now": now[number]})
-                if number - event.first in event.report.skipped and now[number] == "effective":
-                    found[-1]["now"] = "skipped"
-                truths.append((request["prompt"], (request["target_new"], *request.get("aliases", ()))))
+    told = list(_told(events))
+    found = [edit for edit, _ in told]
     if check and found:
+        truths = [(request["prompt"], (request["target_new"], *request.get("aliases", ()))) for _, request in told]
         editor = open_editor(where, model, device)
         editor.close()  # it is only asked
         verdicts = generation.judge(editor.model, editor.tok, truths, separator=editor.hparams.target_separator)
         for edit, verdict in zip(found, verdicts, strict=True):
             edit.update(said=verdict.answer, right=verdict.exact)
     return found
+
+
+def _told(events: Iterable[Event]) -> Iterator[tuple[dict, Mapping]]:
+    """(what `edits` tells of it, its request) of every edit."""
+    now = standing(events)
+    for event in events:
+        if isinstance(event, Edit):
+            for number, request in zip(event.ids, event.requests, strict=True):
+                told = {name: request.get(name) for name in ("subject", "prompt", "ground_truth", "target_new")}
+                skipped = number - event.first in event.report.skipped and now[number] == "effective"
+                yield {"id": number, **told, "made": event.made, "now": "skipped" if skipped else now[number]}, request
 
 
 def consolidations(folder: str | Path) -> list[str]:
@@ -114,7 +123,7 @@ def export(
     dtype: str | None = None,
 ) -> ModelReport | LoraReport | None:  # fmt: skip
     """Write the edited model of a state to `out`; returns what an adapter's rank, or rounding a whole model to `dtype` (by default
-    the base's), leaves out. to: "model", "delta" or "lora"."""
+    the base's), leaves out. to: "model", "delta" or "lora". rank: rounded up to one that servers take (`served_rank`)."""
     for name, value, kind in (("--rank", rank, "lora"), ("--dtype", dtype, "model")):
         if value is not None and to != kind:
             raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
@@ -127,7 +136,7 @@ def export(
             return export_model(editor.model, editor.tok, out, card, kind, editor.state.weights.masters)
         if to == "delta":
             return export_delta(editor.model, updates, originals, out, card)
-        return export_lora(editor.model, updates, out, card, rank)
+        return export_lora(editor.model, updates, out, card, None if rank is None else served_rank(rank), fill=True)
 
 
 def _card(editor: LifelongEditor) -> Card:
@@ -147,3 +156,59 @@ def _card(editor: LifelongEditor) -> Card:
     digest = hashlib.sha256(weights.encode()).hexdigest()[:16]
     today, revision = date.today().isoformat(), settings["revision"]
     return Card(settings["model_name"], digest, editor.alg_name, now.count("effective"), today, scores, revision)
+
+
+class Sides:
+    """The model of a folder of edits, and the same model without them, to be asked both. One model is in memory, and its edited
+    matrices a second time, on its device. No byte of the folder changes, and what `undo` takes out is in it still.
+
+    in_chat: whether prompts are put into the tokenizer's chat format; None where it has none.
+    """
+
+    def __init__(self, folder: str | Path, model: str | None = None, device: str | None = None):
+        self.editor = LifelongEditor.of_folder(folder, model, device, write=False)
+        self.in_chat = True if getattr(self.editor.tok, "chat_template", None) else None
+        view = ModelView(self.editor.model)
+        self._edited = {name: view.model.get_parameter(name) for name in self.editor.state.weights.now}
+        originals, _ = self.editor.state.changes()
+        self._originals = {
+            name: view.oriented(name, originals[name]).to(parameter.device).contiguous() for name, parameter in self._edited.items()
+        }
+
+    @property
+    def edits(self) -> list[dict]:
+        """As `edits` tells those of a folder."""
+        return [edit for edit, _ in _told(self.editor.state.events)]
+
+    def undo(self, edit: int) -> dict:
+        """Take one edit out, and return it as `edits` tells it. ValueError when it cannot be taken out."""
+        told = {entry["id"]: entry for entry in self.edits}
+        self.editor.undo(edit)
+        return told[edit]
+
+    def answers(self, prompt: str, new_tokens: int) -> Iterator[tuple[generation.Spoken, generation.Spoken]]:
+        """What the unedited model says and what the edited one does, again with each token; both greedily. ValueError for a prompt
+        that the model cannot read."""
+        model, tok = self.editor.model, self.editor.tok
+        asked = as_chat(tok, prompt) if self.in_chat else prompt
+        unedited, edited = (
+            generation.Spoken(model, tok, asked, new_tokens, self.editor.hparams.target_separator) for _ in range(2)
+        )
+        with evaluating(model), frozen(model):
+            while not (unedited.done and edited.done):
+                with self._without_edits():
+                    unedited.go_on()
+                edited.go_on()
+                yield unedited, edited
+
+    @contextmanager
+    def _without_edits(self) -> Iterator[None]:
+        """Inside it the edited parameters have the original values. Only pointers change, so it costs no time."""
+        now = {name: parameter.data for name, parameter in self._edited.items()}
+        try:
+            for name, parameter in self._edited.items():
+                parameter.data = self._originals[name]
+            yield
+        finally:
+            for name, parameter in self._edited.items():
+                parameter.data = now[name]

@@ -36,7 +36,8 @@ def register(text_only: bool = False) -> ModuleType:
     """Puts NMKE, and every other method that EasyEdit lacks, among its methods and its batchable methods; returns the imported
     ``easyeditor``.
 
-    ``easyeditor`` may have been imported before or not; a second call changes nothing. With ``text_only`` it is imported
+    ``easyeditor`` may have been imported before or not; a second call changes nothing, and neither does the first where EasyEdit
+    reads entry points (docs/upstream.md): it found them by itself. With ``text_only`` it is imported
     inside :func:`text_only`. Raises ImportError, one sentence, when EasyEdit is missing, lacks a package, or is too old.
     """
     home = find_easyedit()
@@ -54,8 +55,7 @@ def register(text_only: bool = False) -> ModuleType:
     for name, method in methods().items():
         if name.lower() not in theirs:
             table[name] = applied(method)
-            table[name].of_easyedit_nmke = True
-    ours = {ALG_NAME, *(name for name, apply in table.items() if hasattr(apply, "of_easyedit_nmke"))}
+    ours = {name for name, apply in table.items() if hasattr(apply, "of_easyedit_nmke")}
     if not all(map(batchable.is_batchable_method, ours)):
         batchable.is_batchable_method = staticmethod(_or_ours(batchable.is_batchable_method, ours))
     logger.info("%s are registered in EasyEdit at %s", ", ".join(sorted(ours)), home)
@@ -70,8 +70,7 @@ def easyedit_method(name: str) -> tuple[str, Callable, type]:
     """
     register(text_only=True)
     table = _tables(find_easyedit())[0]
-    ours = {ALG_NAME, *(known for known, apply in table.items() if hasattr(apply, "of_easyedit_nmke"))}
-    methods = {known.lower(): known for known in table if known not in ours}
+    methods = {known.lower(): known for known, apply in table.items() if not hasattr(apply, "of_easyedit_nmke")}
     if name.lower() not in methods:
         hint = did_you_mean(name, methods.values())
         raise ValueError(f"EasyEdit has no method {name!r}{hint}; it has {', '.join(methods.values())}")

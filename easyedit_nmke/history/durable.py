@@ -66,14 +66,17 @@ def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: Hype
     return state
 
 
-def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hparams: HyperParams) -> LifelongState:
+def continued(
+    build: Callable[[Ground], LifelongState], weights: Matrices, hparams: HyperParams, write: bool = True
+) -> LifelongState:
     """The state that is kept in `hparams.state_dir`, and the unedited model brought to its last edit. build: makes the state that
-    was begun there.
+    was begun there. write: whether what becomes of the state is kept there too; without it no byte of the folder changes, also when
+    another process writes it.
 
     Raises ValueError, and leaves the model as it was, when that state is of another model or of other hyperparameters; OSError when
-    another process writes it.
+    it is to be written and another process does so.
     """
-    book = Book(Journal.open(hparams.state_dir))
+    book = Book(Journal.open(hparams.state_dir, write), write)
     try:
         book.check(hparams)
         book.check_model(weights)
@@ -87,7 +90,8 @@ def continued(build: Callable[[Ground], LifelongState], weights: Matrices, hpara
     except BaseException:
         book.close()
         raise
-    state.book = book
+    if write:
+        state.book = book
     if state.events:
         logger.info("the model was brought to edit %d of the state in %s", state.last, book.directory)
     return state
@@ -104,11 +108,11 @@ def _value_norms(header: Mapping[str, Any]) -> dict[int, ValueNorm]:
 class Book:
     """The journal of one state. Whatever is raised here, nothing was added."""
 
-    def __init__(self, journal: Journal):
+    def __init__(self, journal: Journal, write: bool = True):
         self.journal, self.directory, self.libraries = journal, journal.path, installed()
         self._grouped = False
         groups = [kind for record in journal.records() if (kind := record.content["kind"]) in ("begin", "commit", "abandon")]
-        if groups and groups[-1] == "begin":  # a process was stopped within it
+        if write and groups and groups[-1] == "begin":  # a process was stopped within it
             self.journal.append({"kind": "abandon"}, {})
 
     def __deepcopy__(self, memo) -> None:
@@ -234,7 +238,7 @@ def history(journal: Journal, tensors: bool = True) -> tuple[list[Event], list[t
             raise ValueError(
                 f"{journal.path} holds a record of kind {content['kind']!r}; a newer release of easyedit_nmke wrote it"
             )
-    return events, notes
+    return before or (events, notes)  # a group that is not complete does not count
 
 
 def undo(directory: str | Path, edit: int) -> None:

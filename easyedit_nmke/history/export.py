@@ -21,7 +21,7 @@ from .checkpoint import Base, ModelReport, write_checkpoint
 from .delta import FILE, joined, save_delta, short
 from .readback import check_checkpoint, check_delta, check_lora
 
-_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,19 @@ def export_delta(model, updates: Sequence[Update], originals: Mapping[str, torch
         _write_card(temporary, card, "easyedit_nmke", "a delta: every update of the base model's weights", code, checked)
 
 
-def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card, rank: int | None = None) -> LoraReport:
+def served_rank(rank: int) -> int:
+    """The smallest of SERVED_RANKS that is not below `rank`; `rank` itself where there is none."""
+    return next((served for served in SERVED_RANKS if served >= rank), rank)
+
+
+def export_lora(
+    model, updates: Sequence[Update], folder: str | Path, card: Card, rank: int | None = None, fill: bool = False
+) -> LoraReport:
     """A folder for `peft.PeftModel.from_pretrained`: a float32 LoRA adapter on the edited down projections, card.
 
     rank: by default that of all updates together, which leaves nothing out. A lower one keeps the largest singular values of each
-    layer's sum of updates. ValueError when `folder` holds anything, and for updates that an adapter cannot hold.
+    layer's sum of updates; a higher one is that of all updates, or with `fill` as high as asked for, by zeros. ValueError when
+    `folder` holds anything, and for updates that an adapter cannot hold.
 
     All layers get one rank and lora_alpha = r, so that servers which know neither rank_pattern nor alpha_pattern (vLLM) read the
     adapter as PEFT does; a layer of lower rank is filled up with zeros.
@@ -112,7 +120,7 @@ def export_lora(model, updates: Sequence[Update], folder: str | Path, card: Card
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, expected 1 or more")
     full = min(max(len(right) for _, right in factors.values()), *(min(view.matrix(name).shape) for name in factors))
-    rank = full if rank is None else min(rank, full)
+    rank = full if rank is None else rank if fill else min(rank, full)
     tensors, lost, whole, labels = {}, {}, {}, _labels(view, factors)
     for name, (left, right) in factors.items():
         whole[name] = ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum().clamp(min=0).sqrt().item()
@@ -155,9 +163,9 @@ def low_rank(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.
     # Both of one size, so that half precision can hold either.
     ratio = (right.norm(dim=1).clamp(min=1e-30) / left.norm(dim=0).clamp(min=1e-30)).sqrt()
     left, right = (left * ratio).float(), (right / ratio[:, None]).float()
-    if given < rank:
-        left = torch.cat([left, left.new_zeros(hidden, rank - given)], 1)
-        right = torch.cat([right, right.new_zeros(rank - given, right.shape[1])])
+    if (missing := rank - len(right)) > 0:
+        left = torch.cat([left, left.new_zeros(hidden, missing)], 1)
+        right = torch.cat([right, right.new_zeros(missing, right.shape[1])])
     return left.contiguous(), right.contiguous(), lost
 
 
@@ -259,10 +267,9 @@ def _base(card: Card, kind: str) -> str:
 
 
 def _serving(card: Card, name: str, rank: int) -> str:
-    if rank > _SERVED_RANKS[-1]:
-        return f"vLLM serves adapters up to rank {_SERVED_RANKS[-1]}: export with `--rank {_SERVED_RANKS[-1]}` for it."
-    allowed = next(each for each in _SERVED_RANKS if each >= rank)
-    options = f"--enable-lora --max-lora-rank {allowed} --lora-modules edited={name}"
+    if rank > SERVED_RANKS[-1]:
+        return f"vLLM serves adapters up to rank {SERVED_RANKS[-1]}: export with `--rank {SERVED_RANKS[-1]}` for it."
+    options = f"--enable-lora --max-lora-rank {served_rank(rank)} --lora-modules edited={name}"
     base, where = f"{card.base} --revision {card.revision}" if card.revision else card.base, ""
     if gguf.is_gguf(card.base):
         base, where = "BASE", f" (BASE is the folder that `easyedit_nmke.models.gguf.plain_folder({card.base!r})` gives)"

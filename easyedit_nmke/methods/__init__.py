@@ -136,7 +136,8 @@ def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, reso
 
 
 def applied(method: Method) -> Callable:
-    """`apply_to_model` of one method alone, as EasyEdit's table of methods holds them."""
+    """`apply_to_model` of one method alone, as EasyEdit's table of methods holds them, and as an entry point of its group
+    `easyeditor.methods` names them (docs/upstream.md). Padding is done here, so any side of the tokenizer will do."""
 
     def apply(
         model, tok, requests, hparams, copy=False, return_orig_weights=False, keep_original_weight=False, state=None, **kwargs
@@ -145,6 +146,7 @@ def applied(method: Method) -> Callable:
 
     apply.__name__ = apply.__qualname__ = f"apply_{method.name.lower().replace('-', '_')}_to_model"
     apply.__doc__ = f"Write `requests` into the model by {method.name}; arguments and promises of `apply_to_model`."
+    apply.of_easyedit_nmke, apply.hparams, apply.batchable = True, method.hparams, True
     return apply
 
 
@@ -153,3 +155,5 @@ apply_alphaedit_to_model = applied(alphaedit.METHOD)
 apply_memit_to_model = applied(memit.METHOD)
 apply_rome_to_model = applied(rome.METHOD)
 apply_ft_to_model = applied(ft.METHOD)
+apply_locft_to_model = applied(locft.METHOD)
+apply_kne_to_model = applied(kne.METHOD)

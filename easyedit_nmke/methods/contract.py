@@ -68,9 +68,9 @@ class Method:
         view = ModelView(model)
         return Matrices(view, self.writes(view, hparams))
 
-    def open(self, model, tok, hparams: HyperParams, progress: bool = True) -> LifelongState:
+    def open(self, model, tok, hparams: HyperParams, progress: bool = True, write: bool = True) -> LifelongState:
         """A new state of the model as it is now; with `hparams.state_dir` the one that is kept there, and the model brought to its
-        last edit.
+        last edit. write: whether later edits are kept there (see `durable.continued`).
 
         Raises ValueError, and leaves the model as it was, when that state is of another model or of other hyperparameters; OSError
         when the folder cannot be written, or another process writes it.
@@ -78,7 +78,7 @@ class Method:
         view = ModelView(model)
         check_model(view, hparams)
         if hparams.state_dir is not None and Journal.exists(hparams.state_dir):
-            return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams)
+            return continued(lambda ground: self._state(view, ground, hparams), self.matrices(model, hparams), hparams, write)
         with editing(model):
             ground = self.measure(view, tok, hparams, progress)
         with timed(ground.seconds, "solvers"):

@@ -84,6 +84,42 @@ def natural_texts(model, tok, prompts: Sequence[str], token_budget: int = TOKEN_
     return greedy_texts(model, tok, prompts, counts, token_budget, separator)
 
 
+class Spoken:
+    """What the model says after a prompt, token by token: the text of `greedy_texts` once it is `done`.
+
+    At most `new_tokens` tokens, fewer where the model's context ends. `ended`: the model has ended it by itself. Errors as
+    `greedy_texts`. Nothing is set on the model, which is to be in evaluation mode; its weights may differ from one token to the
+    next, and those of an answer are its own if they are the same whenever it goes on.
+    """
+
+    def __init__(self, model, tok, prompt: str, new_tokens: int, separator: str | None = None):
+        context, start = context_length(model), _lengths(tok, prompt, (), separator)[0]
+        self._left = new_tokens if context is None else max(1, min(new_tokens, context - start))
+        (self._next,) = _prompt_rows(tok, [prompt], [self._left], context, separator)
+        self._model, self._tok, self._cache = model, tok, None
+        self._ends, self.ids, self.ended = _end_tokens(_generating(model), tok), [], False
+
+    @property
+    def text(self) -> str:
+        return self._tok.decode(self.ids, skip_special_tokens=True)
+
+    @property
+    def done(self) -> bool:
+        return self.ended or not self._left
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Say one token more, if it is not done."""
+        if self.done:
+            return
+        ids = torch.tensor([self._next], device=input_device(self._model))
+        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        word = int(out.logits[0, -1].argmax())
+        self._cache, self._next, self._left = out.past_key_values, [word], self._left - 1
+        self.ended = word in self._ends
+        self.ids += [] if self.ended else [word]
+
+
 # ---- answers
 
 
@@ -194,15 +230,13 @@ def _pad_left(rows: Sequence[Sequence[int]], where: torch.device) -> Tokens:
 @contextmanager
 def _greedy(model, tok, new_tokens: int) -> Iterator[GenerationConfig]:
     """Settings of plain greedy decoding; what `generate` would fill in from the model's own ones is out of its sight meanwhile."""
-    owner = next((module for module in model.modules() if isinstance(module, GenerationMixin)), None)
-    own = owner.generation_config.eos_token_id if owner is not None else None
-    ends = {tok.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    owner = _generating(model)
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
         # A wrapper may choose its weights by the text it is given, so it is given the whole text at every step.
         use_cache=body_and_head(model) is not None,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(_end_tokens(owner, tok)) or None,
         pad_token_id=0,  # of rows that have ended; every embedding has it
     )
     if owner is None:
@@ -213,6 +247,16 @@ def _greedy(model, tok, new_tokens: int) -> Iterator[GenerationConfig]:
         yield config
     finally:
         owner.generation_config = kept
+
+
+def _generating(model) -> GenerationMixin | None:
+    """The part of a model that has a `generate` of its own."""
+    return next((module for module in model.modules() if isinstance(module, GenerationMixin)), None)
+
+
+def _end_tokens(owner: GenerationMixin | None, tok) -> set[int]:
+    own = owner.generation_config.eos_token_id if owner is not None else None
+    return {tok.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 def _continuations(model, tokens: Tokens, config: GenerationConfig) -> list[list[int]]:
