@@ -15,7 +15,7 @@ from easyedit_nmke.experiments import tune as room
 from easyedit_nmke.experiments.tune import Plan, base_settings, tune
 from easyedit_nmke.experiments.tune import values as stage
 from easyedit_nmke.experiments.tune.bed import Bed, score, unedited_afterwards
-from easyedit_nmke.experiments.tune.studies import Search
+from easyedit_nmke.experiments.tune.studies import Search, Tried
 from easyedit_nmke.experiments.tune.values import Values, blocks, starts
 from easyedit_nmke.methods import read
 from easyedit_nmke.methods.nmke import NMKEHyperParams
@@ -254,9 +254,10 @@ def test_weights_are_put_back_whatever_happens(atlas):
 def test_a_search_goes_on_from_its_database_and_prunes(tmp_path):
     space = {"x": (0.01, 10.0), "kind": [None, [1, 2], "word"]}
 
-    def measure(chosen, go_on):
-        value = 1 / (1 + abs(math.log(chosen["x"]))) * (1.0 if chosen["kind"] == [1, 2] else 0.5)
-        return {"score": value} if go_on(value, 0) else None
+    def measure(asked):
+        for chosen, watch in asked:
+            value = 1 / (1 + abs(math.log(chosen["x"]))) * (1.0 if chosen["kind"] == [1, 2] else 0.5)
+            yield Tried({"score": value} if watch(value, 0) else None, watch.reports, 0.0)
 
     search = Search(tmp_path / "a" / "trials.db", "x", space, 0, [{"x": 1.0, "kind": [1, 2]}], prune=True)
     search.run(measure, 0.0, 8)
