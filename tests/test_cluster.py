@@ -24,7 +24,7 @@ def write(folder, **files):
 
 def test_a_worker_sends_what_has_changed_and_the_driver_holds_all_of_it(tmp_path):
     here, there = tmp_path / "driver", tmp_path / "worker"
-    piece = Piece(iter, here, "segments/NMKE-0", added=("judge.jsonl",))
+    piece = Piece(iter, here, "segments/NMKE-0", added=(here / "judge.jsonl",))
     write(here, **{"judge.jsonl": "one\n"})
     write(there / "segments/NMKE-0", **{"index.jsonl": "a\n", "edits/0.safetensors": "0", "lock": "", "lock.json": "{}"})
     write(there, **{"judge.jsonl": "one\ntwo\n", "given/data.json": "[]"})
@@ -72,6 +72,7 @@ def test_edits_are_told_once_however_often_a_worker_is_lost(caplog):
     result = Result({"checkpoint": 7})
     assert course.counted(result) is result
     for _ in range(cluster.LOST):
+        course.counted(result)  # an old one, told again
         course.lose(OSError("the node died"))
     with pytest.raises(RuntimeError, match=f"the worker of segments/x was lost {cluster.LOST + 1} times; the last: the node died"):
         course.lose(OSError("the node died\nmore"))

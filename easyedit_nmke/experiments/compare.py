@@ -178,7 +178,7 @@ def _on_cluster(plan: Plan, todo: Sequence[tuple], on: str) -> Iterator[Event]:
     there = {method.label: _placed(method) for method in plan.methods}
     elsewhere = dataclasses.replace(plan, methods=tuple(there.values()))
     files = (Path(plan.source),) if Path(plan.source).is_file() else ()
-    added = (plan.judge.file.name,) if plan.judge else ()
+    added = (plan.judge.file,) if plan.judge else ()
     pieces = [
         Piece(
             partial(_segment, elsewhere, there[method.label], *rest), plan.directory, f"segments/{_name(method.label, rest[0])}",

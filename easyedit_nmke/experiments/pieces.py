@@ -30,13 +30,13 @@ Files = Mapping[str, bytes | None]  # a folder by relative names; None: as the o
 class Piece:
     """A segment for a cluster. run(folder): its events; everything that it keeps is in the folder, which is `directory` for the
     driver. state: the part of it that it goes on from, a folder by its relative name. files: of the driver's, copied to
-    folder/GIVEN. added: names of JSON-lines files in the folder, whose new lines are added to the driver's."""
+    folder/GIVEN. added: JSON-lines files of the driver's, copied to the folder; lines that are new there are added to them."""
 
     run: Callable[[Path], Iterator[Event]]
     directory: Path
     state: str
     files: tuple[Path, ...] = ()
-    added: tuple[str, ...] = ()
+    added: tuple[Path, ...] = ()
 
 
 def on_cluster(cluster: Cluster, pieces: Sequence[Piece], gpus: int) -> Iterator[Event]:
@@ -45,10 +45,15 @@ def on_cluster(cluster: Cluster, pieces: Sequence[Piece], gpus: int) -> Iterator
     ray = cluster.ray
     cluster.room(gpus)
     task = ray.remote(_at_work).options(**cluster.options(gpus), max_retries=0, num_returns="streaming")
+    given = {files: ray.put({f"{GIVEN}/{file.name}": file.read_bytes() for file in files}) for files in {p.files for p in pieces}}
     running = {}
+
+    def begin(course: _Course) -> None:
+        running[task.remote(course.piece, _kept(course.piece), given[course.piece.files], cluster.threads)] = course
+
     try:
         for piece in pieces:
-            running[_begin(task, piece, cluster.threads)] = _Course(piece)
+            begin(_Course(piece))
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             course = running[ready]
@@ -57,7 +62,7 @@ def on_cluster(cluster: Cluster, pieces: Sequence[Piece], gpus: int) -> Iterator
             except ray.exceptions.RayError as error:
                 del running[ready]
                 course.lose(error)
-                running[_begin(task, course.piece, cluster.threads)] = course
+                begin(course)
                 continue
             if files is not None:
                 _take(course.piece, files)
@@ -75,12 +80,11 @@ def records(source: str, folder: Path) -> str:
     return str(given) if given.is_file() else source
 
 
-def _begin(task, piece: Piece, threads: int):
+def _kept(piece: Piece) -> Files:
+    """What the driver has of a piece, for a worker to go on with."""
     _mend(piece.directory / piece.state)
     state = {f"{piece.state}/{name}": content for name, content in _files(piece.directory / piece.state, {}).items()}
-    given = {f"{GIVEN}/{file.name}": file.read_bytes() for file in piece.files}
-    lines = {name: (piece.directory / name).read_bytes() for name in piece.added if (piece.directory / name).is_file()}
-    return task.remote(piece, {**state, **given, **lines}, threads)
+    return state | {file.name: file.read_bytes() for file in piece.added if file.is_file()}
 
 
 def _stop(ray, streams: Sequence) -> None:
@@ -94,17 +98,19 @@ def _stop(ray, streams: Sequence) -> None:
 
 @dataclass
 class _Course:
-    """How far a piece has come: edits that were told of, and again since it was begun again; losses since its last result."""
+    """How far a piece has come: edits that were told of, at its last loss, and again since then; losses since a result after new
+    edits."""
 
     piece: Piece
     told: int = 0
+    reached: int = -1
     again: int = 0
     lost: int = 0
 
     def counted(self, event: Event) -> Event:
         """The event, without the edits that were told before its worker was lost."""
         if isinstance(event, Result):
-            self.lost = 0
+            self.lost = self.lost if self.told == self.reached else 0
             return event
         before = min(event.more, self.told - self.again)
         self.again += event.more
@@ -112,18 +118,19 @@ class _Course:
         return Progress(event.more - before)
 
     def lose(self, error: Exception) -> None:
-        self.lost, self.again = check_lost(self.lost + 1, self.piece.state, error), 0
+        self.lost = check_lost(self.lost + 1, self.piece.state, error)
+        self.reached, self.again = self.told, 0
 
 
 # ---- in a worker
 
 
-def _at_work(piece: Piece, files: Files, threads: int) -> Iterator[tuple[Event | None, Files | None] | Failure]:
+def _at_work(piece: Piece, files: Files, given: Files, threads: int) -> Iterator[tuple[Event | None, Files | None] | Failure]:
     """Each event and, with results and at the end, the files that have changed; at last None, or the error."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="easyedit_nmke-") as scratch:
         folder, seen = Path(scratch), {}
-        _write(folder, files)
+        _write(folder, {**files, **given})
         _files(folder, seen)
         try:
             for event in piece.run(folder):
@@ -185,8 +192,9 @@ def _take(piece: Piece, files: Files) -> None:
     for name, content in files.items():
         if content is None or name.startswith(inside):
             continue
-        if name in piece.added:
-            _add_lines(piece.directory / name, content)
+        added = next((file for file in piece.added if file.name == name), None)
+        if added:
+            _add_lines(added, content)
         else:
             write_whole(piece.directory / name, content)
 
