@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,6 +98,10 @@ def test_what_a_cluster_cannot_do_is_said_before_anything_is_begun(tmp_path, mon
     for on in ("spark", "ray:ray://head:10001"):
         with pytest.raises(ValueError, match=f"--on is '{on}', expected ray, or ray:HOST:PORT"):
             compare(asked, on=on)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    for address in ("127.0.0.1:1", "127.0.0.1"):
+        with pytest.raises(ValueError, match=f"no Ray cluster answers at {address} (.*); start one by `ray start --head`"):
+            compare(asked, on=f"ray:{address}")
     monkeypatch.setitem(sys.modules, "ray", None)
     argv = ["compare", "--methods", "AlphaEdit", "--edits", "1", "--out", str(tmp_path / "out"), "--on", "ray"]
     assert main(argv) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from .processes import Failure, pickled
 
 logger = logging.getLogger(__name__)
 
+ANSWERS = 10  # seconds in which a cluster that is up answers
 LOST = 3  # times in a row that a piece of work is begun again because its worker or node was lost
 
 
@@ -40,13 +42,17 @@ def cluster(on: str) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster(ray)
         return
+    address = address or os.environ.get("RAY_ADDRESS", "")
     try:
+        if address not in ("", "auto", "local"):  # Ray itself waits for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), ANSWERS).close()
         ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = first_line(error)
+        reason = first_line(error).rstrip(".")
         raise ValueError(
-            f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS') or 'this machine'} ({reason}); start one by "
-            "`ray start --head`, and run this on one of its nodes"
+            f"no Ray cluster answers at {address or 'this machine'} ({reason}); start one by `ray start --head`, and run this on "
+            "one of its nodes"
         ) from None
     try:
         yield Cluster(ray)
