@@ -34,12 +34,13 @@ TINY = {
 
 
 def pytest_collection_modifyitems(config, items):
-    """Language models of their real size take minutes: only by `-m real`."""
-    if "real" not in config.option.markexpr:
-        skip = pytest.mark.skip(reason="a real model, run by `pytest -m real`")
-        for item in items:
-            if item.get_closest_marker("real"):
-                item.add_marker(skip)
+    """Language models of their real size take minutes, and a cluster its processes: only by `-m real` and `-m ray`."""
+    for name, what in (("real", "a real model"), ("ray", "a cluster on this machine")):
+        if name not in config.option.markexpr:
+            skip = pytest.mark.skip(reason=f"{what}, run by `pytest -m {name}`")
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(skip)
 
 
 def tiny_model(model_type: str, vocab_size: int, seed: int = 0):

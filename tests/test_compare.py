@@ -18,8 +18,8 @@ from easyedit_nmke import atlas as embedded
 from easyedit_nmke.experiments import compare, methods, processes
 from easyedit_nmke.experiments.compare import Plan
 from easyedit_nmke.experiments.methods import ABLATIONS, Method
-from easyedit_nmke.experiments.protocol import Progress
-from easyedit_nmke.methods import read
+from easyedit_nmke.experiments.protocol import Progress, Result
+from easyedit_nmke.methods import alphaedit, read
 
 QUICK = dict(
     device="cpu", v_num_grad_steps=1, v_lr=0.1, mom2_n_samples=200, template_prefixes=["The"], layers=[0, 1], v_loss_layer=None
@@ -257,6 +257,31 @@ def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp
 
     assert scores("killed").keys() == scores("whole").keys() and len(scores("whole")) == 7
     assert not any((tmp_path / "killed" / "segments").iterdir())
+
+
+def test_a_state_that_names_statistics_goes_on_where_they_are_not(plan, tmp_path, monkeypatch):
+    """As on another machine: null spaces are too large for the state, and gone."""
+    monkeypatch.setattr(alphaedit, "LARGE", 0)
+    two = plan("AlphaEdit", seeds=(0,), edits=4, checkpoints=(2, 4))
+    (method,) = two.methods
+    own = Method(method.label, methods.changed(method.settings, {"stats_dir": str(tmp_path / "stats")}))
+    two = dataclasses.replace(two, methods=(own,))
+
+    def stop(event):
+        if isinstance(event, Result) and event.line["checkpoint"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(two, tell=stop)
+    named = list((tmp_path / "stats").glob("eigenvectors_*"))
+    assert len(named) == 2
+    for file in (tmp_path / "stats").iterdir():
+        file.unlink()
+    told = []
+    lines = compare.compare(two, tell=told.append)
+    assert all(file.is_file() for file in named) and edits(told) == 4
+    whole = compare.compare(dataclasses.replace(two, directory=tmp_path / "whole"))
+    assert [line["scores"] for line in lines] == [line["scores"] for line in whole]
 
 
 class Lost(Exception):

@@ -95,6 +95,33 @@ def test_batches_respect_the_token_budget_and_blocks_above_are_not_run(view, mon
     assert close(covariance.covariances(view, tok, texts, [0])[0], whole.double(), 1e-5)
 
 
+def test_shards_are_summed_by_themselves_and_added_in_order_wherever_that_is_done(view, monkeypatch):
+    view, tok = view
+    texts = [f"the larger of {i} and {i * 37} is {i * 37}." if i % 5 else " " for i in range(30)]  # 24 that are not blank
+    one = covariance.key_sums(view, tok, texts, [0, 1])
+    asked = []
+
+    def elsewhere(shards, layers, dtype):
+        for shard in shards:
+            asked.append(len(shard))
+            yield {layer: moment.cpu() for layer, moment in covariance.shard_sums(view, tok, shard, layers, dtype).items()}
+
+    assert all(map(torch.equal, one[0].strips, covariance.shard_sums(view, tok, texts, [0, 1], torch.float32)[0].strips))
+    covariance.key_sums(view, tok, texts, [0, 1], torch.float32, False, elsewhere)
+    assert not asked  # one shard is summed here
+    monkeypatch.setattr(covariance, "SHARD", 10)
+    here = covariance.key_sums(view, tok, texts, [0, 1])
+    there = covariance.key_sums(view, tok, texts, [0, 1], torch.float32, False, elsewhere)
+    assert asked == [10, 10, 4]
+    full = [text for text in texts if text.strip()]
+    parts = [covariance.shard_sums(view, tok, full[i : i + 10], [0, 1], torch.float32) for i in (0, 10, 20)]
+    for layer in (0, 1):
+        assert here[layer].count == there[layer].count == one[layer].count
+        for strip, other, whole, *some in zip(*(sums[layer].strips for sums in (here, there, one, *parts)), strict=True):
+            assert torch.equal(strip, some[0] + some[1] + some[2]) and torch.equal(strip, other)
+            assert close(strip, whole.double(), 1e-5)
+
+
 def test_a_batch_fits_the_memory_that_is_free(view, monkeypatch):
     view, _ = view
     assert covariance._tokens_at_a_time(view, [0, 1]) == covariance.TOKENS_AT_A_TIME

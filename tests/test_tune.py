@@ -15,7 +15,7 @@ from easyedit_nmke.experiments import tune as room
 from easyedit_nmke.experiments.tune import Plan, base_settings, tune
 from easyedit_nmke.experiments.tune import values as stage
 from easyedit_nmke.experiments.tune.bed import Bed, score, unedited_afterwards
-from easyedit_nmke.experiments.tune.studies import Search
+from easyedit_nmke.experiments.tune.studies import Search, Tried
 from easyedit_nmke.experiments.tune.values import Values, blocks, starts
 from easyedit_nmke.methods import read
 from easyedit_nmke.methods.nmke import NMKEHyperParams
@@ -78,6 +78,14 @@ def test_every_method_is_searched_and_its_file_says_what_was_found(label, plan, 
     found = read(file).to_dict()
     assert {**found, "model_name": ""} == {**outcome.settings.to_dict(), "model_name": ""}
     assert f"Rel {outcome.stream['rel']:.2f}" in file.read_text()
+
+
+def test_the_second_trial_of_writes_is_the_middle_of_the_ranges(plan):
+    """The published weight of the covariance is that of models of 8B; of a small one it leaves most edits unwritten."""
+    first, second = [line["chosen"] for line in tune(plan("MEMIT", (1, 2, 1))).lines() if line["stage"].startswith("MEMIT")]
+    low, high = base_settings("MEMIT", "atlas").searched(4)["mom2_update_weight"]
+    assert first["mom2_update_weight"] == 15000 and second["mom2_update_weight"] == pytest.approx(math.sqrt(low * high), rel=0.01)
+    assert {**first, "mom2_update_weight": 0} == {**second, "mom2_update_weight": 0}
 
 
 def test_an_interrupted_search_keeps_the_best_and_goes_on(plan):
@@ -254,9 +262,10 @@ def test_weights_are_put_back_whatever_happens(atlas):
 def test_a_search_goes_on_from_its_database_and_prunes(tmp_path):
     space = {"x": (0.01, 10.0), "kind": [None, [1, 2], "word"]}
 
-    def measure(chosen, go_on):
-        value = 1 / (1 + abs(math.log(chosen["x"]))) * (1.0 if chosen["kind"] == [1, 2] else 0.5)
-        return {"score": value} if go_on(value, 0) else None
+    def measure(asked):
+        for chosen, watch in asked:
+            value = 1 / (1 + abs(math.log(chosen["x"]))) * (1.0 if chosen["kind"] == [1, 2] else 0.5)
+            yield Tried({"score": value} if watch(value, 0) else None, watch.reports, 0.0)
 
     search = Search(tmp_path / "a" / "trials.db", "x", space, 0, [{"x": 1.0, "kind": [1, 2]}], prune=True)
     search.run(measure, 0.0, 8)

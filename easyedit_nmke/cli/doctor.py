@@ -28,6 +28,7 @@ EXTRAS = {  # what each is for
     "lora": "loads what nmke export --to lora writes",
     "harness": "general ability by public tasks: --harness",
     "gguf": "loads models of GGUF files",
+    "ray": "work on many machines: --on ray",
     "tune": "finds settings for a model: nmke tune",
     "cuda": "Triton: attribution_backend fused, on a GPU",
 }

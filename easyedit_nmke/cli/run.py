@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..experiments.analyses.source import on_argument
 from ..scores.table import task_scores
 from .report import comparison
 from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table, task_table
@@ -49,6 +50,7 @@ def _compare_arguments(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--edits", type=positive, default=200, metavar="T", help="facts to edit (default 200)")
     compare.add_argument("--seeds", type=positive, default=1, metavar="N", help="streams of facts (default 1)")
     compare.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (default 1)")
+    on_argument(compare)
     _shared_arguments(compare)
 
 
@@ -203,7 +205,7 @@ def _compared(args, plan) -> list[dict]:
             elif event.line["checkpoint"]:
                 bar.set_postfix(Rel=f"{event.line['scores']['rel']:.2f}")
 
-        return compare(plan, getattr(args, "jobs", 1), tell)
+        return compare(plan, getattr(args, "jobs", 1), tell, getattr(args, "on", None))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from tqdm import tqdm
 
+from ..experiments.analyses.source import on_argument, positive
 from .verb import Verb, quiet_libraries
 
 
@@ -31,6 +32,8 @@ def _arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--budget", type=_budget, default=2700.0, metavar="TIME", help="how long to search (default 45m)")
     tune.add_argument("--seed", type=int, default=0, help="of facts and trials (default 0)")
     tune.add_argument("--device", metavar="NAME", help="where (default: the first GPU, or the CPU)")
+    tune.add_argument("--jobs", type=positive, default=1, metavar="N", help="trials chosen together; with --on, made together (1)")
+    on_argument(tune)
     tune.add_argument("--dtype", metavar="NAME", help="float32 (default), bfloat16, float16, auto")
 
 
@@ -47,9 +50,9 @@ def _tune(args, console: Console) -> int:
     rest = {"device": args.device or (0 if torch.cuda.is_available() else "cpu"), "dtype": args.dtype or "float32"}
     folder = args.out.with_name(f"{args.out.stem}.tune")
     base = base_settings(args.method, args.model, **rest)
-    plan = Plan(args.method, base, folder, args.data, args.text, args.budget, args.seed)
+    plan = Plan(args.method, base, folder, args.data, args.text, args.budget, args.seed, at_a_time=args.jobs)
     with _Bar(args.budget) as bar:
-        outcome = tune(plan, bar.tell)
+        outcome = tune(plan, bar.tell, args.on)
     write_lines(folder / "trials.jsonl", outcome.lines())
     drawn = figure(outcome.searches)
     if drawn is not None:

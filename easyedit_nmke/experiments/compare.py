@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,11 +17,16 @@ from pathlib import Path
 from .. import atlas
 from ..editor import LifelongEditor
 from ..files import whole, write_json
+from ..history.journal import Journal
+from ..models.arch import ModelView, editing
 from ..scores import judge as judges
 from ..scores import kept
 from ..scores.table import edit_meta, metric_meta
 from ..scores.tasks import Task
-from .methods import Method
+from ..statistics.covariance import cache_directory
+from .cluster import cluster, gpus_of, placed
+from .methods import Method, changed
+from .pieces import Piece, on_cluster, records
 from .processes import in_processes, warn_if_oversubscribed
 from .protocol import (
     Event,
@@ -118,14 +124,17 @@ class Results:
             os.fsync(file.fileno())
 
 
-def compare(plan: Plan, jobs: int = 1, tell: Callable[[Event], None] = lambda event: None) -> list[dict]:
+def compare(plan: Plan, jobs: int = 1, tell: Callable[[Event], None] = lambda event: None, on: str | None = None) -> list[dict]:
     """Run what is missing of the plan and return all its lines; `tell` hears of every edit that has come to be done, and of every
     result once it is on disk.
 
     Results are appended to directory/results.jsonl at every checkpoint. A comparison that was stopped goes on, each segment from
     its last edit (FT and EasyEdit's methods from the start of theirs). ValueError when the folder holds results of other
-    settings. jobs: segments at a time, each in a process of its own with its share of the cores.
+    settings. jobs: segments at a time, each in a process of its own with its share of the cores. on: "ray" or "ray:ADDRESS",
+    segments are tasks of that cluster (see `cluster`), each with as many threads as this process.
     """
+    if on and jobs > 1:
+        raise ValueError(f"jobs is {jobs}, but the room on a cluster says how many segments run at a time; leave it out")
     plan.directory.mkdir(parents=True, exist_ok=True)
     results, todo = Results(plan.directory / "results.jsonl"), []
     beside = next(iter(results.known.values()), None)  # of whatever method
@@ -142,10 +151,9 @@ def compare(plan: Plan, jobs: int = 1, tell: Callable[[Event], None] = lambda ev
             tell(Progress(_reached(mine)))
             if len(mine) < len(plan.due(method)) or (plan.keep_weights and not weights_file(plan, method, seed).is_file()):
                 todo.append((method, seed, mine))
-    if todo:
+    if todo and not on:
         warn_if_oversubscribed(jobs)
-    segments = [partial(_segment, plan, method, seed, earlier, beside) for method, seed, earlier in todo]
-    with closing(in_processes(segments, jobs) if jobs > 1 else (e for segment in segments for e in segment())) as events:
+    with closing(_events(plan, [(*each, beside) for each in todo], jobs, on)) as events:
         for event in events:
             if isinstance(event, Result):
                 results.add(event.line)
@@ -153,6 +161,40 @@ def compare(plan: Plan, jobs: int = 1, tell: Callable[[Event], None] = lambda ev
     for method, seed, _ in todo:
         shutil.rmtree(plan.directory / "segments" / _name(method.label, seed), ignore_errors=True)
     return list(results.known.values())
+
+
+def _events(plan: Plan, todo: Sequence[tuple], jobs: int, on: str | None) -> Iterator[Event]:
+    """Of all segments that are to be done: here, in processes, or on a cluster."""
+    if on is None or not todo:
+        segments = [partial(_segment, plan, *each) for each in todo]
+        return in_processes(segments, jobs) if jobs > 1 else (event for segment in segments for event in segment())
+    return _on_cluster(plan, todo, on)
+
+
+def _on_cluster(plan: Plan, todo: Sequence[tuple], on: str) -> Iterator[Event]:
+    if live := [method.label for method in plan.methods if method.loaded is not None]:
+        raise ValueError(f"{live[0]} has an editor in this process, which other machines cannot load; give its settings alone")
+    gpus = max(gpus_of(method.settings or method.base) for method in plan.methods)
+    there = {method.label: _placed(method) for method in plan.methods}
+    elsewhere = dataclasses.replace(plan, methods=tuple(there.values()))
+    files = (Path(plan.source),) if Path(plan.source).is_file() else ()
+    added = (plan.judge.file,) if plan.judge else ()
+    pieces = [
+        Piece(
+            partial(_segment, elsewhere, there[method.label], *rest), plan.directory, f"segments/{_name(method.label, rest[0])}",
+            files, added,
+        )
+        for method, *rest in todo
+    ]  # fmt: skip
+    with cluster(on) as machines:
+        yield from on_cluster(machines, pieces, gpus)
+
+
+def _placed(method: Method) -> Method:
+    """As a worker of a cluster is to open it."""
+    name = "settings" if method.settings else "base"
+    settings = getattr(method, name)
+    return dataclasses.replace(method, **{name: changed(settings, placed(settings))})
 
 
 def _reached(lines: Sequence[Mapping]) -> int:
@@ -167,14 +209,22 @@ def _refuse_others(plan: Plan, method: Method, differences: Sequence[str]) -> No
         )
 
 
-def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping], beside: Mapping | None = None) -> Iterator[Event]:
-    """Do what is left of one method on one stream; `earlier`: its lines in the results, `beside`: any line there."""
-    judge = _judge(plan, method)
-    editor = method.editor(seed, plan.directory / "segments" / _name(method.label, seed))
+def _segment(
+    plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping], beside: Mapping | None = None, folder: Path | None = None
+) -> Iterator[Event]:
+    """Do what is left of one method on one stream; `earlier`: its lines in the results, `beside`: any line there. folder: of a
+    worker of a cluster, in the place of the plan's."""
+    folder = folder or plan.directory
+    source = records(plan.source, folder)
+    judge = _judge(plan, method, folder)
+    state = folder / "segments" / _name(method.label, seed)
+    editor = method.editor(seed, state)
     ours, checkpoints = isinstance(editor, LifelongEditor), plan.due(method)
+    if ours:
+        _measure_again(editor, state)
     try:
         with editor.state.as_of(0) if ours else nullcontext():
-            asked = stream(editor, plan.source, plan.edits, seed, checkpoints)
+            asked = stream(editor, source, plan.edits, seed, checkpoints)
             text = _text(plan, method)
             mark = {**stamp(editor, asked.facts, plan.command), "seed": seed, "scored_with": _scored_with(plan, text, judge)}
             _refuse_others(plan, method, settings_differ(earlier[0]["protocol"], mark) if earlier else [])
@@ -202,11 +252,23 @@ def _segment(plan: Plan, method: Method, seed: int, earlier: Sequence[Mapping], 
             edits = [{"record": record, **edit} for record, edit in zip(asked.records, segment.edits(), strict=False)]
             refused = [{"record": refusal.index, "reason": refusal.reason} for refusal in asked.refused]
             told = {"edits": edits, "refused": refused, "metric_meta": edit_meta(edits)}
-            write_json(plan.directory / f"edits-{_name(method.label, seed)}.json", told)
-            save_edited(editor, weights_file(plan, method, seed))
+            write_json(folder / f"edits-{_name(method.label, seed)}.json", told)
+            save_edited(editor, folder / weights_file(plan, method, seed).name)
     finally:
         if ours:
             editor.close()
+
+
+def _measure_again(editor: LifelongEditor, state: Path) -> None:
+    """Statistics that a state on disk names and this machine, perhaps another than began it, has not: made anew, in its cache."""
+    if not Journal.exists(state):
+        return
+    with Journal.open(state, write=False) as journal:
+        named = [Path(each["path"]) for each in journal.header.get("files", {}).values()]
+    cache = cache_directory(editor.hparams) if named else None
+    if not all(file.is_file() or (cache / file.name).is_file() for file in named):
+        with editing(editor.model):
+            editor.method.measure(ModelView(editor.model), editor.tok, editor.hparams, False)
 
 
 def _text(plan: Plan, method: Method) -> str:
@@ -219,10 +281,13 @@ def _text(plan: Plan, method: Method) -> str:
     return kept.own_text()
 
 
-def _judge(plan: Plan, method: Method) -> judges.Judge | None:
-    """The plan's judge, on the method's device and in its dtype when it is on this machine."""
+def _judge(plan: Plan, method: Method, folder: Path) -> judges.Judge | None:
+    """The plan's judge, on the method's device and in its dtype when it is on this machine; its answers are kept in the folder."""
+    if plan.judge is None:
+        return None
     settings = method.settings or method.base
-    return plan.judge and plan.judge.open(settings.device, "float16" if settings.fp16 else settings.dtype)
+    judge = plan.judge if folder == plan.directory else dataclasses.replace(plan.judge, file=folder / plan.judge.file.name)
+    return judge.open(settings.device, "float16" if settings.fp16 else settings.dtype)
 
 
 def _scored_with(plan: Plan, text: str, judge: judges.Judge | None) -> dict:

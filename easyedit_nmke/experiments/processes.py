@@ -25,8 +25,8 @@ Segment = Callable[[], Iterator[Event]]
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """What a process tells of its error: the pickled exception, None when it cannot be brought over, and its traceback."""
+class Failure:
+    """What another process tells of its error: the pickled exception, None when it cannot be brought over, and its traceback."""
 
     pickled: bytes | None
     text: str
@@ -127,10 +127,10 @@ def _work(segment: Segment, writer: Connection, parent: int, threads: int) -> No
         for event in segment():
             writer.send(event)
     except Exception as error:
-        writer.send(_Failure(_pickled(error), traceback.format_exc()))
+        writer.send(Failure(pickled(error), traceback.format_exc()))
 
 
-def _pickled(error: Exception) -> bytes | None:
+def pickled(error: Exception) -> bytes | None:
     """None for an exception that would not come back from a pickle as what it was."""
     try:
         pickled = pickle.dumps(error)

@@ -2,7 +2,9 @@
 
 Memory at F neurons, a layer: 0.56·F² numbers while summing (the upper triangle, in strips) and on disk; F² where it is used.
 At 14336 neurons in float32 that is 462 MB and 822 MB: five layers are summed in one pass with 2.3 GB, besides a batch's
-activations (at most 1 GB, on a GPU 4). In float64 a pass takes as many layers as SUMS allows.
+activations (at most 1 GB, on a GPU 4). In float64 a pass takes as many layers as SUMS allows. Of more than SHARD texts each shard
+is summed by itself and the sums are added in order, in main memory, which holds as much again: whoever sums the shards, here or
+on other machines, the bits are the same.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import json
 import logging
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +46,7 @@ ACTIVATIONS, CUDA_ACTIVATIONS = 1.0e9, 4.0e9  # bytes that a batch may need
 SUMS = 2.5e9  # bytes of sums in one pass
 STRIPS = 8
 TEXTS_AT_A_TIME = 256  # tokenised together, then batched by length
+SHARD = 32 * TEXTS_AT_A_TIME  # texts that are summed by themselves
 
 
 class SecondMoment:
@@ -64,6 +68,17 @@ class SecondMoment:
             strip.addmm_(keys[:, start : start + self.rows].T, keys[:, start:])
         self.count += len(keys)
 
+    def __iadd__(self, other: SecondMoment) -> SecondMoment:
+        for strip, more in zip(self.strips, other.strips, strict=True):
+            strip.add_(more)
+        self.count += other.count
+        return self
+
+    def cpu(self) -> SecondMoment:
+        """Itself, in main memory."""
+        self.strips = [strip.cpu() for strip in self.strips]
+        return self
+
     def means(self) -> list[torch.Tensor]:
         """The strips of E[c cᵀ], in place of those of the sum."""
         return [strip.div_(self.count) for strip in self.strips]
@@ -84,6 +99,9 @@ def whole(strips: Sequence[torch.Tensor]) -> torch.Tensor:
 
 # ---- one pass over a text
 
+# (shards of texts, layers, dtype) -> the sums of each shard, in order, by copies of the model
+Elsewhere = Callable[[Iterable[list[str]], Sequence[int], torch.dtype], Iterable[dict[int, SecondMoment]]]
+
 
 def covariances(
     view: ModelView, tok, texts: Iterable[str], layers: Sequence[int], dtype: torch.dtype = torch.float32
@@ -92,18 +110,59 @@ def covariances(
     return {layer: whole(sums.means()) for layer, sums in key_sums(view, tok, texts, layers, dtype).items()}
 
 
-@exact_products()
-@torch.no_grad()
 def key_sums(
-    view: ModelView, tok, texts: Iterable[str], layers: Sequence[int], dtype: torch.dtype = torch.float32, progress: bool = False
+    view: ModelView,
+    tok,
+    texts: Iterable[str],
+    layers: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> dict[int, SecondMoment]:
     """layer -> the second moment of its keys over all tokens of `texts`, of which LONGEST_TEXT each count. Blocks above the last
-    layer are not run. ValueError when the texts have fewer tokens than a layer has neurons, or a key is not finite."""
-    wanted = {str(layer): (view.down(layer), "input") for layer in layers}
-    sums: dict[int, SecondMoment] = {}
+    layer are not run. elsewhere: sums the shards of more than one; by default this process does. ValueError when the texts have
+    fewer tokens than a layer has neurons, or a key is not finite."""
     total = len(texts) if hasattr(texts, "__len__") else None
     bar = tqdm(total=total, desc=f"covariance of keys {list(layers)}", unit=" texts", leave=False, disable=not progress)
-    with bar, evaluating(view.model):
+    several = total is not None and total > SHARD
+    if elsewhere is None or not several:
+        found = (shard_sums(view, tok, shard, layers, dtype, bar.update) for shard in _shards(texts))
+    else:
+        found = elsewhere(_told(_shards(texts), bar.update), layers, dtype)
+    sums: dict[int, SecondMoment] = {}
+    with bar:
+        for shard in found:
+            if sums and shard:
+                sums = {layer: moment.cpu() for layer, moment in sums.items()}
+            for layer in list(shard):
+                moment = shard.pop(layer)
+                if layer in sums:
+                    sums[layer] += moment.cpu()
+                else:
+                    sums[layer] = moment
+    if not sums:
+        raise ValueError("the text for the covariance of keys is empty; give mom2_dataset a file with text in it")
+    for layer, moment in sums.items():
+        if not all(torch.isfinite(strip).all() for strip in moment.strips):
+            raise ValueError(f"keys of layer {layer} are not finite; load the model in bfloat16 or float32")
+        _check_count(moment.count, moment.strips[0].shape[1])
+    return sums
+
+
+@exact_products()
+@torch.no_grad()
+def shard_sums(
+    view: ModelView,
+    tok,
+    texts: Iterable[str],
+    layers: Sequence[int],
+    dtype: torch.dtype,
+    tick: Callable[[int], Any] = lambda texts: None,
+) -> dict[int, SecondMoment]:
+    """layer -> the second moment of its keys over one shard; {} when its texts are empty. tick: told of texts that are done."""
+    wanted = {str(layer): (view.down(layer), "input") for layer in layers}
+    sums: dict[int, SecondMoment] = {}
+    with evaluating(view.model):
         for batch in _batches(view, tok, texts, _tokens_at_a_time(view, layers)):
             tokens = pad(batch, view.device)
             with record(wanted, stop=True) as seen:
@@ -115,14 +174,21 @@ def key_sums(
                     sums[layer] = SecondMoment(keys.shape[1], dtype, keys.device)
                 with tf32_products() if states.dtype in HALF else nullcontext():
                     sums[layer].add(keys)
-            bar.update(len(batch))
-    if not sums:
-        raise ValueError("the text for the covariance of keys is empty; give mom2_dataset a file with text in it")
-    for layer, moment in sums.items():
-        if not all(torch.isfinite(strip).all() for strip in moment.strips):
-            raise ValueError(f"keys of layer {layer} are not finite; load the model in bfloat16 or float32")
-        _check_count(moment.count, moment.strips[0].shape[1])
+            tick(len(batch))
     return sums
+
+
+def _shards(texts: Iterable[str]) -> Iterator[list[str]]:
+    """SHARD texts that are not blank, and another SHARD, ..."""
+    texts = (text for text in texts if text.strip())
+    while shard := list(itertools.islice(texts, SHARD)):
+        yield shard
+
+
+def _told(shards: Iterable[list[str]], tick: Callable[[int], Any]) -> Iterator[list[str]]:
+    for shard in shards:
+        yield shard
+        tick(len(shard))
 
 
 def _check_count(tokens: int, neurons: int) -> None:
@@ -172,10 +238,16 @@ def moments(
 
 
 def each_moment(
-    view: ModelView, tok, hparams, files: Mapping[int, Path], progress: bool = True, made: dict[int, Making | None] | None = None
+    view: ModelView,
+    tok,
+    hparams,
+    files: Mapping[int, Path],
+    progress: bool = True,
+    made: dict[int, Making | None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(layer, E[c cᵀ]) from `moment_files`, one at a time; those that do not exist are made first, in `mom2_dtype`. made: layer ->
-    what it took to make it, now or once."""
+    what it took to make it, now or once. elsewhere: as of `key_sums`."""
     made = {} if made is None else made
     made.update({layer: making_of(file) for layer, file in files.items()})
     dtype = getattr(torch, hparams.mom2_dtype)
@@ -184,7 +256,7 @@ def each_moment(
     started = time.perf_counter()
     texts = _texts(view, tok, hparams, progress) if missing else []
     for group in _passes(view, missing, dtype):
-        sums = key_sums(view, tok, texts, group, dtype, progress)
+        sums = key_sums(view, tok, texts, group, dtype, progress, elsewhere)
         making = Making.since(started)
         for layer in group:
             made[layer] = making

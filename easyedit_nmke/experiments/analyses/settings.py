@@ -3,7 +3,9 @@ unedited model, and shared, so that a setting costs a solve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -50,6 +52,7 @@ def arguments(sub) -> None:
     sub.add_argument("--edits", type=source.positive, metavar="T", help="facts to edit (default 200 of atlas, else 50)")
     sub.add_argument("--seeds", type=source.positive, metavar="N", help="streams of facts (default 3 of atlas, else 1)")
     sub.add_argument("--only", metavar="LIST", help=f"of {', '.join(SETTINGS)}")
+    source.on_argument(sub)
 
 
 def run(args, begin) -> None:
@@ -59,6 +62,7 @@ def run(args, begin) -> None:
     from ...methods import read
     from ...methods.nmke import NMKEHyperParams
     from ..methods import changed
+    from ..protocol import Progress
 
     given = {"model_name": args.model, "device": args.device}
     base = changed(read(args.hparams), {name: value for name, value in given.items() if value is not None})
@@ -75,17 +79,58 @@ def run(args, begin) -> None:
     content = {name: value for name, value in base.to_dict().items() if name not in ("device", "stats_dir")}
     settings = {"name": content["model_name"], "hparams": content, "edits": edits, "seeds": seeds, "data": data}
     notebook = begin(settings, editor.model)
-    with tqdm(total=seeds * len(hparams) * edits, desc="settings", unit="edit", smoothing=0.02) as bar:
-        for seed in range(seeds):
-            if all((name, seed) in notebook.found for name in hparams):
-                bar.update(len(hparams) * edits)
-                continue
-            stream = _Stream(editor, data, edits, seed, args.out / "found" / f"seed-{seed}", hparams.values())
-            for name, setting in hparams.items():
+    todo = {seed: [name for name in hparams if (name, seed) not in notebook.found] for seed in range(seeds)}
+    left = [(base, hparams, data, edits, seed, names) for seed, names in todo.items() if names]
+    events = _on_cluster(args, left) if args.on else (event for each in left for event in _seed(*each, args.out, editor))
+    total, there = seeds * len(hparams) * edits, sum(len(hparams) - len(names) for names in todo.values())
+    with tqdm(total=total, initial=there * edits, desc="settings", unit="edit", smoothing=0.02) as bar, closing(events):
+        for event in events:
+            if isinstance(event, Progress):
+                bar.update(event.more)
+            else:
+                name, seed = event.line["key"]
                 bar.set_postfix_str(name)
-                done = bar.n
-                notebook.once(name, seed, make=lambda setting=setting, stream=stream: stream.edited(setting, bar.update))
-                bar.update(done + edits - bar.n)
+                notebook.once(name, seed, make=lambda event=event: event.line)
+
+
+def _on_cluster(args, left: Sequence[tuple]):
+    """A task for each seed."""
+    from ..cluster import cluster, gpus_of, placed
+    from ..methods import changed
+    from ..pieces import Piece, on_cluster
+
+    pieces, gpus = [], 0
+    for base, hparams, data, edits, seed, names in left:
+        gpus, where = gpus_of(base), placed(base)
+        own = {name: changed(setting, where) for name, setting in hparams.items()}
+        run = partial(_seed, changed(base, where), own, data, edits, seed, names)
+        pieces.append(Piece(run, args.out, f"found/seed-{seed}", (Path(data),) if Path(data).is_file() else ()))
+    if pieces:
+        with cluster(args.on) as machines:
+            yield from on_cluster(machines, pieces, gpus)
+
+
+def _seed(base, hparams: Mapping[str, Any], data: str, edits: int, seed: int, names: Sequence[str], folder: Path, editor=None):
+    """The events of one stream: a result for each of `names`, settings that were not tried on it yet. editor: opened already; a
+    worker of a cluster opens its own, and keeps the results for who goes on when it is lost."""
+    from ...editor import LifelongEditor
+    from ...files import write_json
+    from ..pieces import records
+    from ..protocol import Progress, Result
+
+    found, keeps = folder / "found" / f"seed-{seed}", editor is None
+    editor = editor or LifelongEditor.from_hparams(base)
+    stream = _Stream(editor, records(data, folder), edits, seed, found, hparams.values())
+    earlier = keeps and (found / "lines.json").is_file()
+    lines = json.loads((found / "lines.json").read_text(encoding="utf-8")) if earlier else {}
+    for name in names:
+        if name in lines:
+            yield Progress(len(stream.requests))
+        else:
+            lines[name] = yield from stream.edited(hparams[name])
+            if keeps:
+                write_json(found / "lines.json", lines)
+        yield Result({"key": [name, seed], **lines[name]})
 
 
 class _Stream:
@@ -162,7 +207,6 @@ class _Stream:
     def _mark(self, requests: Sequence, more: Mapping) -> str:
         """What is found depends on this."""
         import hashlib
-        import json
 
         from ...models.updates import model_digest
 
@@ -170,11 +214,12 @@ class _Stream:
         asked = [(request.prompt, request.subject, request.target_new) for request in requests]
         return hashlib.sha256(json.dumps([hparams, more, asked, model_digest(self.editor.model)]).encode()).hexdigest()
 
-    def edited(self, hparams, tell) -> dict:
-        """Scores after all edits with one setting; the model is put back."""
+    def edited(self, hparams) -> Generator[Any, None, dict]:
+        """Scores after all edits with one setting; the model is put back. Yields its progress."""
         from ...methods import open_state
         from ...methods.contract import apply_method
         from ...scores import metrics
+        from ..protocol import Progress
         from ..tune.bed import unedited_afterwards
 
         editor, method = self.editor, self.editor.method
@@ -184,7 +229,7 @@ class _Stream:
                 some = slice(start, start + hparams.batch_size)
                 replay = partial(method.replay, z=self.values["z"][some].T, scores=self.scores(hparams, some))
                 apply_method(method, editor.model, editor.tok, self.requests[some], hparams, state=state, edit=replay)
-                tell(len(self.requests[some]))
+                yield Progress(len(self.requests[some]))
             after = metrics.quality(editor.model, editor.tok, self.requests, separator=self.separator)
             kept = self.kept.score(editor.model, editor.tok)
         reports, attributing = state.reports, self.attributions.get(_strategy(hparams)) if hparams.neurons != "all" else None

@@ -41,6 +41,10 @@ def seed_argument(sub: argparse.ArgumentParser, what: str) -> None:
     sub.add_argument("--seed", type=int, default=0, help=f"of {what} (default 0)")
 
 
+def on_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--on", metavar="CLUSTER", help="ray, or ray:HOST:PORT: on the machines of a Ray cluster (docs/scale.md)")
+
+
 def load(args: argparse.Namespace):
     """(model, tokenizer) that the arguments name, with the edits of `--edits` in it."""
     from ...editor import LifelongEditor

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +27,20 @@ from ...methods import method_named, method_of, methods
 from ...methods.contract import check_requests
 from ...methods.located import KeyValueHyperParams
 from ...methods.located import templates as context_templates
-from ...methods.nmke import NMKEHyperParams, attributed
 from ...models.arch import ModelView, editing
 from ...models.loading import load_model
+from ...models.passes import chunks
 from ...models.requests import Request
 from ...models.updates import model_digest
 from ...scores import metrics
 from ...scores.kept import own_text
-from ...statistics.covariance import each_moment, moment_files
+from ...statistics.covariance import SecondMoment, each_moment, moment_files
+from ..cluster import Pool, cluster, gpus_of, placed
 from ..methods import changed
 from .bed import Bed
-from .studies import Search
-from .values import SEARCHED, Values, blocks, starts
+from .studies import Search, Tried, Watch
+from .trials import Trials
+from .values import SEARCHED, blocks, starts
 
 SHARES = {"values": 0.4, "writes": 0.35, "streams": 0.25}  # of the budget
 STREAM = 32  # facts of a trial that writes
@@ -51,7 +56,8 @@ WORKED = 0.5  # Rel below it: nothing worked
 @dataclass(frozen=True)
 class Plan:
     """base: the method's settings but for those that are searched. source: "facts" or a file of records. text: of the covariance, a
-    file; None: the model's own samples. seconds: the budget. trials: at most so many of values, of writes and in earnest."""
+    file; None: the model's own samples. seconds: the budget. trials: at most so many of values, of writes and in earnest.
+    at_a_time: so many are chosen together, by what was measured before; on a cluster they are made side by side."""
 
     label: str
     base: HyperParams
@@ -61,6 +67,7 @@ class Plan:
     seconds: float = 2700.0
     seed: int = 0
     trials: tuple[int | None, int | None, int] = (None, None, BEST)
+    at_a_time: int = 1
 
 
 @dataclass
@@ -85,13 +92,17 @@ class Outcome:
         return [line for search in self.searches for line in search.lines()] + self.streams
 
 
-def tune(plan: Plan, tell: Callable[[str, str], None] = lambda stage, note: None) -> Outcome:
+def tune(plan: Plan, tell: Callable[[str, str], None] = lambda stage, note: None, on: str | None = None) -> Outcome:
     """Search until the budget is spent; `tell(stage, note)` is called whenever something is done.
 
     Ctrl-C ends it with the best so far; the same plan goes on from there. The trials are kept in `plan.directory`, values in the
-    user's cache. ValueError for a method without anything to search, a model or records that cannot be used.
+    user's cache. on: "ray" or "ray:ADDRESS": trials are made, and the text of the covariance is summed, by workers of that cluster
+    (see `cluster`), each with a copy of the model; with the same number of trials the same comes of it. ValueError for a method
+    without anything to search, a model or records that cannot be used.
     """
     started, outcome = time.monotonic(), Outcome()
+    if on:
+        gpus_of(plan.base)  # refuses what a worker could not load
     model, tok = load_model(plan.base)
     view, own = ModelView(model), method_of(plan.base)
     space = plan.base.searched(view.depth)
@@ -99,11 +110,19 @@ def tune(plan: Plan, tell: Callable[[str, str], None] = lambda stage, note: None
         raise ValueError(
             f"{plan.label} names nothing to search ({type(plan.base).__name__}.searched is empty); edit its file by hand"
         )
-    requests = _requests(plan, view, tok, own.needs_subject)
-    base = changed(plan.base, {"model_name": (model, tok), **_statistics(plan, view, tok)})
-    with editing(model):
-        bed = Bed(model, tok, requests, (atlas.text() if plan.source in atlas.SOURCES else own_text())[:KEPT])
-        search = _Tuning(plan, bed, base, space, outcome, tell, started)
+    requests, statistics = _requests(plan, view, tok, own.needs_subject), _statistics(plan, view, tok)
+    base, text = changed(plan.base, {"model_name": (model, tok), **statistics}), _kept_text(plan)
+    with editing(model), ExitStack() as opened:
+        bed = Bed(model, tok, requests, text)
+        templates = _templates(bed, base) if _has_values(base, space) else []
+        kept = _digest(bed, plan, templates) if templates else None
+        trials = Trials(bed, base, templates, user_cache() / "tune" / kept if kept else None, tell)
+        pool = None
+        if on:
+            settings, machines = changed(plan.base, {**statistics, **placed(plan.base)}), opened.enter_context(cluster(on))
+            make = partial(Trials.elsewhere, settings, requests, text, templates, kept)
+            pool = opened.enter_context(machines.pool(make, gpus_of(settings)))
+        search = _Tuning(plan, trials, space, outcome, tell, started, pool)
         try:
             search.run()
         except KeyboardInterrupt:
@@ -114,47 +133,49 @@ def tune(plan: Plan, tell: Callable[[str, str], None] = lambda stage, note: None
 
 
 class _Tuning:
-    """The stages, in order, on one bed."""
+    """The stages, in order: trials are made here or by a pool of workers."""
 
-    def __init__(self, plan: Plan, bed: Bed, base: HyperParams, space: Mapping[str, Any], outcome: Outcome, tell, started: float):
-        self.plan, self.bed, self.base, self.space, self.outcome = plan, bed, base, dict(space), outcome
-        self.tell, self.started = tell, started
-        self.has_values = isinstance(base, KeyValueHyperParams) and "blocks" in space
-        self.replays = self.has_values and method_of(base).replay is not None
-        self.values: Values | None = None
+    def __init__(
+        self, plan: Plan, trials: Trials, space: Mapping[str, Any], outcome: Outcome, tell, started: float, pool: Pool | None
+    ):
+        self.plan, self.trials, self.space, self.outcome = plan, trials, dict(space), outcome
+        self.bed, self.base, self.tell, self.started, self.pool = trials.bed, trials.base, tell, started, pool
         self.first: dict[str, Any] | None = None  # the published starting point of values
-        self.scores: list[dict[int, torch.Tensor]] = [{} for _ in range(STREAM)]
         self.writes: Search | None = None
 
     def run(self) -> None:
-        best = self._values() if self.has_values else []
+        best = self._values() if self.trials.values else []
         self._writes(best)
         self._streams()
         self.conclude()
+
+    def _tried(self, stage: str, calls: Sequence[tuple]) -> Iterator[Tried]:
+        """Of a method of `Trials`, what comes of each call, in order."""
+        calls = [(stage, *call) for call in calls]
+        if self.pool is None:
+            yield from (self.trials.tried(*call) for call in calls)
+            return
+        for made in self.pool.map("tried", calls):
+            score = made.found["score"] if made.found else None
+            self.tell(
+                {"value": "values", "written": "writes"}.get(stage, "streams"),
+                "a trial fell behind" if score is None else f"{score:.2f}",
+            )
+            yield made
 
     # ---- values
 
     def _values(self) -> list[dict[str, Any]]:
         """The settings of values that go on: the best of each of the FINALISTS best blocks, and the first start."""
-        bed, plan = self.bed, self.plan
-        templates = _templates(bed, self.base)
-        folder = user_cache() / "tune" / _digest(bed, plan, templates)
-        self.values = Values(bed, templates, folder)
+        bed, plan, folder = self.bed, self.plan, self.trials.values.folder
         tried, depth = blocks(bed.view.depth), bed.view.depth
         first = [start for start in starts(depth) if start["block"] in tried]
         search = Search(folder / "values.db", "values", {"block": tried, **SEARCHED}, plan.seed, first, prune=True)
         self.outcome.searches.append(search)
         budget = SHARES["values"] * plan.seconds - search.seconds
         if (budget > 0 and plan.trials[0] is None) or not search.done() or plan.trials[0]:
-
-            def measure(chosen: dict, go_on) -> dict | None:
-                def told(score: float, step: int) -> bool:
-                    self.tell("values", f"block {chosen['block']}, {score:.2f}")
-                    return go_on(score, step)
-
-                return self.values.tried(chosen, told)
-
-            search.run(measure, time.monotonic() + max(budget, 0), plan.trials[0])
+            until = time.monotonic() + max(budget, 0)
+            search.run(lambda asked: self._tried("value", asked), until, plan.trials[0], plan.at_a_time)
         ranked = [chosen for chosen, _ in search.done()]
         found: dict[int, dict] = {}
         for chosen in ranked:
@@ -167,84 +188,58 @@ class _Tuning:
     # ---- writes
 
     def _writes(self, finalists: Sequence[Mapping[str, Any]]) -> None:
-        plan, space, part = self.plan, dict(self.space), self.bed.part(0, STREAM)
+        plan, space = self.plan, dict(self.space)
         if finalists:
             space = {"values": [dict(chosen) for chosen in finalists], **space}
         begun = time.monotonic()
         start = {"values": self.first, "blocks": 5} | {name: getattr(self.base, name) for name in self.space if name != "blocks"}
         name = f"{plan.label} {_hash([plan.base.to_dict(), space])}"
-        search = self.writes = Search(plan.directory / "trials.db", name, space, plan.seed, [start])
+        search = self.writes = Search(plan.directory / "trials.db", name, space, plan.seed, [start, *_middle(start, space)])
         self.outcome.searches.append(search)
         budget = SHARES["writes"] * plan.seconds - search.seconds
         self._covariances(finalists)
 
-        def measure(chosen: dict, go_on) -> dict | None:
-            settings = self._settings(chosen)
-            z = scores = None
-            if self.replays:
-                values = {name: value for name, value in chosen["values"].items()}
-                z = self.values.of(values, settings, STREAM, lambda: self.tell("writes", "values"))
-                scores = self._attributed(settings)
+        def measure(asked: Sequence[tuple[dict, Watch]]) -> Iterator[Tried]:
             best = max((measured["rel"] for _, measured in search.done()), default=0.0)
-            found = part.edited(settings, z, scores, lambda rel: rel >= ENOUGH * best)
-            self.tell("writes", "a trial fell behind" if found is None else f"{found['score']:.2f}")
-            return found
+            return self._tried("written", [(*each, STREAM, ENOUGH * best) for each in asked])
 
-        search.run(measure, begun + max(budget, 0), plan.trials[1])
+        search.run(measure, begun + max(budget, 0), plan.trials[1], plan.at_a_time)
 
     def _covariances(self, finalists: Sequence[Mapping[str, Any]]) -> None:
-        """Made in one pass over the text for all blocks that a trial may edit, and cached."""
-        if not self.has_values:
+        """Made in one pass over the text for all blocks that a trial may edit, and cached; workers are given the files."""
+        if not self.trials.values:
             return
         most = max(self.space["blocks"])
         layers = sorted({layer for chosen in finalists for layer in range(max(chosen["block"] + 1 - most, 0), chosen["block"] + 1)})
         settings = changed(self.base, {"layers": layers})
         self.tell("writes", "covariance of keys")
-        for layer, _ in each_moment(self.bed.view, self.bed.tok, settings, moment_files(self.bed.view, self.bed.tok, settings)):
+        files = moment_files(self.bed.view, self.bed.tok, settings)
+        for layer, _ in each_moment(self.bed.view, self.bed.tok, settings, files, elsewhere=self._sums if self.pool else None):
             self.tell("writes", f"covariance of keys, block {layer}")
+        for file in files.values() if self.pool else ():
+            if file.is_file():
+                self.pool.each("keep", file.name, file.read_bytes())
 
-    def _settings(self, chosen: Mapping[str, Any]) -> HyperParams:
-        """The base with what a trial has chosen."""
-        values, own = dict(chosen.get("values") or {}), {k: v for k, v in chosen.items() if k not in ("values", "blocks")}
-        if values:
-            block = values.pop("block")
-            own["layers"] = list(range(max(block + 1 - chosen["blocks"], 0), block + 1))
-        return changed(self.base, {**own, **values})
-
-    def _attributed(self, settings: HyperParams) -> list[dict[int, torch.Tensor]] | None:
-        """Each request's attribution scores on the unedited model, of the settings' layers; made once for all trials."""
-        if not isinstance(settings, NMKEHyperParams) or settings.neurons == "all":
-            return None
-        missing = [layer for layer in settings.layers if layer not in self.scores[0]]
-        templates = self.values.templates
-        for layer in missing:
-            asked = changed(settings, {"layers": [layer]})
-            found = attributed(self.bed.view, self.bed.tok, self.bed.requests[:STREAM], templates, asked)[layer]
-            for known, own in zip(self.scores, found.split(len(templates)), strict=True):
-                known[layer] = own
-            self.tell("writes", f"attribution, block {layer}")
-        return self.scores
+    def _sums(self, shards: Iterable[list[str]], layers: Sequence[int], dtype: torch.dtype) -> Iterator[dict[int, SecondMoment]]:
+        return self.pool.map("sums", ((shard, layers, dtype) for shard in shards))
 
     # ---- in earnest
 
     def _streams(self) -> None:
         plan, kept = self.plan, self.plan.directory / "streams.json"
         self.outcome.streams = known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
-        part = self.bed.part(STREAM, STREAM + REAL)
-        deadline = self.started + plan.seconds
-        longest = 0.0
-        for chosen, measured in self.writes.done()[: plan.trials[2]]:
-            if any(line["chosen"] == chosen and line["space"] == self.writes.study.study_name for line in known):
-                continue
-            begun = time.monotonic()
-            if longest and begun + longest > deadline:
+        name, deadline, longest = self.writes.study.study_name, self.started + plan.seconds, 0.0
+        there = [line["chosen"] for line in known if line["space"] == name]
+        todo = [(chosen, measured) for chosen, measured in self.writes.done()[: plan.trials[2]] if chosen not in there]
+        for some in chunks(todo, plan.at_a_time):
+            if longest and time.monotonic() + longest > deadline:
                 break
-            self.tell("streams", f"{REAL} edits")
-            found = part.edited(self._settings(chosen), watch=lambda rel: self.tell("streams", f"Rel {rel:.2f}") or True)
-            longest = max(longest, time.monotonic() - begun)
-            line = {"stage": "streams", "space": self.writes.study.study_name, "chosen": chosen, "measured": found}
-            known.append({**line, "trial_score": measured["score"], "seconds": round(time.monotonic() - begun, 2)})
-            write_json(kept, known)
+            calls = [(chosen, Watch(), STREAM, STREAM + REAL) for chosen, _ in some]
+            for (chosen, measured), made in zip(some, self._tried("streamed", calls), strict=True):
+                longest = max(longest, made.seconds)
+                line = {"stage": "streams", "space": name, "chosen": chosen, "measured": made.found}
+                known.append({**line, "trial_score": measured["score"], "seconds": made.seconds})
+                write_json(kept, known)
 
     def conclude(self) -> None:
         """The best by the mean of both scores where there are two, else by the trial's; nothing without a whole trial."""
@@ -257,10 +252,16 @@ class _Tuning:
         chosen, self.outcome.trial, self.outcome.stream = (
             max(ranked, key=lambda one: one[1]["score"] + one[2]["score"]) if ranked else (*done[0], {})
         )
-        self.outcome.settings = self._settings(chosen)
+        self.outcome.settings = self.trials.settings(chosen)
 
 
 # ---- what a search begins with
+
+
+def _middle(start: Mapping[str, Any], space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The start with the middle of every range, where there is one: weights as published are those of models of 8B."""
+    middle = {name: math.sqrt(what[0] * what[1]) for name, what in space.items() if isinstance(what, tuple)}
+    return [{**start, **middle}] if middle else []
 
 
 def base_settings(label: str, model_name: Any, **rest: Any) -> HyperParams:
@@ -313,6 +314,15 @@ def _statistics(plan: Plan, view: ModelView, tok) -> dict[str, Any]:
             if line.strip():
                 count, total = count + 1, total + min(len(tok(line)["input_ids"]), 512)
     return {"mom2_dataset": plan.text, "mom2_n_samples": max(count, 1)}
+
+
+def _has_values(base: HyperParams, space: Mapping[str, Any]) -> bool:
+    """Whether the method solves target values, at blocks that are searched."""
+    return isinstance(base, KeyValueHyperParams) and "blocks" in space
+
+
+def _kept_text(plan: Plan) -> str:
+    return (atlas.text() if plan.source in atlas.SOURCES else own_text())[:KEPT]
 
 
 def _templates(bed: Bed, base: HyperParams) -> list[str]:

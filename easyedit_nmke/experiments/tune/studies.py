@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...messages import how_to_install
 
@@ -16,6 +17,37 @@ Space = Mapping[str, "list | tuple[float, float]"]
 Tick = Callable[[str], None]
 
 STARTUP = 6  # trials before the sampler learns from them
+
+
+class Tried(NamedTuple):
+    """What a trial measured, with "score", None when it was ended; its reports, as `Watch` has them; how long it took."""
+
+    found: dict | None
+    reports: list[tuple[float, int]]
+    seconds: float
+
+
+@dataclass
+class Watch:
+    """Asked with (score so far, step) whether a trial goes on: not when it is behind the median of `whole`, the scores by step of
+    the trials that were whole before; None: always. In whichever process the trial is made."""
+
+    whole: Sequence[Mapping[int, float]] | None = None
+    reports: list[tuple[float, int]] = field(default_factory=list)
+
+    def __call__(self, score: float, step: int) -> bool:
+        self.reports.append((score, step))
+        if not self.whole:
+            return True
+        import optuna
+
+        with _quiet(optuna):
+            study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
+            study.add_trials(optuna.trial.create_trial(value=0.0, intermediate_values=dict(steps)) for steps in self.whole)
+            trial = study.ask()
+            for each in self.reports:
+                trial.report(*each)
+            return not trial.should_prune()
 
 
 class Search:
@@ -29,13 +61,12 @@ class Search:
             import optuna
         except ImportError:
             raise ImportError(f"nmke tune needs optuna: {how_to_install('tune')}") from None
-        self.optuna, self.space = optuna, space
+        self.optuna, self.space, self.prune = optuna, space, prune
         file.parent.mkdir(parents=True, exist_ok=True)
         with _quiet(optuna):
             self.study = optuna.create_study(
-                study_name=name, storage=f"sqlite:///{file.resolve()}", load_if_exists=True, direction="maximize",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=1) if prune else optuna.pruners.NopPruner(),
-            )  # fmt: skip
+                study_name=name, storage=f"sqlite:///{file.resolve()}", load_if_exists=True, direction="maximize"
+            )
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=seed + len(self.study.trials), multivariate=True, n_startup_trials=STARTUP
             )
@@ -67,28 +98,51 @@ class Search:
             for trial in self.study.trials if trial.state.is_finished() and "seconds" in trial.user_attrs
         ]  # fmt: skip
 
-    def run(self, measure: Callable[[dict, Callable[[float, int], bool]], dict | None], deadline: float, most: int | None) -> None:
-        """Trials until `deadline` (of time.monotonic) or `most` of them, at least one whole one. measure(chosen, go_on) gives what
-        was measured, with "score"; None when go_on(score so far, step) said no."""
+    def run(
+        self,
+        measure: Callable[[Sequence[tuple[dict, Watch]]], Iterable[Tried]],
+        deadline: float,
+        most: int | None,
+        at_a_time: int = 1,
+    ) -> None:
+        """Trials until `deadline` (of time.monotonic) or `most` of them, at least one whole one; so many are chosen `at_a_time`, by
+        all that were made before. measure(what was chosen, the watch of each): what comes of each, in order, wherever made."""
         made = 0
         while (time.monotonic() < deadline and (most is None or made < most)) or not self.done():
-            made += 1
-            with _quiet(self.optuna):
-                trial = self.study.ask()
-                chosen = self._chosen({name: self._suggest(trial, name, what) for name, what in self.space.items()})
-            started, whole = time.monotonic(), False
+            together = at_a_time if most is None else max(min(at_a_time, most - made), 1)
+            made += together
+            asked, started = [self._ask() for _ in range(together)], time.monotonic()
+            told = 0
             try:
-                found = measure(chosen, lambda score, step, trial=trial: self._go_on(trial, score, step))
-                whole = True
+                for found in measure([(chosen, watch) for _, chosen, watch in asked]):
+                    self._tell(asked[told][0], found)
+                    told, started = told + 1, time.monotonic()
             finally:
-                trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
-                if not whole:
+                for trial, _, watch in asked[told:]:
+                    if watch.reports or trial is asked[told][0]:
+                        trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
+                    self._report(trial, watch.reports)
                     self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-            if found is None:
-                self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-            else:
-                trial.set_user_attr("measured", found)
-                self.study.tell(trial, found["score"])
+
+    def _ask(self) -> tuple[Any, dict[str, Any], Watch]:
+        with _quiet(self.optuna):
+            trial = self.study.ask()
+            chosen = self._chosen({name: self._suggest(trial, name, what) for name, what in self.space.items()})
+        whole = [each.intermediate_values for each in self.study.trials if each.state.name == "COMPLETE"]
+        return trial, chosen, Watch(whole if self.prune else None)
+
+    def _tell(self, trial, made: Tried) -> None:
+        trial.set_user_attr("seconds", made.seconds)
+        self._report(trial, made.reports)
+        if made.found is None:
+            self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+        else:
+            trial.set_user_attr("measured", made.found)
+            self.study.tell(trial, made.found["score"])
+
+    def _report(self, trial, reports: Sequence[tuple[float, int]]) -> None:
+        for score, step in reports:
+            trial.report(score, step)
 
     def points(self) -> list[tuple[dict[str, Any], float, bool]]:
         """(what was chosen, the score it came to, whether it came to its end) of every trial that has a score."""
@@ -117,10 +171,6 @@ class Search:
             for trial in self.study.trials
         ]
         return [(trial, score) for trial, score in found if score is not None and trial.state.is_finished()]
-
-    def _go_on(self, trial, score: float, step: int) -> bool:
-        trial.report(score, step)
-        return not trial.should_prune()
 
     def _suggest(self, trial, name: str, what):
         if isinstance(what, tuple):
