@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from counting import Counts
 
 from easyedit_nmke import methods
 from easyedit_nmke.attribution import neuron_scores
@@ -11,6 +12,7 @@ from easyedit_nmke.methods.keys import attribution_inputs, subject_states
 from easyedit_nmke.methods.located import edit_layers
 from easyedit_nmke.methods.nmke import neuron_masks
 from easyedit_nmke.methods.values import Value
+from easyedit_nmke.models import post_norm
 from easyedit_nmke.models.arch import FAMILIES, ModelView
 from easyedit_nmke.models.post_norm import PostNorm
 from easyedit_nmke.models.prompts import open_end
@@ -88,6 +90,29 @@ def test_scales_and_outputs_of_zero_are_finite(case):
     for states in (y, torch.zeros_like(y)):
         assert norm.change(states, torch.ones_like(y)).isfinite().all()
         assert norm.change(states, torch.zeros_like(y)).isfinite().all()
+
+
+@pytest.mark.parametrize("spread", [0.1, 3, 12])
+@pytest.mark.parametrize("length", [1.01, 30, 1e6])
+def test_the_damping_is_the_root_to_the_last_digits(spread, length):
+    """Against bisection, with scales and targets over so many orders of magnitude."""
+    g = torch.Generator().manual_seed(4)
+    scale = 10 ** (spread * (torch.rand(32, generator=g, dtype=torch.float64) - 0.5))
+    target = torch.randn(20, 32, generator=g, dtype=torch.float64) * scale * scale.roll(1)
+    target *= length / (target / scale**2).square().mean(1, keepdim=True).sqrt()
+    low, high = torch.zeros(20, 1, dtype=torch.float64), target.square().mean(1, keepdim=True).sqrt()
+    for _ in range(2000):  # from values of any size: the middle of the exponents first
+        middle = torch.where(low > 0, (low * high).sqrt(), high * 1e-6)
+        long = (target / (scale**2 + middle)).square().mean(1, keepdim=True) > 1
+        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+    assert torch.allclose(post_norm._damping(scale, target), high, rtol=1e-9)
+
+
+def test_a_movement_is_few_launches(case):
+    norm, y, _ = case
+    with Counts() as counts:
+        norm.change(y, 100 * torch.ones_like(y))
+    assert counts.launches["rest"] <= 220
 
 
 def at_subject(view, tok, module):

@@ -132,6 +132,28 @@ def test_exact_products_pin_the_precision_and_put_it_back(choose):
         assert precision() == before
 
 
+def as_tf32(x):
+    """Its ten bits behind the point."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_of_16_bits_are_multiplied_as_tf32_which_holds_them(dtype, tiny, monkeypatch):
+    plain, seen = covariance.SecondMoment.add, []
+
+    def add(moment, keys):
+        seen.append(PARTS[0].fp32_precision == "tf32" if PARTS else torch.backends.cuda.matmul.allow_tf32)
+        assert torch.equal(as_tf32(keys), keys) and keys.dtype == torch.float32
+        plain(moment, keys)
+
+    monkeypatch.setattr(covariance.SecondMoment, "add", add)
+    before = precision()
+    model, tok = tiny("llama")
+    covariance.covariances(ModelView(model.to(dtype)), tok, ["The capital of France is Paris. " * 12], [0, 1])
+    assert seen == [True, True] and precision() == before
+
+
 @pytest.mark.usefixtures("settings")
 def test_statistics_and_scores_are_computed_exactly(tiny, monkeypatch):
     """Whatever the user has set: what is kept in files, and what masks are chosen by, is the same."""
@@ -151,12 +173,12 @@ def test_statistics_and_scores_are_computed_exactly(tiny, monkeypatch):
     model, tok = tiny("llama")
     view = ModelView(model)
     watched(covariance.SecondMoment, "add"), watched(fast, "perturbed_log_probs")
-    watched(AttributionCache, "check"), watched(cached.Projection, "follow")
+    watched(AttributionCache, "check"), watched(cached.Projection, "_add")
     covariance.covariances(view, tok, ["The capital of France is Paris. " * 12], [0])
     case, cache = make_case((2, 7, 8, 37)), AttributionCache()
     case.scores(backend="fast")
-    cache.projection(0, case.w_out, case.readout)
-    cache.follow({0: [LowRank("0", torch.zeros(8, 1), torch.zeros(1, 7))]}, {0: case.w_out}, case.readout)
+    zeros = [LowRank("0", torch.zeros(8, 1), torch.zeros(1, 7))]
+    cache.projection(0, case.w_out, case.readout, cached.Made(case.w_out, zeros, lambda left: left, lambda count: case.w_out))
     exact = {("highest", ("ieee",) * len(PARTS))}
-    assert seen == {name: exact for name in ("add", "perturbed_log_probs", "check", "follow")}
+    assert seen == {name: exact for name in ("add", "perturbed_log_probs", "check", "_add")}
     assert torch.get_float32_matmul_precision() == "medium"

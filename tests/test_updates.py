@@ -73,6 +73,20 @@ def test_a_column_of_an_update_is_two_launches_a_block(monkeypatch):
     assert counted[1] - counted[0] == 9 * 2 * 19
 
 
+def test_edits_that_follow_one_another_are_added_together(monkeypatch):
+    """Which on a GPU is one launch a block, however many edits."""
+    plain, columns = LowRank.added_to, []
+
+    def counted(update, total, rows):
+        columns.append(update.left.shape[1])
+        plain(update, total, rows)
+
+    monkeypatch.setattr(LowRank, "added_to", counted)
+    sparse = Sparse("w", torch.tensor([0]), torch.ones(1))
+    accumulate(torch.zeros(63, 31), torch.zeros(63, 31), [some(1, 63, 31), some(2, 63, 31), sparse, some(3, 63, 31)])
+    assert columns == [3, 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_sums_are_the_same_bits_in_any_blocks_and_batches(dtype, transposed, monkeypatch):

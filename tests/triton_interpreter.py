@@ -8,9 +8,10 @@ import torch
 from test_attribution import READOUTS, make_case
 
 from easyedit_nmke import apply_nmke_to_model
-from easyedit_nmke.attribution import AttributionCache, fused
+from easyedit_nmke.attribution import AttributionCache, Made, fused
 from easyedit_nmke.attribution.masks import neuron_mask
 from easyedit_nmke.methods.nmke import NMKEHyperParams
+from easyedit_nmke.models import adding
 from easyedit_nmke.models.updates import LowRank
 
 # P, N, D, V: one of each, one tile and a bit, many prompts, a vocabulary of several tiles
@@ -21,6 +22,18 @@ def errors(case, norm, **settings):
     """Largest absolute error of the scores."""
     expected = case.scores(backend="reference", norm=norm)
     return float((case.scores(backend="fused", norm=norm, **settings) - expected).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 1, 1), (16, 128, 3), (37, 131, 20)])
+def test_columns_are_added_to_the_bit(dtype, rows, width, columns):
+    g = torch.Generator().manual_seed(rows)
+    sizes = (rows, width), (rows, columns), (columns, width)
+    total, left, right = (torch.randn(*size, generator=g, dtype=dtype) for size in sizes)
+    expected = total.clone()
+    LowRank("w", left, right).added_to(expected, slice(None))
+    adding.add_columns(total, left, right)
+    assert torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("norm", ["frozen", "exact"])
@@ -85,13 +98,11 @@ def test_prompts_and_neurons_in_parts():
 def test_the_kernel_reads_a_cache(dtype):
     """U stored, and a change of the weights as pending factors, through the same kernel."""
     case = make_case((3, 63, 20, 150), "layer", dtype=dtype)
-    cache = AttributionCache()
-    cache.projection(0, case.w_out, case.readout)
-    generator = torch.Generator().manual_seed(0)
+    base, generator = case.w_out.clone(), torch.Generator().manual_seed(0)
     left, right = torch.randn(20, 3, generator=generator), 0.1 * torch.randn(3, 63, generator=generator)
     case.w_out.add_(left @ right)
-    cache.follow({0: [LowRank("0", left, right)]}, {0: case.w_out}, case.readout)
-    held = cache.layers[0]
+    made = Made(base, [LowRank("0", left, right)], lambda left: left, lambda count: case.w_out if count else base)
+    held = AttributionCache().projection(0, case.w_out, case.readout, made)
     for final in (case.final_hidden, None):
         args = (case.coefficients, case.residual, case.w_out, case.readout, case.target_ids, 30.0, final)
         after, before = fused.perturbed_log_probs(*args, projection=held)
@@ -155,10 +166,10 @@ def test_a_cache_is_read_with_few_widths():
     """Each other one would compile the kernel anew, some seconds in each of the first edits."""
     case, widths = make_case((2, 33, 16, 129), "rms"), set()
     cache = AttributionCache()
-    projection = cache.projection(0, case.w_out, case.readout)
+    projection = cache.projection(0, case.w_out, case.readout, Made.of(case.w_out))
     for _ in range(20):
         weight, head, stored, _ = fused._operands(case.w_out, slice(None), case.readout, case.target_ids, projection, torch.float32)
         assert weight.shape[1] == head.shape[1] and weight.is_contiguous() and stored.shape == (33, 129)
         widths.add(weight.shape[1])
-        projection._add([LowRank("w", torch.randn(16, 1), torch.randn(1, 33))], case.readout)
+        projection._add(torch.randn(16, 1), torch.randn(1, 33), case.readout)
     assert widths == {0, 16, 32}

@@ -1,23 +1,22 @@
 """U = W_U·diag(g)·w_out of the edited layers, kept: an edit changes w_out by a low-rank Δ, and U by W_U·diag(g)·Δ.
 
 Scoring is then bound by memory. What was added since U was last computed is kept beside it as float32 factors, so that small
-changes are not rounded away; after `REFRESH_EVERY` edits U is computed anew. Told what the weights are made of (`Made`), U's bits
-depend on that alone, not on when it was asked for: a run that is taken up again, or goes on after an undone edit, scores with the
-same bits. Nothing is trusted: some words' rows are compared with exact ones, and where it is told of edits one by one, the digest
-of the weights says before each use whether they are what those made.
+changes are not rounded away; after `REFRESH_EVERY` edits U is computed anew. It is told what the weights are made of (`Made`), and
+U's bits depend on that alone, not on when it was asked for: a run that is taken up again, or goes on after an undone edit, scores
+with the same bits. Nothing is trusted: some words' rows are compared with exact ones.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..models.device import free_memory, total_memory
 from ..models.products import exact_products, linear
-from ..models.updates import LowRank, fingerprint
+from ..models.updates import LowRank
 from .linear import project
 
 logger = logging.getLogger(__name__)
@@ -43,6 +42,11 @@ class Made:
     scaled: Callable[[torch.Tensor], torch.Tensor]
     after: Callable[[int], torch.Tensor]
 
+    @classmethod
+    def of(cls, w_out: torch.Tensor) -> Made:
+        """Values [D, N] that nothing was added to."""
+        return cls(w_out, (), lambda left: left, lambda count: w_out)
+
     def start(self, refresh_every: int, columns: int) -> int:
         """How many updates U itself has seen: so many that never more than `refresh_every`, or `columns` of theirs, are pending."""
         start = pending = 0
@@ -62,13 +66,11 @@ class Made:
 class Projection:
     """One layer's U as stored [N, V] + (left [V, K]·right [K, N])ᵀ, K = `width` pending columns."""
 
-    def __init__(self, w_out: torch.Tensor, readout, refresh: bool = True):
+    def __init__(self, w_out: torch.Tensor, readout):
         half = w_out.dtype in (torch.bfloat16, torch.float16)
         shape = (w_out.shape[1], len(readout.head))
         self.stored = torch.empty(shape, dtype=torch.bfloat16 if half else w_out.dtype, device=w_out.device)
         self.refreshes, self.made, self.start = 0, None, 0
-        if refresh:
-            self.refresh(w_out, readout, "first use")
 
     @staticmethod
     def bytes(w_out: torch.Tensor, readout) -> int:
@@ -93,8 +95,8 @@ class Projection:
         """U of some words [ids, N]."""
         return self.stored[:, ids].T.to(self.dtype) + self.left[ids] @ self.right
 
-    def refresh(self, w_out: torch.Tensor, readout, reason: str, told: bool = False) -> None:
-        """Compute U of w_out [D, N] exactly. told: by `become`, which needs no digest of the weights."""
+    def refresh(self, w_out: torch.Tensor, readout, reason: str) -> None:
+        """Compute U of w_out [D, N] exactly."""
         for start in range(0, len(readout.head), WORDS_AT_A_TIME):
             words = slice(start, start + WORDS_AT_A_TIME)
             head = self._head(words, readout)
@@ -103,8 +105,6 @@ class Projection:
                 self.stored[some, words] = linear(w_out[:, some].to(self.dtype).T, head)
         self.left = self.stored.new_empty((len(readout.head), 0), dtype=self.dtype)
         self.right = self.stored.new_empty((0, w_out.shape[1]), dtype=self.dtype)
-        self.history = [] if told else [(_digest(w_out), 0)]  # (digest of the weights, columns pending) since the refresh
-        self.synced = True
         self.refreshes, self.reason, self.drift = self.refreshes + 1, reason, 0.0
         logger.debug("projections computed anew: %s", reason)
 
@@ -112,7 +112,7 @@ class Projection:
         """Make U that of w_out as `made` says, to the same bits from wherever it was."""
         start = made.start(refresh_every, w_out.shape[0] // 4)
         if self.start != start or not made.agrees(self.made, start):
-            self.refresh(made.after(start), readout, f"as after {start} updates" if start else "first use", told=True)
+            self.refresh(made.after(start), readout, f"as after {start} updates" if start else "first use")
             self.start, self.made = start, None
         pending, known = made.updates[start:], () if self.made is None else self.made.updates[start:]
         kept = 0
@@ -121,45 +121,18 @@ class Projection:
         columns = sum(update.left.shape[1] for update in pending[:kept])
         self._forget(columns)
         for update in pending[kept:]:
-            self._add([update._replace(left=made.scaled(update.left.to(w_out.device)))], readout)
-        self.made, self.synced = made, False
+            self._add(made.scaled(update.left.to(w_out.device)), update.right, readout)
+        self.made = made
         self.drift = self.measure(w_out, readout, len(made.updates))
         bound = DRIFT[self.stored.dtype] if bound is None else bound
         if not self.drift <= bound:
-            self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}", told=True)
+            self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}")
             self.made = None
 
-    def follow(self, updates: Sequence[LowRank], w_out: torch.Tensor, readout) -> None:
-        """All that one edit added to w_out, as it is now."""
-        if not self.synced:  # whatever else happened since the last use has not been looked at: there is nothing to follow from
-            self.history = []
-            return
-        self._add(updates, readout)
-        self.history.append((_digest(w_out), self.width))
-        self.synced = False
-
-    def sync(self, w_out: torch.Tensor, readout, refresh_every: int, bound: float | None, step: int) -> None:
-        """Make U that of w_out: drop what was taken back, compute it anew when anything else happened."""
-        digest, self.synced = _digest(w_out), True
-        known = [i for i, (seen, _) in enumerate(self.history) if seen == digest]
-        if not known:
-            return self.refresh(w_out, readout, "the weights were changed by something else")
-        del self.history[known[-1] + 1 :]
-        columns = self.history[-1][1]
-        self._forget(columns)
-        if len(self.history) > refresh_every or columns > w_out.shape[0] // 4:
-            return self.refresh(w_out, readout, f"{len(self.history) - 1} edits since the last time")
-        self.drift = self.measure(w_out, readout, step)
-        bound = DRIFT[self.stored.dtype] if bound is None else bound
-        if not self.drift <= bound:
-            self.refresh(w_out, readout, f"drift {self.drift:.2g} > {bound:.2g}")
-
-    def _add(self, updates: Sequence[LowRank], readout) -> None:
-        left = torch.cat([update.left.to(self.right) for update in updates], 1)
-        right = torch.cat([update.right.to(self.right) for update in updates])
+    def _add(self, left: torch.Tensor, right: torch.Tensor, readout) -> None:
         starts = range(0, len(readout.head), WORDS_AT_A_TIME)
-        change = torch.cat([self._head(slice(start, start + WORDS_AT_A_TIME), readout) @ left for start in starts])
-        self.left, self.right = torch.cat([self.left, change], 1), torch.cat([self.right, right])
+        change = torch.cat([self._head(slice(start, start + WORDS_AT_A_TIME), readout) @ left.to(self.right) for start in starts])
+        self.left, self.right = torch.cat([self.left, change], 1), torch.cat([self.right, right.to(self.right)])
 
     def _forget(self, columns: int) -> None:
         """All but the first pending columns."""
@@ -188,23 +161,19 @@ class AttributionCache:
     def __init__(self, memory: int | None = None, refresh_every: int = REFRESH_EVERY, drift: float | None = None):
         self.memory, self.refresh_every, self.drift = memory, refresh_every, drift
         self.layers: dict[int, Projection] = {}
-        self.uses = 0  # edits that attributed with this cache at hand, whichever backend they used
 
     def __deepcopy__(self, _memo) -> AttributionCache:
         return AttributionCache(self.memory, self.refresh_every, self.drift)
 
     @exact_products()
-    def projection(self, layer: int, w_out: torch.Tensor, readout, made: Made | None = None) -> Projection:
-        """U of the layer's w_out [D, N] as it is now, and as `made` where that is told; MemoryError when it does not fit."""
+    def projection(self, layer: int, w_out: torch.Tensor, readout, made: Made) -> Projection:
+        """U of the layer's w_out [D, N] as it is now, which is as `made` says; MemoryError when it does not fit."""
         found = self.layers.get(layer)
         if found is None or found.stored.shape != (w_out.shape[1], len(readout.head)) or found.stored.device != w_out.device:
             self.layers.pop(layer, None)
             self.check(1, w_out, readout)
-            found = self.layers[layer] = Projection(w_out, readout, refresh=made is None)
-        elif made is None:
-            found.sync(w_out, readout, self.refresh_every, self.drift, self.uses)
-        if made is not None:
-            found.become(made, w_out, readout, self.refresh_every, self.drift)
+            found = self.layers[layer] = Projection(w_out, readout)
+        found.become(made, w_out, readout, self.refresh_every, self.drift)
         return found
 
     def suits(self, layers: int, w_out: torch.Tensor, readout) -> bool:
@@ -230,16 +199,6 @@ class AttributionCache:
                 f"cached attribution needs {need / 1e9:.2f} GB more for {layers} layer(s), {room / 1e9:.2f} GB may be used; "
                 "choose another attribution_backend"
             )
-
-    @exact_products()
-    def follow(self, updates: Mapping[int, Sequence[LowRank]], weights: Mapping[int, torch.Tensor], readout) -> None:
-        """`updates` of each layer were written; weights: layer -> its w_out as it is now."""
-        for layer in set(updates) & set(self.layers):
-            self.layers[layer].follow(updates[layer], weights[layer], readout.to(weights[layer].device))
-
-
-def _digest(w_out: torch.Tensor) -> int:
-    return fingerprint({0: w_out if w_out.is_contiguous() else w_out.T})
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -34,7 +34,9 @@ class Card:
 
 
 def _rates(bfloat16: float, float32: float, float64: float) -> Mapping[str, float]:
-    return MappingProxyType({"bfloat16": bfloat16, "float16": bfloat16, "float32": float32, "float64": float64})
+    """All of these cards multiply TF32 at half the rate of bfloat16."""
+    half = {"bfloat16": bfloat16, "float16": bfloat16, "tf32": bfloat16 / 2}
+    return MappingProxyType({**half, "float32": float32, "float64": float64})
 
 
 # Exponentials: 16 a multiprocessor and clock (CUDA C++ Programming Guide, arithmetic instructions), times both at boost clock.
@@ -83,7 +85,7 @@ def measured(device: torch.device) -> Card:
     wait = 0.0 if device.type == "cpu" else _seconds(lambda: small.sum().item()) - launch
     name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Card(
-        name, total_memory(device), 8 * large.numel() / copying, {**rates, "float16": rates["bfloat16"]},
+        name, total_memory(device), 8 * large.numel() / copying, {**rates, "float16": rates["bfloat16"], "tf32": rates["float32"]},
         block.numel() / exponentials, "measured", launch, wait, device.type != "cpu",
     )  # fmt: skip
 

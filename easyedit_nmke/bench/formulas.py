@@ -33,7 +33,7 @@ LAUNCHES = {"llama": (39, 63), "qwen2": (39, 63), "gpt2": (20, 25), "gemma3_text
 HOOKED = 5  # more where an FFN skips tokens and attention's keys and values are continued
 SKIPPING = (3, 4)  # of these, and of the backward pass, for the former
 SETUP, FORWARD, BACKWARD = 62, 54, 57  # of a value: once, and of its steps what is in no block
-POST_NORM = 900  # more for an update that has to go through a norm (`PostNorm.change`)
+POST_NORM = 200  # more for an update that has to go through a norm (`PostNorm.change`)
 
 
 @dataclass(frozen=True)

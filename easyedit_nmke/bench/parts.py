@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..attribution import BACKENDS, LOWEST_LOG_PROB, AttributionCache, neuron_scores, plain
+from ..attribution import BACKENDS, LOWEST_LOG_PROB, AttributionCache, Made, neuron_scores, plain
 from ..methods.solver import NullSpaceSolver
 from ..models.arch import Readout
 from .engines import CANNOT_RUN
@@ -194,7 +194,7 @@ def attribution(
             for number in range(edits + 1):
                 clock = Clock()
                 with clock.phase("attribution"):
-                    kept = {} if cache is None else {"projection": cache.projection(0, values, readout)}
+                    kept = {} if cache is None else {"projection": cache.projection(0, values, readout, Made.of(values))}
                     scores = neuron_scores(
                         coefficients, residual, values, readout, targets, final_hidden=final, backend=backend, **kept
                     )  # fmt: skip

@@ -74,12 +74,14 @@ def _engines(plain: Edit, samples: int, card: Card) -> list[dict]:
 
 
 def _covariance(edit: Edit, samples: int) -> list[Work]:
-    """Of the texts' passes through the model, as many as its sums need, and of the sums of keys, in float32."""
+    """Of the texts' passes through the model, as many as its sums need, and of the sums of keys: in float32, which
+    multiplies as TF32 what was 16-bit."""
     m, tokens = edit.model, samples * TOKENS_OF_A_TEXT
     share = (1 + 1 / STRIPS) / 2
     passes = math.ceil(len(edit.layers) * share * 4 * m.neurons**2 / SUMS)
     through = 2 * tokens * passes * (edit.layers[-1] + 1) * (m.attention + m.ffn)
-    return [Work(edit.dtype, through), Work("float32", len(edit.layers) * 2 * share * tokens * m.neurons**2)]
+    precision = "float32" if edit.dtype == "float32" else "tf32"
+    return [Work(edit.dtype, through), Work(precision, len(edit.layers) * 2 * share * tokens * m.neurons**2)]
 
 
 def _told(card: Card) -> dict:
@@ -106,4 +108,6 @@ def rows(content: Mapping) -> tuple[list[str], list[list[str]]]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -300,7 +300,7 @@ def _made(view: ModelView, layer: int, bases: Mapping[str, torch.Tensor], change
 
 
 def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[AttributionCache | None, str]:
-    """(cache, backend) of this edit's attribution; the state's cache counts it, the report says why."""
+    """(cache, backend) of this edit's attribution; the report says why."""
     strategy = STRATEGIES[hparams.attribution_strategy]
     if strategy.gain is None:
         backend, reason = hparams.attribution_backend.replace("cached", "auto"), f"{strategy.label} needs no vocabulary"
@@ -311,8 +311,6 @@ def _attribution_backend(view: ModelView, hparams, state, report) -> tuple[Attri
         cache = None if state is None else state.attribution_cache
         w_out = view.w_out(hparams.layers[0])
         backend, reason = choose(hparams.attribution_backend, w_out, view.readout, len(hparams.layers), cache)
-        if cache is not None:
-            cache.uses += 1
     if report is not None:
         report.attribution = f"{backend}: {reason}"
     return cache, backend

@@ -42,6 +42,25 @@ def exact_products() -> Iterator[None]:
             part.fp32_precision = precision
 
 
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside it a GPU multiplies float32 factors as TF32. Factors that were bfloat16 or float16 are TF32 numbers already, so that
+    their products are exact, at eight times the rate; they are summed in float32."""
+    part = torch.backends.cuda.matmul
+    before = part.fp32_precision if _settable(part) else part.allow_tf32
+    try:
+        if _settable(part):
+            part.fp32_precision = "tf32"
+        else:
+            part.allow_tf32 = True
+        yield
+    finally:
+        if _settable(part):
+            part.fp32_precision = before
+        else:
+            part.allow_tf32 = before
+
+
 def _settable(part) -> bool:
     """Whether torch is new enough (2.9) to have a setting for each kind of product."""
     return hasattr(part, "fp32_precision")

@@ -6,7 +6,9 @@ An update is low-rank, sparse or dense. Its `first` and following edits share it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import importlib.util
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 _CHUNK = 1 << 22
 _BLOCK = 1 << 20  # elements of a weight that are summed at a time, in a CPU's cache: 4 MB
-_CUDA_BLOCK = 1 << 22  # in a GPU's second-level cache, where each column of each block is two launches: 16 MB
+_CUDA_BLOCK = 1 << 22  # in a GPU's second-level cache, where without Triton each column of each block is two launches: 16 MB
 _WRAP = (1 << 64) - 1
 
 
@@ -53,7 +55,13 @@ class LowRank(NamedTuple):
         return self._replace(left=self.left[:, kept], right=self.right[kept], owner=owner) if kept else None
 
     def added_to(self, total: torch.Tensor, rows: slice) -> None:
-        """Add these rows of the change to `total` [rows, in]: column after column, each product and each sum rounded on its own."""
+        """Add these rows of the change to `total` [rows, in]: column after column, each product and each sum rounded on its own.
+        On a GPU with Triton in one launch."""
+        if total.is_cuda and importlib.util.find_spec("triton"):
+            from .adding import add_columns
+
+            add_columns(total, self.left[rows], self.right)
+            return
         for column in range(self.left.shape[1]):
             total += self.left[rows, column, None] * self.right[column]
 
@@ -134,7 +142,7 @@ def accumulate(into: torch.Tensor, start: torch.Tensor, updates: Sequence[Update
     device, its threads, or what was added together. `into` may be `start`. Scratch: two blocks and the updates.
     """
     exact = torch.promote_types(start.dtype, torch.float32)
-    changes = [moved(update, into.device, exact) for update in updates]
+    changes = [moved(update, into.device, exact) for update in _joined(updates)]
     into, start = _matrix(into), _matrix(start)
     rows = block_rows(start.shape[1], into.is_cuda)
     for first in range(0, len(start), rows):
@@ -143,6 +151,16 @@ def accumulate(into: torch.Tensor, start: torch.Tensor, updates: Sequence[Update
         for change in changes:
             change.added_to(total, block)
         into[block] = total
+
+
+def _joined(updates: Iterable[Update]) -> Iterator[Update]:
+    """Low-rank updates that follow one another as one, whose columns are added in the same order."""
+    for place, some in itertools.groupby(updates, lambda update: isinstance(update, LowRank) and update.left.device):
+        some = list(some)
+        if place and len(some) > 1:
+            left, right = (torch.cat([getattr(update, name) for update in some], dim) for name, dim in (("left", 1), ("right", 0)))
+            some = [some[0]._replace(left=left, right=right)]
+        yield from some
 
 
 def block_rows(width: int, cuda: bool) -> int:

@@ -16,6 +16,7 @@ import logging
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from ..models.arch import ModelView, evaluating
 from ..models.device import free_memory
 from ..models.hooks import record
 from ..models.passes import batches
-from ..models.products import exact_products
+from ..models.products import exact_products, tf32_products
 from ..models.prompts import pad, without_end
-from ..models.updates import fingerprint
+from ..models.updates import HALF, fingerprint
 from .corpus import SELF, Corpus, corpus, identity, own_texts
 from .making import Making, making_of, seconds_of
 
@@ -171,7 +172,8 @@ def shard_sums(
                 keys = states[tokens.mask.bool().to(states.device)].to(dtype)
                 if layer not in sums:
                     sums[layer] = SecondMoment(keys.shape[1], dtype, keys.device)
-                sums[layer].add(keys)
+                with tf32_products() if states.dtype in HALF else nullcontext():
+                    sums[layer].add(keys)
             tick(len(batch))
     return sums
 

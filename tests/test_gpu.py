@@ -1,0 +1,75 @@
+"""Edits on one GPU and over two: the CPU's, to float32's digits."""
+
+import copy
+
+import pytest
+import torch
+
+from easyedit_nmke import methods
+from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.updates import LowRank, accumulate
+
+pytestmark = pytest.mark.cuda
+one = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="less than two CUDA devices")
+NULL_SPACE = {"nullspace_fraction": 0.5, "L2": 0.1}
+SETTINGS = {
+    "NMKE": {"mask_ties": "exact", **NULL_SPACE}, "AlphaEdit": NULL_SPACE,
+    "MEMIT": {"mom2_update_weight": 10.0}, "ROME": {"layers": [1]},
+}  # fmt: skip
+
+
+def spread(model, devices):
+    """The model with a share of its blocks on each device, the embedding on the first, the head on the last."""
+    from accelerate import dispatch_model
+
+    blocks = {f"model.layers.{i}": devices[i * len(devices) // 3] for i in range(3)}
+    ends = {"model.embed_tokens": devices[0], "model.norm": devices[-1], "model.rotary_emb": devices[0], "lm_head": devices[-1]}
+    return dispatch_model(model, blocks | ends) if len(devices) > 1 else model.to(devices[0])
+
+
+def updates(model, tok, requests, nmke_hparams, method, devices):
+    """layer -> by how much three edits change its output projection [D, F]."""
+    settings = {"v_num_grad_steps": 4, "v_lr": 0.5, "mom2_dataset": "atlas", "mom2_n_samples": 200, "layers": [0, 1]}
+    model = spread(copy.deepcopy(model), devices)
+    kind, stats = methods.method_named(method).hparams, nmke_hparams(model, tok).stats_dir
+    device = devices[0] if len(devices) == 1 else 0
+    hparams = kind(model_name=(model, tok), device=device, stats_dir=stats, **{**settings, **SETTINGS[method]})
+    view = ModelView(model)
+    before = {layer: view.w_out(layer).clone() for layer in range(2)}
+    for request in requests(3):
+        methods.apply_to_model(model, tok, [request], hparams)
+    return {layer: (view.w_out(layer) - weight).cpu() for layer, weight in before.items()}
+
+
+def compared(tiny, requests, nmke_hparams, method, devices):
+    model, tok = tiny("llama")
+    expected = updates(model, tok, requests, nmke_hparams, method, ["cpu"])
+    found = updates(model, tok, requests, nmke_hparams, method, devices)
+    assert any(update.any() for update in expected.values())
+    for layer, update in expected.items():
+        assert (found[layer] - update).norm() <= 1e-2 * update.norm(), layer
+
+
+@one
+@pytest.mark.parametrize("method", SETTINGS)
+def test_an_edit_on_a_gpu(tiny, requests, nmke_hparams, method):
+    compared(tiny, requests, nmke_hparams, method, ["cuda:0"])
+
+
+@two
+@pytest.mark.parametrize("method", SETTINGS)
+def test_an_edit_of_a_model_over_two_gpus(tiny, requests, nmke_hparams, method):
+    compared(tiny, requests, nmke_hparams, method, ["cuda:0", "cuda:1"])
+
+
+@one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sums_have_the_cpus_bits(dtype):
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(300, 1030, generator=g).to(dtype)
+    some = [LowRank("w", torch.randn(300, k, generator=g), torch.randn(k, 1030, generator=g)).rounded(dtype) for k in (1, 7, 30)]
+    expected, found = torch.empty_like(start), torch.empty_like(start, device="cuda")
+    accumulate(expected, start, some)
+    accumulate(found, start.cuda(), some)
+    assert torch.equal(found.cpu(), expected)
