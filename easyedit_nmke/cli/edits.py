@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -72,14 +73,21 @@ def edit_table(edits: Sequence[Mapping], title: str, said: bool = False) -> Tabl
     """`kept.edits` as a table; said: with what the model says."""
     table = Table(title=Text(title), title_justify="left", box=SIMPLE)
     table.add_column("Edit", justify="right")
-    for name in ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if said else []), "When", "Now"):
+    for name in ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if said else [])):
         table.add_column(name, overflow="fold")
+    table.add_column("When (UTC)", min_width=10)
+    table.add_column("Now", no_wrap=True)
     for edit in edits:
         style = "" if edit["now"] == "effective" else "dim"
         answer = [Text(edit["said"], "green" if edit["right"] else "red")] if said else []
         asked = [Text(edit[name] or "-") for name in ("subject", "prompt", "ground_truth", "target_new")]
-        table.add_row(str(edit["id"]), *asked, *answer, Text(edit["made"]), Text(edit["now"]), style=style)
+        table.add_row(str(edit["id"]), *asked, *answer, Text(_minute(edit["made"])), Text(edit["now"]), style=style)
     return table
+
+
+def _minute(stamp: str) -> str:
+    """Of a time as records hold it."""
+    return f"{datetime.fromisoformat(stamp).astimezone(timezone.utc):%Y-%m-%d %H:%M}"
 
 
 def _undo(args, console: Console) -> int:
