@@ -107,10 +107,10 @@ def test_what_a_method_does_not_know_is_refused(name, said):
 
 def test_methods_without_settings_for_a_model_are_told_with_what_finds_them(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        methods.methods("NMKE, MEMIT, NMKE random mask, ROME@2", "smollm2", None)
+        methods.methods("NMKE, MEMIT, NMKE random mask, ROME@2", "gpt-j-6B", None)
     assert str(error.value) == (
-        "no hyperparameter file MEMIT/smollm2.yaml, ROME/smollm2.yaml; `nmke tune --model smollm2 --method MEMIT "
-        "--out DIR/MEMIT/smollm2.yaml` finds settings, and --hparams-dir DIR takes them"
+        "no hyperparameter file MEMIT/gpt-j-6B.yaml, ROME/gpt-j-6B.yaml; `nmke tune --model gpt-j-6B --method MEMIT "
+        "--out DIR/MEMIT/gpt-j-6B.yaml` finds settings, and --hparams-dir DIR takes them"
     )
     with pytest.raises(FileNotFoundError, match=r"--method NMKE\+ --out DIR/NMKE/mine-plus.yaml"):
         methods.methods("NMKE+", "mine", tmp_path)

@@ -28,8 +28,8 @@ def test_defaults_are_the_published_codes():
 
 
 def test_the_shipped_files_are_sound_and_open_with_the_command_that_runs_them():
-    expected = {"atlas", "llama3-8b", "llama3.1-8b", "qwen2.5-7b", "mistral-7b", "gpt2-xl", "gpt-j-6B", "smollm2"}
-    plus = {"atlas-plus", "llama3-8b-plus", "qwen2.5-7b-plus", "gpt2-xl-plus"}
+    expected = {"atlas", "llama3-8b", "llama3.1-8b", "qwen2.5-7b", "mistral-7b", "gpt2-xl", "gpt-j-6B", "smollm2", "gemma3-270m"}
+    plus = {"atlas-plus", "llama3-8b-plus", "qwen2.5-7b-plus", "gpt2-xl-plus", "smollm2-plus", "gemma3-270m-plus"}
     assert set(shipped()) == expected | plus
     for name, path in shipped().items():
         assert path.read_text().startswith("# nmke ")
@@ -139,8 +139,8 @@ BASELINES = ["AlphaEdit", "MEMIT", "ROME", "FT"]
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_the_shipped_files_of_the_other_methods(method):
-    expected = {"atlas", "gpt2-xl", "qwen2.5-7b"} | ({"llama3-8b"} if method != "MEMIT" else set())  # EasyEdit has no such file
-    expected |= {"smollm2", "gemma3-270m"} if method == "AlphaEdit" else set()
+    expected = {"atlas", "gpt2-xl", "qwen2.5-7b", "smollm2", "gemma3-270m"}
+    expected |= {"llama3-8b"} if method != "MEMIT" else set()  # EasyEdit has no such file
     assert set(shipped(method)) == expected
     for name, path in shipped(method).items():
         assert path.read_text().startswith(f"# nmke run --hparams {method}/{name} ")
@@ -196,7 +196,7 @@ def test_a_file_of_no_known_method(tmp_path):
     assert type(read(write(tmp_path, MINIMAL))) is NMKEHyperParams
     with pytest.raises(ValueError, match=r"alg_name is 'MEMITT' \(did you mean 'MEMIT'\?\); known methods: NMKE, AlphaEdit"):
         read(write(tmp_path, {**MINIMAL, "alg_name": "MEMITT"}))
-    with pytest.raises(FileNotFoundError, match="come with the package: atlas, gpt2-xl"):
+    with pytest.raises(FileNotFoundError, match="come with the package: atlas, gemma3-270m, gpt2-xl"):
         read("MEMIT/nowhere")
 
 
