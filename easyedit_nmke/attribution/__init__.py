@@ -7,7 +7,6 @@ prompts, `fused.py` (Triton) never writes it to memory, `cached.py` keeps it fro
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..messages import how_to_install
+from ..models.device import triton_problem
 from ..models.products import exact_products
 from . import fast, reference
 from .cached import AttributionCache, Made, Projection
@@ -133,10 +132,8 @@ def _primitive(backend: str, w_out: torch.Tensor, projection: Projection | None,
 
 def _fused_problem(w_out: torch.Tensor) -> str | None:
     """Why the Triton kernel cannot run here."""
-    if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed ({how_to_install('cuda')} brings it)"
-    if w_out.is_cuda and torch.cuda.get_device_capability(w_out.device) < (8, 0):
-        return f"compute capability 8.0 is needed, {torch.cuda.get_device_name(w_out.device)} has less"
+    if problem := triton_problem(w_out.device):
+        return problem
     if not w_out.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the weights are on {w_out.device}, not on a CUDA device"
     if w_out.dtype == torch.float64:

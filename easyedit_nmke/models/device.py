@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import re
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from ..messages import how_to_install
 
 
 def synchronise() -> None:
@@ -96,3 +99,12 @@ def device_of(wanted) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {wanted!r} (CUDA), but no CUDA device is visible here; set `device: cpu`")
     return device
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a CUDA device, in words; of another device, whether Triton is missing alone."""
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed ({how_to_install('cuda')} brings it)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"compute capability 8.0 is needed, {torch.cuda.get_device_name(device)} has less"
+    return None

@@ -47,18 +47,13 @@ def tf32_products() -> Iterator[None]:
     """Inside it a GPU multiplies float32 factors as TF32. Factors that were bfloat16 or float16 are TF32 numbers already, so that
     their products are exact, at eight times the rate; they are summed in float32."""
     part = torch.backends.cuda.matmul
-    before = part.fp32_precision if _settable(part) else part.allow_tf32
+    name, value = ("fp32_precision", "tf32") if _settable(part) else ("allow_tf32", True)
+    before = getattr(part, name)
     try:
-        if _settable(part):
-            part.fp32_precision = "tf32"
-        else:
-            part.allow_tf32 = True
+        setattr(part, name, value)
         yield
     finally:
-        if _settable(part):
-            part.fp32_precision = before
-        else:
-            part.allow_tf32 = before
+        setattr(part, name, before)
 
 
 def _settable(part) -> bool:

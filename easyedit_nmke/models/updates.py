@@ -6,13 +6,14 @@ An update is low-rank, sparse or dense. Its `first` and following edits share it
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+
+from .device import triton_problem
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -57,7 +58,7 @@ class LowRank(NamedTuple):
     def added_to(self, total: torch.Tensor, rows: slice) -> None:
         """Add these rows of the change to `total` [rows, in]: column after column, each product and each sum rounded on its own.
         On a GPU with Triton in one launch."""
-        if total.is_cuda and importlib.util.find_spec("triton"):
+        if total.is_cuda and triton_problem(total.device) is None:
             from .adding import add_columns
 
             add_columns(total, self.left[rows], self.right)
