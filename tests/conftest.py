@@ -1,5 +1,6 @@
 """Models and settings that tests share: the embedded model, and a tiny random one of every known architecture."""
 
+import json
 import os
 
 # Before torch is imported: processes that share cores are many times slower with more threads than their share.
@@ -56,6 +57,14 @@ def tiny_model(model_type: str, vocab_size: int, seed: int = 0):
         if "norm" in name:
             parameter.data.add_(0.3 * torch.randn(parameter.shape))
     return model
+
+
+def write_tiny(home):
+    """home/model: a tiny model with atlas' tokenizer; home/data.json: records to edit it with."""
+    model, (_, tok) = tiny_model("llama", 2048), embedded.load()
+    model.save_pretrained(home / "model")
+    tok.save_pretrained(home / "model")
+    (home / "data.json").write_text(json.dumps(embedded.requests(12, "tune")))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import yaml
-from conftest import tiny_model
+from conftest import tiny_model, write_tiny
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.experiments import compare, methods, processes
@@ -30,10 +30,7 @@ QUICK = dict(
 def folder(tmp_path_factory):
     """A tiny model with atlas' tokenizer, records to edit it with, and a place for statistics."""
     home = tmp_path_factory.mktemp("compare")
-    model, (_, tok) = tiny_model("llama", 2048), embedded.load()
-    model.save_pretrained(home / "model")
-    tok.save_pretrained(home / "model")
-    (home / "data.json").write_text(json.dumps(embedded.requests(12, "tune")))
+    write_tiny(home)
     return home
 
 

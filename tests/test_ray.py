@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +10,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from conftest import write_tiny
 from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
@@ -36,10 +35,7 @@ MEASURED = ("seconds", "startup_seconds", "peak_memory_mb")  # of a line: what d
 def home(tmp_path_factory):
     """A tiny model with atlas' tokenizer, records to edit it with, and a place for statistics; and the cluster."""
     home = tmp_path_factory.mktemp("ray")
-    model, (_, tok) = tiny_model("llama", 2048), embedded.load()
-    model.save_pretrained(home / "model")
-    tok.save_pretrained(home / "model")
-    (home / "data.json").write_text(json.dumps(embedded.requests(12, "tune")))
+    write_tiny(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / "workers"))
         patch.setenv("RAY_AUTH_MODE", "disabled")  # which would write a token to the user's home
