@@ -298,6 +298,12 @@ def _number(f: dataclasses.Field | None, value: Any) -> Any:
     return value
 
 
+def windows(depth: int, width: int) -> list[list[int]]:
+    """Runs of `width` neighbouring blocks that a search tries, a tenth of a model's depth apart."""
+    first, width = depth // 10, min(width, depth - depth // 10)
+    return [list(range(start, start + width)) for start in range(first, depth - width + 1, max(first, 1))]
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

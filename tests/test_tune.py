@@ -58,7 +58,7 @@ def bits(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("label", ["AlphaEdit", "NMKE", "NMKE+", "MEMIT", "ROME", "FT"])
+@pytest.mark.parametrize("label", ["AlphaEdit", "NMKE", "NMKE+", "MEMIT", "ROME", "FT", "KNE", "LocFT-BF", "UltraEdit"])
 def test_every_method_is_searched_and_its_file_says_what_was_found(label, plan, tmp_path):
     from easyedit_nmke.bench.machine import surroundings
     from easyedit_nmke.experiments.tune.written import write
@@ -72,7 +72,7 @@ def test_every_method_is_searched_and_its_file_says_what_was_found(label, plan, 
     assert 0 <= outcome.stream["score"] <= 1
     assert outcome.settings.alg_name == label.removesuffix("+")
     stages = [line["stage"].split(" ")[0] for line in outcome.lines()]
-    assert stages == (["values"] if label != "FT" else []) + [label, "streams"]
+    assert stages == ([] if label in ("FT", "KNE", "LocFT-BF", "UltraEdit") else ["values"]) + [label, "streams"]
     file = tmp_path / "found.yaml"
     write(asked, outcome, file, "nmke tune", surroundings())
     found = read(file).to_dict()

@@ -11,7 +11,8 @@ from test_easyedit_baselines import compare
 
 from easyedit_nmke import LifelongEditor, methods
 from easyedit_nmke.methods import read
-from easyedit_nmke.methods.ultraedit import Statistics, UltraEditHyperParams, statistics_of
+from easyedit_nmke.methods.ultraedit import Statistics, UltraEditHyperParams, statistics_of, writes
+from easyedit_nmke.models.arch import ModelView
 from easyedit_nmke.models.prompts import target_tokens
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.models.updates import LowRank
@@ -203,6 +204,8 @@ def test_easyedits_files_load_and_wrong_modules_are_named(tiny, settings, tmp_pa
     with pytest.raises(ValueError, match=r"layers is \[3\], but inner_params names modules of \[0, 1\]"):
         UltraEditHyperParams(layers=[3], model_name="atlas", inner_params=LLAMA)
     model, tok = tiny("llama")
+    chosen = settings(model, tok, layers=[1], inner_params=[])
+    assert writes(ModelView(model), chosen) == [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up")]
     for name in ("model.layers.0.mlp.gate", "model.layers.0.input_layernorm"):
         chosen = settings(model, tok, layers=[0], inner_params=[name])
         with pytest.raises(ValueError, match=f"inner_params names {name}, which is no linear module"):

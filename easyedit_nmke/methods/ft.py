@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import HyperParams, setting
+from ..hparams import HyperParams, setting, windows
 from ..models.arch import ModelView
 from ..models.passes import chunks
 from ..models.products import frozen_parameters
@@ -41,7 +41,7 @@ class FTHyperParams(HyperParams):
 
     def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
         return {
-            "layers": [[layer] for layer in range(depth // 10, depth, max(depth // 10, 1))],
+            "layers": windows(depth, 1),
             "lr": (1e-5, 1e-2),
             "num_steps": [10, 25, 50],
             "norm_constraint": [False, 1e-3, 1e-2],

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import HyperParams, setting
+from ..hparams import HyperParams, setting, windows
 from ..models.arch import ModelView
 from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, tokenised_all
@@ -36,6 +36,9 @@ class KNEHyperParams(HyperParams):
     attribution_steps: int = setting(5, least=1, whole=True)  # of the integral over gradients; 1: the gradient as it is
     num_steps: int = setting(25, least=1, whole=True)
     lr: float = setting(1e-3, above=0)
+
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        return {"layers": windows(depth, 5), "share": (1e-3, 0.1), "lr": (1e-4, 1e-2), "num_steps": [10, 25, 50]}
 
 
 def writes(view: ModelView, hparams: KNEHyperParams) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import HyperParams, setting
+from ..hparams import HyperParams, setting, windows
 from ..models.arch import ModelView
 from ..models.products import frozen_parameters
 from ..models.prompts import Tokenised, ended, tokenised_all
@@ -39,6 +39,9 @@ class LocFTHyperParams(HyperParams):
     replay: str = setting("all", choices=("all", "new"), state=True)
     target_eos: bool = True
     keep_updates: bool = setting(False, state=True)  # each call's whole difference, as FT's: 235 MB a call at 8B
+
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        return {"layers": windows(depth, 1), "lr": (1e-5, 3e-2), "num_steps": [10, 25, 50], "trained": ["down", "block"]}
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..history.durable import Ground
 from ..history.log import EditReport
 from ..history.state import LifelongState
-from ..hparams import HyperParams, setting
+from ..hparams import HyperParams, setting, windows
 from ..models.arch import ModelView
 from ..models.hooks import altered, record
 from ..models.passes import chunks
@@ -32,7 +32,8 @@ EPSILON = torch.finfo(torch.float32).eps
 
 @dataclass
 class UltraEditHyperParams(HyperParams):
-    """Names are EasyEdit's; its files load as they are. `layers` are the blocks that `inner_params` name."""
+    """Names are EasyEdit's; its files load as they are. `layers` are the blocks that `inner_params` name; without these, what leads
+    into the FFNs of `layers` is edited."""
 
     alg_name: str = setting("UltraEdit", state=True)
     inner_params: list[str] = setting(factory=list, state=True)  # names of the edited modules
@@ -63,9 +64,14 @@ class UltraEditHyperParams(HyperParams):
             content["layers"] = _blocks(names)
         return super().from_dict(content, source)
 
+    def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
+        return {"layers": windows(depth, max(depth // 5, 1)), "lr": (1e-7, 1e-3), "batch_size_once": [1, 10]}
+
     def problems(self) -> list[str]:
         found, names = super().problems(), self.inner_params
-        if not names or not _are_names(names):
+        if names == []:
+            return found
+        if not _are_names(names):
             found.append(f"inner_params must be a list of modules' names, such as model.layers.3.mlp.up_proj, got {names!r}")
         elif isinstance(self.layers, (list, tuple)) and list(self.layers) != _blocks(names):
             found.append(f"layers is {self.layers!r}, but inner_params names modules of {_blocks(names)!r}; leave layers out")
@@ -73,7 +79,9 @@ class UltraEditHyperParams(HyperParams):
 
 
 def _are_names(names: Any) -> bool:
-    return isinstance(names, (list, tuple)) and all(isinstance(name, str) and re.search(r"\.\d+\.", name) for name in names)
+    if not isinstance(names, (list, tuple)) or not names:
+        return False
+    return all(isinstance(name, str) and re.search(r"\.\d+\.", name) for name in names)
 
 
 def _blocks(names: Sequence[str]) -> list[int]:
@@ -81,12 +89,19 @@ def _blocks(names: Sequence[str]) -> list[int]:
 
 
 def writes(view: ModelView, hparams: UltraEditHyperParams) -> list[str]:
-    """The weights of `inner_params`. ValueError for a module that is none, or no linear one."""
+    """The weights of `inner_params`, else of all linear modules of the FFNs but the last. ValueError for other modules."""
     known, names = dict(view.model.named_modules()), [name.removesuffix(".weight") for name in hparams.inner_params]
+    for layer in hparams.layers if not names else ():
+        path, down = view.weight_name(layer).removesuffix(".weight").rsplit(".", 1)
+        names += [f"{path}.{name}" for name, module in view.ffn(layer).named_modules() if name != down and _linear(module)]
     for name in names:
-        if not isinstance(known.get(name), torch.nn.Linear) and type(known.get(name)).__name__ != "Conv1D":
+        if not _linear(known.get(name)):
             raise ValueError(f"inner_params names {name}, which is no linear module of {type(view.model).__name__}")
     return [f"{name}.weight" for name in names]
+
+
+def _linear(module: torch.nn.Module | None) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 # ---- lifelong normalisation
