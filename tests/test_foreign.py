@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from easyedit_nmke import atlas as embedded
+from easyedit_nmke import facts
 from easyedit_nmke.easyedit import foreign
 from easyedit_nmke.easyedit.foreign import EasyEditMethod, TextByText
 from easyedit_nmke.hparams import ModelPair, shipped
@@ -138,8 +139,6 @@ def test_what_is_missing_is_said_before_anything_is_edited(easyeditor, known, se
     mend.write_text((home / "hparams" / "MEND" / "gpt2-xl.yaml").read_text())
     with pytest.raises(ValueError, match=r"MEND needs an editor trained for this model; `archive` is .*not a file"):
         EasyEditMethod("MEND", mend, pair)
-    with pytest.raises(ValueError, match=r"WISE needs prompts that have nothing to do with the edits; give corpus=FILE"):
-        EasyEditMethod("WISE", settings("WISE", model_name="somewhere/llama"), pair)
     with pytest.raises(ValueError, match=r"for the model 'somewhere/llama'; give it as model_and_tok"):
         EasyEditMethod("FT", settings("FT", model_name="somewhere/llama"))
     with pytest.raises(FileNotFoundError, match=r"no hyperparameter file llama3\.yaml for EasyEdit's WISE; .*package: atlas"):
@@ -307,6 +306,18 @@ def test_wise_remembers_the_first_of_its_edits(easyeditor, known, edits, setting
         method.apply([request])
         layers.append(next(m for m in model.modules() if type(m).__name__ == "WISEAdapter"))
     assert layers[0] is layers[1] and layers[0].editing_total_cnt == 2
+
+
+@needs_easyedit
+def test_wise_is_told_well_known_facts_that_are_not_of_the_edits_subject(easyeditor, known, settings):
+    """Where no text is named: sentences, of another subject than the edit's."""
+    method = EasyEditMethod("WISE", settings("WISE", model_name="somewhere/llama"), known("llama"))
+    fact = facts.requests(split="tune")[0]
+    subjects = (fact["subject"], "Nobody at all")
+    asked = [{"prompt": f"{subject} is a", "subject": subject, "target_new": "fool"} for subject in subjects]
+    told = [method._record(Request.from_dict(each)) for each in asked]
+    assert f"{fact['prompt']} {fact['ground_truth']}" not in told[0]["loc_prompt"]
+    assert all(len(each["loc_prompt"].split()) > 2 and each["subject"] not in each["loc_prompt"] for each in told)
 
 
 @needs_easyedit

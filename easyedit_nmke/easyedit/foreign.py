@@ -24,7 +24,7 @@ import numpy
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from .. import atlas
+from .. import atlas, facts
 from ..hparams import find
 from ..models.arch import ModelView
 from ..models.hooks import record
@@ -73,7 +73,8 @@ class EasyEditMethod:
         """hparams_path: a YAML file in EasyEdit's format, or the name of one that comes with the package. model_and_tok: edited in
         place; None loads the embedded model. device: by default where the model is. seed: of torch, numpy and random before the
         first edit. corpus: old knowledge ("atlas", a file, or a data set of the hub), for the covariance of keys and for the
-        unrelated prompts of WISE; by default what `mom2_dataset` names, which EasyEdit collects itself when it is one of its own.
+        unrelated prompts of WISE; by default what `mom2_dataset` names, which EasyEdit collects itself when it is one of its own,
+        and for WISE the package's `facts`.
 
         ValueError, before anything is edited, for a method that does not exist or that cannot be run so.
         """
@@ -179,9 +180,9 @@ class EasyEditMethod:
         return layer_stats
 
     def _unrelated_texts(self, source: str | None) -> Iterator[str]:
-        if source is None:
-            raise ValueError(f"EasyEdit's {self.alg_name} needs prompts that have nothing to do with the edits; give corpus=FILE")
-        return itertools.cycle(corpus.corpus(source, 10_000))
+        """Without a source, the well-known facts of the tuning half as sentences."""
+        known = [f"{fact['prompt']} {fact['ground_truth']}" for fact in facts.requests(split="tune")] if source is None else None
+        return itertools.cycle(known or corpus.corpus(source, 10_000))
 
 
 class TextByText(torch.nn.Module):
