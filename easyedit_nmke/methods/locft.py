@@ -41,7 +41,8 @@ class LocFTHyperParams(HyperParams):
     keep_updates: bool = setting(False, state=True)  # each call's whole difference, as FT's: 235 MB a call at 8B
 
     def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
-        return {"layers": windows(depth, 1), "lr": (1e-5, 3e-2), "num_steps": [10, 25, 50], "trained": ["down", "block"]}
+        """The published rate is that of models of 8B; small ones need more."""
+        return {"layers": windows(depth, 1), "lr": (5e-4, 5e-2), "num_steps": [10, 25, 50], "trained": ["down", "block"]}
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -63,7 +63,7 @@ def _comments(plan: Plan, outcome: Outcome, file: Path, command: str, surroundin
         "# " + ", ".join(f"{name} {version}" for name, version in made.items() if version),
     ]
     for what, scores in (
-        (f"{STREAM} facts of the trials, values of the unedited model", outcome.trial),
+        (f"{STREAM} facts of the trials{', values of the unedited model' if 'values' in counted else ''}", outcome.trial),
         (f"{REAL} other facts, edited one after the other", outcome.stream),
     ):
         if scores:
