@@ -87,8 +87,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
         if not isinstance(preset, str) or preset not in PRESETS:
             hint = did_you_mean(str(preset), PRESETS)
             raise ValueError(report(source, [f"preset is {preset!r}{hint}; expected one of {', '.join(map(repr, PRESETS))}"]))
-        defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in PRESETS[preset].items()}
-        return super().from_dict({**defaults, **content}, source)
+        return super().from_dict({**PRESETS[preset], **content}, source)
 
     def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
         """As AlphaEdit; in a soft null space the weight of the covariance, and L2 relative to the keys where it is so. Of the mask,
@@ -116,8 +115,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
         return found
 
 
-# What `preset` stands for, in NMKE's files. The prompts are relations that most knowledge bases have; one that asks for the edited
-# fact itself is left out when z is optimised.
+# What `preset` stands for, in NMKE's files. Strengths are relative to the model's keys.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "published": {},
@@ -125,26 +123,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "neurons": "all",
             "regularizer": "covariance",
             "l2_scale": "auto",
-            "nullspace_fraction": 0.1,
-            "mom2_update_weight": 2500.0,
-            "L2": 12.0,
-            "key_contexts": "relations",
+            "nullspace_fraction": 0.3,
+            "mom2_update_weight": 130.0,
+            "L2": 0.25,
             "v_extra_steps": 45,
-            "locality_factor": 1.5,
-            "locality_prompts": (
-                "{} was born in",
-                "{} works as a",
-                "{} lives in",
-                "{} speaks",
-                "{} is married to",
-                "{} studied at",
-                "{} is located in",
-                "{} was founded in",
-                "{} is famous for",
-                "{} belongs to",
-                "{} plays",
-                "The capital of {} is",
-            ),
         },
     }
 )
