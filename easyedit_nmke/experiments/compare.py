@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -158,7 +159,7 @@ def compare(plan: Plan, jobs: int = 1, tell: Callable[[Event], None] = lambda ev
             if isinstance(event, Result):
                 results.add(event.line)
             tell(event)
-    for method, seed, _ in todo:
+    for method, seed in itertools.product(plan.methods, plan.seeds):  # of an earlier run that was killed, too
         shutil.rmtree(plan.directory / "segments" / _name(method.label, seed), ignore_errors=True)
     return list(results.known.values())
 
