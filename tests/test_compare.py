@@ -15,6 +15,7 @@ import yaml
 from conftest import tiny_model, write_tiny
 
 from easyedit_nmke import atlas as embedded
+from easyedit_nmke.cli import main
 from easyedit_nmke.experiments import compare, methods, processes
 from easyedit_nmke.experiments.compare import Plan
 from easyedit_nmke.experiments.methods import ABLATIONS, Method
@@ -162,6 +163,23 @@ def test_results_of_another_model_are_not_added_to(plan, folder, tmp_path):
     other = Method(alpha.label, methods.changed(alpha.settings, {"model_name": str(tmp_path / "other")}))
     with pytest.raises(ValueError, match="holds results of another model; a folder is of one"):
         compare.compare(dataclasses.replace(plan("NMKE", edits=1, checkpoints=(1,), seeds=(0,)), methods=(other,)))
+
+
+@pytest.mark.parametrize("name", ["UltraEdit", "LocFT-BF", "KNE", "ROME", "FT"])
+def test_methods_that_write_other_weights_than_nmke_have_whole_lines(name, folder, tmp_path, capsys):
+    """UltraEdit leaves the FFN's output projection alone, whose drift the others tell."""
+    own = {"inner_params": ["model.layers.1.mlp.up_proj"], "layers": [1]} if name == "UltraEdit" else {"layers": [1]}
+    changes = {"model_name": str(folder / "model"), "device": "cpu", **own}
+    changes |= (
+        {"stats_dir": str(folder / "stats"), "v_num_grad_steps": 1, "v_loss_layer": None, "mom2_n_samples": 200}
+        if name == "ROME"
+        else {}
+    )
+    (method,) = methods.methods(name, "atlas", None, changes)
+    lines = compare.compare(Plan((method,), str(folder / "data.json"), 3, (3,), (0,), tmp_path / "out"))
+    assert [(line["method"], line["checkpoint"]) for line in lines] == [("unedited", 0), (name, 3)]
+    assert list(lines[1]["drift"]) == ([] if name == "UltraEdit" else ["1"])
+    assert main(["report", str(tmp_path / "out")]) == 0 and name in capsys.readouterr().out
 
 
 def test_a_method_of_batches_is_scored_where_they_end(plan, caplog):

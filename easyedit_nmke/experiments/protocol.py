@@ -275,10 +275,13 @@ class Segment:
         return found
 
     def _drift(self) -> dict[str, dict]:
+        """Of the output projections of FFNs, where they are edited (UltraEdit may leave them alone)."""
         if not self.weights:
             return {}
         view, drift = ModelView(self.editor.model), {}
         for layer in self.editor.hparams.layers:
+            if view.weight_name(layer) not in self.originals:
+                continue
             before, after = self.originals[view.weight_name(layer)], view.weight(layer).detach()
             pair = (before.T, after.T) if view.family.transposed else (before, after)
             drift[str(layer)] = weight_drift(*pair)
