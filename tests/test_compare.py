@@ -170,11 +170,6 @@ def test_methods_that_write_other_weights_than_nmke_have_whole_lines(name, folde
     """UltraEdit leaves the FFN's output projection alone, whose drift the others tell."""
     own = {"inner_params": ["model.layers.1.mlp.up_proj"], "layers": [1]} if name == "UltraEdit" else {"layers": [1]}
     changes = {"model_name": str(folder / "model"), "device": "cpu", **own}
-    changes |= (
-        {"stats_dir": str(folder / "stats"), "v_num_grad_steps": 1, "v_loss_layer": None, "mom2_n_samples": 200}
-        if name == "ROME"
-        else {}
-    )
     (method,) = methods.methods(name, "atlas", None, changes)
     lines = compare.compare(Plan((method,), str(folder / "data.json"), 3, (3,), (0,), tmp_path / "out"))
     assert [(line["method"], line["checkpoint"]) for line in lines] == [("unedited", 0), (name, 3)]
