@@ -181,8 +181,9 @@ class EasyEditMethod:
 
     def _unrelated_texts(self, source: str | None) -> Iterator[str]:
         """Without a source, the well-known facts of the tuning half as sentences."""
-        known = [f"{fact['prompt']} {fact['ground_truth']}" for fact in facts.requests(split="tune")] if source is None else None
-        return itertools.cycle(known or corpus.corpus(source, 10_000))
+        if source is None:
+            return itertools.cycle(f"{fact['prompt']} {fact['ground_truth']}" for fact in facts.requests(split="tune"))
+        return itertools.cycle(corpus.corpus(source, 10_000))
 
 
 class TextByText(torch.nn.Module):

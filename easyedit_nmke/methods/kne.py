@@ -43,10 +43,7 @@ class KNEHyperParams(HyperParams):
 
 def writes(view: ModelView, hparams: KNEHyperParams) -> list[str]:
     """Every parameter of the FFNs of `layers`, biases among them."""
-    path = view.family.down.rpartition(".")[0]
-    return [
-        f"{view.family.blocks}.{layer}.{path}.{name}" for layer in hparams.layers for name, _ in view.ffn(layer).named_parameters()
-    ]
+    return [f"{view.ffn_name(layer)}.{name}" for layer in hparams.layers for name, _ in view.ffn(layer).named_parameters()]
 
 
 def edit(view: ModelView, tok, requests: Sequence[Request], hparams: KNEHyperParams, state: LifelongState) -> EditReport:

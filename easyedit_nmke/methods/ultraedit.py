@@ -60,7 +60,7 @@ class UltraEditHyperParams(HyperParams):
         content, names = dict(content), content.get("inner_params")
         if content.get("alg_name") == "ULTRAEDIT":
             content["alg_name"] = cls.alg_name
-        if "layers" not in content and _are_names(names):
+        if "layers" not in content and names and _are_names(names):
             content["layers"] = _blocks(names)
         return super().from_dict(content, source)
 
@@ -69,19 +69,15 @@ class UltraEditHyperParams(HyperParams):
 
     def problems(self) -> list[str]:
         found, names = super().problems(), self.inner_params
-        if names == []:
-            return found
         if not _are_names(names):
             found.append(f"inner_params must be a list of modules' names, such as model.layers.3.mlp.up_proj, got {names!r}")
-        elif isinstance(self.layers, (list, tuple)) and list(self.layers) != _blocks(names):
+        elif names and isinstance(self.layers, (list, tuple)) and list(self.layers) != _blocks(names):
             found.append(f"layers is {self.layers!r}, but inner_params names modules of {_blocks(names)!r}; leave layers out")
         return found
 
 
 def _are_names(names: Any) -> bool:
-    if not isinstance(names, (list, tuple)) or not names:
-        return False
-    return all(isinstance(name, str) and re.search(r"\.\d+\.", name) for name in names)
+    return isinstance(names, (list, tuple)) and all(isinstance(name, str) and re.search(r"\.\d+\.", name) for name in names)
 
 
 def _blocks(names: Sequence[str]) -> list[int]:
@@ -91,9 +87,9 @@ def _blocks(names: Sequence[str]) -> list[int]:
 def writes(view: ModelView, hparams: UltraEditHyperParams) -> list[str]:
     """The weights of `inner_params`, else of all linear modules of the FFNs but the last. ValueError for other modules."""
     known, names = dict(view.model.named_modules()), [name.removesuffix(".weight") for name in hparams.inner_params]
-    for layer in hparams.layers if not names else ():
-        path, down = view.weight_name(layer).removesuffix(".weight").rsplit(".", 1)
-        names += [f"{path}.{name}" for name, module in view.ffn(layer).named_modules() if name != down and _linear(module)]
+    if not names:
+        inside = [(layer, name, module) for layer in hparams.layers for name, module in view.ffn(layer).named_modules()]
+        names = [f"{view.ffn_name(i)}.{name}" for i, name, module in inside if _linear(module) and module is not view.down(i)]
     for name in names:
         if not _linear(known.get(name)):
             raise ValueError(f"inner_params names {name}, which is no linear module of {type(view.model).__name__}")

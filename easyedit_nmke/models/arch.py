@@ -235,7 +235,10 @@ class ModelView:
 
     def ffn(self, layer: int) -> torch.nn.Module:
         """The FFN of block `layer`: [.., D] -> [.., D], each position by itself."""
-        return self.blocks[layer].get_submodule(self.family.down.rpartition(".")[0])
+        return self.model.get_submodule(self.ffn_name(layer))
+
+    def ffn_name(self, layer: int) -> str:
+        return self.weight_name(layer).removesuffix(".weight").rpartition(".")[0]
 
     def weight_name(self, layer: int) -> str:
         return self.family.weight_name(layer)

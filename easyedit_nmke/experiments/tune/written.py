@@ -64,7 +64,7 @@ def _comments(plan: Plan, outcome: Outcome, file: Path, command: str, surroundin
     ]
     for what, scores in (
         (f"{STREAM} facts of the trials{', values of the unedited model' if 'values' in counted else ''}", outcome.trial),
-        (f"{REAL} other facts, edited one after the other", outcome.stream),
+        (f"{REAL} other facts, edited {'one after the other' if outcome.settings.batch_size == 1 else 'at once'}", outcome.stream),
     ):
         if scores:
             said = [f"{title} {scores[name]:.2f}" for name, title in _SHOWN.items() if scores.get(name) is not None]
