@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from easyedit_nmke import methods
+from easyedit_nmke.methods import values
+from easyedit_nmke.methods.values import target_values
 from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.models.updates import LowRank, accumulate
 
 pytestmark = pytest.mark.cuda
@@ -73,3 +76,32 @@ def test_sums_have_the_cpus_bits(dtype):
     accumulate(expected, start, some)
     accumulate(found, start.cuda(), some)
     assert torch.equal(found.cpu(), expected)
+
+
+@one
+@pytest.mark.parametrize("kind", ["llama", "gptj", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [None, 0], ids=["together", "one by one"])
+def test_recorded_steps_give_the_values_of_launched_ones(tiny, requests, nmke_hparams, monkeypatch, caplog, kind, dtype, budget):
+    model, tok = tiny(kind)
+    model = copy.deepcopy(model).to("cuda", dtype)
+    hparams = nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=12, locality_factor=0.7, locality_prompts=["{} works as a"])
+    args = (ModelView(model), tok, [Request.from_dict(r) for r in requests(5)], ["{}", "I say this. {}"], 1, hparams)
+    found = target_values(*args, budget=budget)
+    assert not caplog.records and all(value.steps > values.UNRECORDED for value in found)
+    monkeypatch.setattr(values, "_pool", lambda _view: None)
+    for value, other in zip(found, target_values(*args, budget=budget), strict=True):
+        assert (value.z - other.z).norm() <= 1e-5 * other.z.norm() and value.steps == other.steps
+
+
+@one
+def test_graphs_leave_no_memory_behind(tiny, requests, nmke_hparams):
+    model, tok = tiny("llama")
+    model = copy.deepcopy(model).to("cuda")
+    some = [Request.from_dict(r) for r in requests(3)]
+    args = (ModelView(model), tok, some, ["{}"], 1, nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=6))
+    held = []
+    for _ in range(6):
+        target_values(*args)
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] <= held[1], held

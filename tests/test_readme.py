@@ -206,6 +206,23 @@ def test_what_llama_cpp_says_is_its_file():
     assert content["engine"].split(",")[0] in text
 
 
+def test_speed_on_a_gpu_is_that_of_its_files():
+    text = (HOME / "docs/speed.md").read_text()
+    told = text[text.index("## On a GPU") :]
+    found = {}
+    for name in ("llama3-8b", "solve", "attribution"):
+        content = json.loads((HOME / f"docs/bench/h200-{name}.json").read_text())
+        assert content["command"] in told and content["hardware"]["gpus"][0]["name"] in told
+        found[name] = {(line["engine"], line.get("at")): line for line in content["results"]}
+    edit = {engine: line for (engine, _), line in found["llama3-8b"].items()}
+    for engine in ("AlphaEdit", "NMKE, fused", "NMKE, cached", "MEMIT"):
+        assert f"{edit[engine]['total']['median']:.2f}" in told and f"{edit[engine]['times_faster']:.1f}x" in told
+    assert f"{edit['AlphaEdit']['times_faster']:.1f}x on an H200" in PAGES[0].read_text()
+    ms = {key: 1000 * line["total"]["median"] for part in ("solve", "attribution") for key, line in found[part].items()}
+    assert f"{ms['this package', 2000]:.1f} ms | dense float32 solve: {ms['dense float32', 2000]:.0f} ms" in told
+    assert f"{ms['fused', None]:.0f}; {ms['cached', None]:.0f} ms" in told
+
+
 def test_speed_is_that_of_its_files_and_names_their_processor():
     text = (HOME / "docs/speed.md").read_text()
     told = text[: text.index("## On an Intel Xeon")]

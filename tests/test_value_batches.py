@@ -92,6 +92,56 @@ def test_what_is_done_is_dropped(atlas, nmke_hparams, asked, monkeypatch):
         assert value.steps == kept.steps and torch.allclose(value.z, kept.z, rtol=1e-3, atol=1e-3)
 
 
+class Recording:
+    """Stands for a graph where there is no GPU: it computes what was recorded anew, with δ as it is by then, all else as it was."""
+
+    made = 0
+
+    def __init__(self, piece, delta, _pool):
+        type(self).made += 1
+        self.batch = piece.batch
+        kept, factors, calls = list(piece.kept), piece.factors, (piece.above.below, piece.above.calls, piece.above.places)
+        self.gradient, self.terms = torch.empty_like(delta), [torch.empty(0)] * 3
+
+        def replay():
+            assert (piece.above.below, piece.above.calls, piece.above.places) == calls
+            assert all(now is before for now, before in zip(piece.kept, kept, strict=True)) and piece.factors is factors
+            with torch.enable_grad():
+                terms = piece(delta)
+                self.gradient.copy_(torch.autograd.grad((terms[0] + terms[1]).sum(), delta)[0])
+            self.terms[:] = [term.detach() for term in terms]
+
+        self.replay = replay
+
+
+@pytest.mark.parametrize("budget", [None, 0], ids=["together", "one by one"])
+def test_recorded_steps_give_the_same_values(tiny, nmke_hparams, asked, monkeypatch, budget):
+    model, tok = tiny("llama")
+    view, some = ModelView(model), asked(5)
+    args = (view, tok, some, TEMPLATES[:3], 1, nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=9, **LOCALITY))
+    expected = target_values(*args, budget=budget)
+    monkeypatch.setattr(values, "_pool", lambda _view: "pool")
+    monkeypatch.setattr(Recording, "made", 0)
+    monkeypatch.setattr(values, "_Graph", Recording)
+    found = target_values(*args, budget=budget)
+    assert Recording.made and all(torch.equal(value.z, other.z) for value, other in zip(found, expected, strict=True))
+
+
+def test_a_step_that_cannot_be_recorded_is_launched(tiny, nmke_hparams, asked, monkeypatch, caplog):
+    model, tok = tiny("llama")
+    args = (ModelView(model), tok, asked(2), TEMPLATES[:3], 1, nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=9))
+    expected = target_values(*args)
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(values, "_pool", lambda _view: "pool")
+    monkeypatch.setattr(values, "_Graph", refuse)
+    found = target_values(*args)
+    assert all(torch.equal(value.z, other.z) for value, other in zip(found, expected, strict=True))
+    assert len([r for r in caplog.records if "cannot be recorded" in r.message]) == 1
+
+
 class Waits(TorchFunctionMode):
     """Calls for which a GPU's work has to be waited for, but those of the optimiser's count of steps, which is on the CPU."""
 

@@ -10,6 +10,7 @@ no longer is dropped.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,10 @@ from ..models.requests import Request
 from .above import Above
 from .value_texts import OTHER, SUBJECT, Batch, Row, batches, rows_of
 
+logger = logging.getLogger(__name__)
+
 LOSS_TO_STOP = 0.05
+UNRECORDED = 2  # steps before the one that is recorded on a GPU: they keep what stays the same, and load every kernel
 # Bytes, half for what is kept between steps, half for the activations of one: on a GPU a share of its whole memory, not of what is
 # free, which is another time another.
 CPU_BUDGET, CUDA_SHARE = 4 << 30, 0.1
@@ -92,7 +96,7 @@ def reference_norm(view: ModelView, tok, templates: Sequence[str], z_layer: int,
 
 def _solve(requests: Sequence[Request], pieces: list[_Piece], hparams, part: str) -> list[Value]:
     """The values of requests whose texts are shared out over `pieces`. One wait for the device a step."""
-    starts = [piece.above.start(part) for piece in pieces]
+    starts, pool = [piece.above.start(part) for piece in pieces], _pool(pieces[0].view)
     z0 = torch.stack([start for _, start in sorted((owner, start) for some in starts for owner, start in some.items())])
     delta = torch.zeros_like(z0, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=hparams.v_lr)
@@ -105,6 +109,12 @@ def _solve(requests: Sequence[Request], pieces: list[_Piece], hparams, part: str
     for step in range(1, last + 1):
         gradient, waiting, found = torch.zeros_like(delta), [], []
         for piece in pieces:
+            if pool and step > UNRECORDED:
+                if recorded := piece.recorded(delta, pool):
+                    gradient += recorded.gradient
+                    found.append(recorded.terms)
+                    continue
+                pool = None
             with torch.enable_grad():
                 nll, other, whole = piece(delta)
                 waiting.append((nll + other).sum())
@@ -199,6 +209,7 @@ class _Piece:
         self.kept: list[torch.Tensor] | None = None  # log-probabilities [places, V] at the KL prompts and the locality prompts
         self.factors: torch.Tensor | None = None  # weights [places] of the latter
         self.answers: tuple[list[int], torch.Tensor] | None = None
+        self._graph: _Graph | None = None
 
     @property
     def batch(self) -> Batch:
@@ -220,6 +231,18 @@ class _Piece:
             if self.factors is not None:
                 other = other.index_add(0, batch.other_owner.to(each.device), self.factors * _kl(self.kept[1], now[1]))
         return nll.view(len(delta), -1).mean(1), other, whole.view(len(delta), -1)
+
+    def recorded(self, delta: torch.Tensor, pool) -> _Graph | None:
+        """The loss and its gradient at δ, from the graph of these rows; None where a block does what no graph can hold."""
+        if self._graph is None or self._graph.batch is not self.batch:
+            try:
+                self._graph = _Graph(self, delta, pool)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                logger.warning("a step of a target value cannot be recorded, and is launched kernel by kernel: %s", reason)
+                return None
+        self._graph.replay()
+        return self._graph
 
     def goes_on(self, owners: set[int]) -> bool:
         """Whether a row of these requests is here. Where too few are, the others are dropped."""
@@ -246,6 +269,26 @@ class _Piece:
         """(requests whose bare prompt is here, the next word after it), of the last block's output."""
         owners, places = self.batch.bare_ends
         return owners, self.view.readout.logits(_at(final, places)).argmax(-1)
+
+
+class _Graph:
+    """A piece's `terms` and `gradient` as a CUDA graph: a step is thousands of kernels, which take many times longer to launch one
+    by one than to run. It reads δ where δ is, and leaves what it finds in the same place each time."""
+
+    def __init__(self, piece: _Piece, delta: torch.Tensor, pool):
+        self.batch, graph = piece.batch, torch.cuda.CUDAGraph()
+        leaf = delta.detach().requires_grad_()  # δ itself still has a node of autograd on the stream of the steps before
+        with torch.cuda.graph(graph, pool=pool), torch.enable_grad():
+            nll, other, whole = piece(leaf)
+            self.gradient = torch.autograd.grad((nll + other).sum(), leaf)[0]
+        self.terms, self.replay = [term.detach() for term in (nll, other, whole)], graph.replay
+
+
+def _pool(view: ModelView):
+    """The memory that the graphs of all pieces share, one after the other; None where a step is not recorded: on CPUs, and where
+    the model is on several devices."""
+    devices = {parameter.device for parameter in view.model.parameters()}
+    return torch.cuda.graph_pool_handle() if devices == {view.device} and view.device.type == "cuda" else None
 
 
 def _weigh_others(pieces: Sequence[_Piece], count: int, factor: float) -> None:
