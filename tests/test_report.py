@@ -337,6 +337,16 @@ def test_no_label_of_the_frontier_covers_another(full):
         assert not any(text_box.overlaps(matplotlib.text.Text.get_window_extent(other)) for other in notes[:i])
 
 
+@pytest.mark.parametrize("count", [1, 9, 15, 24])
+def test_every_name_of_a_legend_is_on_the_figure(count):
+    lines = comparison([f"NMKE[general_bias=0.{number}]" for number in range(count)])
+    figure = figures.curves(report.frame(lines), report.methods(lines))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.texts) >= count and box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 def test_figures_draw_the_numbers():
     lines = comparison(("NMKE", "FT"), seeds=(0, 1))
     data, names = report.frame(lines), ["NMKE", "FT"]

@@ -285,4 +285,8 @@ def _share_range(ax, axis: str = "y") -> None:
 def _legend(figure: Figure) -> None:
     """One legend above all panels, every name once, in the order of the panels' curves."""
     found = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=min(8, len(found)), handlelength=2.6)
+    for columns in range(min(8, len(found)), 0, -1):  # as many as there is room for
+        legend = figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, handlelength=2.6)
+        if columns == 1 or legend.get_window_extent().width <= 0.98 * figure.bbox.width:  # with its margins
+            break
+        legend.remove()
