@@ -94,6 +94,16 @@ def test_recorded_steps_give_the_values_of_launched_ones(tiny, requests, nmke_hp
         assert (value.z - other.z).norm() <= 1e-5 * other.z.norm() and value.steps == other.steps
 
 
+@two
+def test_recorded_steps_on_the_second_gpu(tiny, requests, nmke_hparams):
+    model, tok = tiny("llama")
+    hparams, found = nmke_hparams(model, tok, v_lr=0.05, v_num_grad_steps=12), []
+    for device in ("cuda:0", "cuda:1"):
+        view = ModelView(copy.deepcopy(model).to(device))
+        found.append(target_values(view, tok, [Request.from_dict(requests(1)[0])], ["{}"], 1, hparams)[0].z.cpu())
+    assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
+
+
 @one
 def test_graphs_leave_no_memory_behind(tiny, requests, nmke_hparams):
     model, tok = tiny("llama")

@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax
 from .. import facts
 from ..models.arch import ModelView
 from ..models.chat import as_asked
-from ..models.device import total_memory
+from ..models.device import current, total_memory
 from ..models.products import frozen
 from ..models.prompts import ended
 from ..models.requests import Request
@@ -278,7 +278,8 @@ class _Graph:
     def __init__(self, piece: _Piece, delta: torch.Tensor, pool):
         self.batch, graph = piece.batch, torch.cuda.CUDAGraph()
         leaf = delta.detach().requires_grad_()  # δ itself still has a node of autograd on the stream of the steps before
-        with torch.cuda.graph(graph, pool=pool), torch.enable_grad():
+        stream = torch.cuda.Stream(delta.device)  # torch's own for graphs is of the GPU that was the current one first
+        with current(delta.device), torch.cuda.graph(graph, pool=pool, stream=stream), torch.enable_grad():
             nll, other, whole = piece(leaf)
             self.gradient = torch.autograd.grad((nll + other).sum(), leaf)[0]
         self.terms, self.replay = [term.detach() for term in (nll, other, whole)], graph.replay
