@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,7 +56,9 @@ def check_device(device: str, dtype: str) -> None:
 
 
 def held_memory() -> float:
-    """What `peak_memory` is now (MB), and its new start; what was freed is given back to the system first, where it takes it."""
+    """What `peak_memory` is now (MB), and its new start; what earlier edits left in cycles is freed, and given back to the system
+    where it takes it."""
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return peak_memory(reset=True)

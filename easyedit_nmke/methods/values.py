@@ -5,7 +5,7 @@ with that token in one column: what comes before it runs once, and each step run
 attention keys and values of the rest. FFNs, most of the work, skip padding and, in the last block, all that is not read.
 
 Requests are solved together as far as memory allows, those with texts of one length next to each other; what one of them needs
-no longer is dropped.
+no longer is dropped. On one GPU all but the first steps are replayed from a CUDA graph.
 """
 
 from __future__ import annotations
