@@ -69,6 +69,10 @@ def test_every_score_is_taken_after_the_last_edit_against_the_unedited_model(beg
     assert scores["immediate"] == fmean(segment.immediate) and len(line["retention"]["rel"]) == 10
     assert set(line["seconds"]) == {"values", "attribution", "keys", "solve", "apply", "total"}
     assert line["seconds"]["total"] >= sum(v for name, v in line["seconds"].items() if name != "total")
+    told = line["records"]
+    assert all(len(values) == 4 and fmean(values) == pytest.approx(scores[name], abs=1e-4) for name, values in told.items())
+    assert set(told) == {"rel", "gen", "loc", "rel_natural_contains", "gen_natural_contains"}
+    assert told["loc"] == [round(metrics.summary([b], [a])["loc"], 4) for b, a in zip(before, after, strict=True)]
     densities = [report.density[1] for report in editor.state.reports]
     assert line["mask"]["density"]["1"] == pytest.approx(fmean(densities)) and line["peak_memory_mb"]["edit"] > 0
     json.dumps(line)

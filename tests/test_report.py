@@ -245,6 +245,34 @@ def test_the_summary_says_what_the_numbers_say(full):
     assert all(sentence in html.unescape(text) for sentence in said)
 
 
+def test_methods_are_compared_by_pairs_over_the_records_of_all_seeds():
+    """The distance of two harmonic means and its error, as leaving out one record after the other gives them."""
+    draw, names = np.random.default_rng(0), ("rel", "gen", "loc")
+    told = {name: draw.uniform(0.2, 1, (2, 3, 200)) for name in "AB"}
+    told["B"] = 0.9 * told["A"] + 0.05 * told["B"]
+    lines = [
+        {"method": method, "seed": seed, "checkpoint": 200, "scores": {}, "records": dict(zip(names, values.tolist(), strict=True))}
+        for method, seeds in told.items() for seed, values in enumerate(seeds)
+    ]  # fmt: skip
+    rows = {name: np.concatenate(list(values), 1).T for name, values in told.items()}
+    balance = lambda some: statistics.harmonic_mean(some.mean(0))
+    without = [balance(np.delete(rows["B"], i, 0)) - balance(np.delete(rows["A"], i, 0)) for i in range(400)]
+    first, (method, behind, error, count) = report.pairs(lines, 200, names)
+    assert first == ("A", 0.0, 0.0, 400) and (method, count) == ("B", 400)
+    assert behind == pytest.approx(balance(rows["B"]) - balance(rows["A"]), abs=1e-12)
+    assert error == pytest.approx(399 / 400**0.5 * statistics.stdev(without), rel=1e-2)
+    lines[3]["records"]["gen"][7] = None  # nothing was asked there: other records than the first method's
+    assert report.pairs(lines, 200, names) == [first]
+    assert report.pairs(lines[:2], 200, names) == [] == report.pairs(lines, 100, names)
+
+
+def test_pairs_are_told_in_a_sentence_where_records_are_kept(full):
+    lines = [{**entry, "records": {name: [1.0, 0.5] for name in ("rel", "gen", "loc")}} for entry in comparison(seeds=(0,))]
+    assert not any("By pairs" in sentence for sentence in report.headline(full[1], 400))
+    said = [sentence for sentence in report.headline(lines, 400) if sentence.startswith("By pairs")]
+    assert len(said) == 1 and said[0].startswith("By pairs over 2 records, by tokens: ") and said[0].count("+0.000 ± 0.000") == 6
+
+
 def test_a_lead_within_the_error_one_seed_and_a_single_method_are_not_oversold():
     lines = [
         {"method": name, "seed": seed, "checkpoint": 10, "scores": {"rel": mean + shift, "loc": 0.9}}

@@ -46,10 +46,10 @@ WIDTH = 11.5  # inches
 
 
 def style(index: int) -> dict:
-    """Colour, marker and dashes of the method at this place of the file: 24 different ones."""
+    """Colour, marker and dashes of the method at this place of the file: 24 different ones, told apart without a line too."""
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
     }
 

@@ -60,6 +60,7 @@ _SHAPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("peak_memory_mb", _named(_number), "numbers by name"),
     ("mask", _named(lambda value: value is None or _named(_number)(value)), "numbers by layer, by name"),
     ("retention", _named(lambda value: value is None or _list(_number)(value)), "lists of numbers by name"),
+    ("records", _named(lambda value: value is None or _list(_number)(value)), "lists of numbers by name"),
     ("drift", _named(_layer), "numbers and a histogram by layer"),
     ("protocol", _protocol, "an object"),
     ("failed", lambda value: is_int(value) or _list(is_int)(value), "a list of edits"),

@@ -39,6 +39,7 @@ from ..scores.tasks import Questions, Task
 logger = logging.getLogger(__name__)
 
 FLUENCY_TEXTS, FLUENCY_TOKENS = 50, 40
+SAID = "{}_natural_contains"  # of what is said freely, the score that is kept of each request
 COLUMNS = ("judge", "also")  # of a stamp's `scored_with`: columns that not every result has
 # What a model worn out by its edits raises: numbers that are not finite, systems that cannot be solved.
 WORN_OUT = (FloatingPointError, torch.linalg.LinAlgError)
@@ -100,22 +101,28 @@ class Scorer:
 
     def unedited(self, model, tok) -> dict:
         """Scores of the model before the first edit, on all requests."""
-        return {**self._scores(model, tok, self.requests, self.before, self.before), **self.questions.before}
+        return {**self._scores(model, tok, self.requests, self.before, self.before)[0], **self.questions.before}
 
-    def __call__(self, model, tok, edits: int) -> tuple[dict, dict]:
-        """(scores, retention by age) of the first `edits` requests."""
+    def __call__(self, model, tok, edits: int) -> tuple[dict, dict[str, dict]]:
+        """(scores, {"retention": of rel and gen by age, "records": of each request}) of the first `edits` requests."""
         requests, before = self.requests[:edits], self.before[:edits]
         after = metrics.quality(model, tok, requests, separator=self.separator)
-        kept = {"rel": "rewrite_acc", "gen": "rephrase_acc"}
-        shares = {name: [fmean(a[key]) if key in a else None for a in after] for name, key in kept.items()}
-        ages = {name: metrics.retention(values) for name, values in shares.items()}
+        scores, records = self._scores(model, tok, requests, before, after)
+        ages = {name: metrics.retention(records[name]) for name in ("rel", "gen")}
         asked = self.questions.score(model, tok) if edits >= self.questions_from else {}
-        return {**self._scores(model, tok, requests, before, after), **asked}, ages
+        short = {name: [None if value is None else round(value, 4) for value in values] for name, values in records.items()}
+        return {**scores, **asked}, {"retention": ages, "records": short}
 
-    def _scores(self, model, tok, requests: Sequence[Request], before: list[dict], after: list[dict]) -> dict:
+    def _scores(
+        self, model, tok, requests: Sequence[Request], before: list[dict], after: list[dict]
+    ) -> tuple[dict, dict[str, list[float | None]]]:
+        """All of them, and those by which methods are compared, of each request."""
         scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
+        records = {name: values for name, values in metrics.of_requests(before, after).items() if name in ("rel", "gen", "loc")}
         for name, prompts in (("rel", [(r.prompt,) for r in requests]), ("gen", [r.rephrase_prompts for r in requests])):
-            scores.update(self._said(model, tok, name, requests, prompts))
+            said = self._said(model, tok, name, requests, prompts)
+            scores |= {key: free.mean(values) for key, values in said.items()}
+            records[SAID.format(name)] = [said[SAID.format(name)].get(i) for i in range(len(requests))]
         scores |= self.kept.score(model, tok, len(requests), self.judge)
         scores |= self.harder.score(model, tok, len(requests), self.judge)
         prompts = [r.prompt for r in requests[:FLUENCY_TEXTS]]
@@ -126,17 +133,19 @@ class Scorer:
         scores |= self.text.score(model, tok) | self.ripples.score(model, tok, len(requests))
         scores |= counterfact(model, tok, requests, self.separator) if self.counterfact else {}
         scores |= measured(model, tok, requests, before)
-        return {**scores, **(self.tasks(model, tok) if self.tasks else {})}
+        return {**scores, **(self.tasks(model, tok) if self.tasks else {})}, records
 
-    def _said(self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[Sequence[str]]) -> dict:
-        """Free generation against the target or any of its aliases, and the target's probability against the old answer's: means
-        over each request's prompts, then over requests."""
+    def _said(
+        self, model, tok, name: str, requests: Sequence[Request], prompts: Sequence[Sequence[str]]
+    ) -> dict[str, dict[int, float]]:
+        """Free generation against the target or any of its aliases, and the target's probability against the old answer's: of each
+        score, request -> mean over its prompts."""
         truths = [(request.target_new, *request.aliases) for request in requests]
         asked = [free.Asked(i, prompt, truths[i]) for i, several in enumerate(prompts) for prompt in several]
         compared = [(one.owner, one.prompt, self.old[one.owner]) for one in asked if self.old[one.owner]]
         pairs = [(prompt, requests[i].target_new) for i, prompt, _ in compared], [(prompt, old) for _, prompt, old in compared]
         new, old = (generation.target_log_probs(model, tok, some, separator=self.separator) for some in pairs)
-        preferred = free.mean_by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)])
+        preferred = free.by_request([i for i, *_ in compared], [n > o for n, o in zip(new, old, strict=True)])
         return {**free.said(model, tok, name, asked, self.separator, self.judge), f"{name}_preferred": preferred}
 
 
@@ -236,7 +245,7 @@ class Segment:
 
     def _line(self, edits: int) -> dict:
         peak_memory(reset=True)
-        scores, ages = self.scorer(self.editor.model, self.editor.tok, edits)
+        scores, told = self.scorer(self.editor.model, self.editor.tok, edits)
         scored = peak_memory()
         scores["immediate"] = fmean(self.immediate)
         made = list(self.editor.state.log)[self.first :] if self.weights else []
@@ -255,7 +264,7 @@ class Segment:
             "skipped": self._skipped(reports),
             "scores": scores,
             "metric_meta": metric_meta(scores, self.stamp["batch_size"]),
-            "retention": ages,
+            **told,
             "drift": self._drift(),
             "mask": {name: _mean_by_layer([getattr(report, name) for report in reports]) for name in ("density", "overlap")},
             "seconds": {**seconds, "total": self.seconds},

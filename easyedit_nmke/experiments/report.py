@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
+from statistics import fmean, harmonic_mean, stdev
 
 from ..messages import how_to_install
 from ..scores import table as scores
@@ -24,6 +25,11 @@ except ModuleNotFoundError as missing:
 BALANCES: Mapping[str, tuple[str, ...]] = {
     "Free generation": ("rel_exact", "gen_exact", "loc"),
     "Teacher forcing": ("rel", "gen", "loc"),
+}
+# What is compared by pairs over records.
+PAIRS: Mapping[str, tuple[str, ...]] = {
+    "what the model says until it stops, and Loc": ("rel_natural_contains", "gen_natural_contains", "loc"),
+    "by tokens": ("rel", "gen", "loc"),
 }
 
 
@@ -247,6 +253,7 @@ def headline(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
     its = now[now.method == lead][list(sentences)].mean()
     said = [sentence.format(its[name]) for name, sentence in sentences.items() if pd.notna(its[name])]
     text.append(f"{lead} {_listed(said)}.")
+    text += _paired(lines, checkpoint)
     unedited = data[data.method == UNEDITED].general.mean()
     general = now[now.method == lead].general.mean()
     if pd.notna(unedited) and pd.notna(general):
@@ -264,6 +271,39 @@ def ranking(data: pd.DataFrame, checkpoint: int, protocol: str) -> tuple[list[st
     ranked = balance.groupby(now.method).agg(["mean", "sem", "count"]).sort_values("mean", ascending=False).dropna(subset="mean")
     titles = [scores.OWN[name].title.partition(",")[0] for name in parts]
     return titles, ranked if names[0] in parts else ranked.iloc[:0]
+
+
+def pairs(lines: Sequence[Mapping], checkpoint: int, names: Sequence[str]) -> list[tuple[str, float, float, int]]:
+    """The method with the highest harmonic mean of the scores `names` over all records of all seeds at a checkpoint, and every
+    other one that has the same records: (method, its mean - the first's, standard error of that over the n records, n); the first
+    with zeros. Empty where less than two methods tell of each record.
+
+    The error is that of the mean of the records' shares in the harmonic mean h of k means m: h²/k · sum (x - m) / m².
+    """
+    values: dict[str, list[list[float]]] = {}
+    asked: dict[str, list] = {}
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        told = [(line.get("records") or {}).get(name) or [] for name in names]
+        if line["checkpoint"] == checkpoint and line["method"] != UNEDITED and all(told):
+            kept = [(i, row) for i, row in enumerate(zip(*told, strict=True)) if None not in row]
+            values.setdefault(line["method"], []).extend(list(row) for _, row in kept)
+            asked.setdefault(line["method"], []).extend((line["seed"], i) for i, _ in kept)
+    shares = {}
+    for method, rows in values.items():
+        means = [fmean(column) for column in zip(*rows, strict=True)]
+        h = harmonic_mean(means)
+        weights = [h**2 / len(means) / m**2 if h else 0.0 for m in means]
+        each = [h + sum(w * (x - m) for w, x, m in zip(weights, row, means, strict=True)) for row in rows]
+        shares[method] = h, each
+    if len(shares) < 2:
+        return []
+    best = max(shares, key=lambda method: shares[method][0])
+    found = [(best, 0.0, 0.0, len(shares[best][1]))]
+    for method, (_, each) in sorted(shares.items(), key=lambda item: -item[1][0]):
+        if method != best and asked[method] == asked[best]:
+            apart = [mine - first for mine, first in zip(each, shares[best][1], strict=True)]
+            found.append((method, fmean(apart), stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else nan, len(apart)))
+    return found
 
 
 def near(ranked: pd.DataFrame) -> list[str]:
@@ -289,6 +329,17 @@ def _ranking(ranked: pd.DataFrame, parts: str, checkpoint: int) -> str:
     alone = list(ranked.index[ranked["count"] == 1])
     if alone:
         text += f" One seed{'' if len(alone) == len(ranked) else f' ({_listed(alone)})'} cannot tell a difference from chance."
+    return text
+
+
+def _paired(lines: Sequence[Mapping], checkpoint: int) -> list[str]:
+    """A sentence for each way of PAIRS: how far behind the first the others are, record by record."""
+    text = []
+    for what, names in PAIRS.items():
+        best, *others = pairs(lines, checkpoint, names) or [None]
+        if others:
+            said = [f"{name} {behind:+.3f} ± {error:.3f}" for name, behind, error, _ in others]
+            text.append(f"By pairs over {count(best[3], 'record')}, {what}: {best[0]} first, then {_listed(said)}.")
     return text
 
 

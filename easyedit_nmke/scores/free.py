@@ -6,7 +6,7 @@ Two ends of a text: the answer's (the first end of a sentence or line after it: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -30,10 +30,10 @@ class Asked(NamedTuple):
 
 def said(
     model, tok, name: str, asked: Sequence[Asked], separator: str | None = None, judge: Judge | None = None
-) -> dict[str, float | None]:
-    """`<name>_exact` and `<name>_contains`: as `generation.judge`. Of what the model says until an end token, or for STOP_TOKENS
-    tokens (two more than a longer truth has): `<name>_natural_exact`, all of it is a truth; `<name>_natural_contains`, a truth is
-    in it as whole words; `<name>_judged`, where there is a judge: it finds a truth in it. None without prompts."""
+) -> dict[str, dict[int, float]]:
+    """By score, owner -> mean over its prompts. `<name>_exact` and `<name>_contains`: as `generation.judge`. Of what the model says
+    until an end token, or for STOP_TOKENS tokens (two more than a longer truth has): `<name>_natural_exact`, all of it is a truth;
+    `<name>_natural_contains`, a truth is in it as whole words; `<name>_judged`, where there is a judge: it finds a truth in it."""
     truths = [(prompt, truths) for _, prompt, truths in asked]
     verdicts = generation.judge(model, tok, truths, separator=separator, go_on=generation.STOP_TOKENS)
     found = {
@@ -45,7 +45,7 @@ def said(
     if judge is not None:
         found["judged"] = judge([(plain(tok, p), t, v.whole) for (_, p, t), v in zip(asked, verdicts, strict=True)])
     owners = [one.owner for one in asked]
-    return {f"{name}_{kind}": mean_by_request(owners, values) for kind, values in found.items()}
+    return {f"{name}_{kind}": by_request(owners, values) for kind, values in found.items()}
 
 
 class Kept:
@@ -89,7 +89,17 @@ def plain(tok, prompt: str) -> str:
 
 def mean_by_request(owners: Sequence[int], values: Sequence[float]) -> float | None:
     """Mean over each request's values, then over requests; None without any."""
-    by_request: dict[int, list[float]] = {}
+    return mean(by_request(owners, values))
+
+
+def by_request(owners: Sequence[int], values: Sequence[float]) -> dict[int, float]:
+    """Owner -> the mean of its values."""
+    found: dict[int, list[float]] = {}
     for owner, value in zip(owners, values, strict=True):
-        by_request.setdefault(owner, []).append(value)
-    return fmean(map(fmean, by_request.values())) if by_request else None
+        found.setdefault(owner, []).append(value)
+    return {owner: fmean(some) for owner, some in found.items()}
+
+
+def mean(of_requests: Mapping[int, float]) -> float | None:
+    """None without any."""
+    return fmean(of_requests.values()) if of_requests else None

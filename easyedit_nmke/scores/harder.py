@@ -58,7 +58,8 @@ class Harder:
         found, scores = metrics.summary(self.before[: len(requests)], after), {}
         if PREFIX in self.asked:
             said = [free.Asked(i, r.prompt, (r.target_new, *r.aliases)) for i, r in enumerate(requests)]
-            scores |= {PREFIX: found["rel"], **free.said(model, tok, PREFIX, said, self.separator, judge)}
+            told = free.said(model, tok, PREFIX, said, self.separator, judge)
+            scores |= {PREFIX: found["rel"], **{name: free.mean(values) for name, values in told.items()}}
         if OVEREDIT in self.asked:
             scores[OVEREDIT] = found["loc"]
         return scores

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 
 import torch
 
@@ -104,7 +105,13 @@ def add_locality_accuracy(before: dict, after: dict) -> None:
 
 
 def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | None]:
-    """Means over requests: "rel", "gen", "loc", "same_subject", "portability"; None where there is nothing to average.
+    """Means over requests (`of_requests`): "rel", "gen", "loc", "same_subject", "portability"; None where nothing is to average."""
+    found = of_requests(before, after)
+    return {name: _mean([value for value in values if value is not None]) for name, values in found.items()}
+
+
+def of_requests(before: Sequence[dict], after: Sequence[dict]) -> dict[str, list[float | None]]:
+    """`summary`'s scores of each request; None where it has nothing to average.
 
     `before` and `after`: `quality` of the same requests on the unedited and on the edited model. Per request the prompts of a
     type are averaged first, then its types, then the requests that have any, so that no request counts more for having more
@@ -116,11 +123,11 @@ def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | 
     kept = _kept(before, after)
     near = [[values for kind, values in types.items() if kind not in (SAME_SUBJECT, ATTRIBUTE)] for types in kept]
     return {
-        "rel": _mean_over_requests([[a["rewrite_acc"]] for a in after]),
-        "gen": _mean_over_requests([[a.get("rephrase_acc", [])] for a in after]),
-        "loc": _mean_over_requests(near),
-        "same_subject": _mean_over_requests([[types.get(SAME_SUBJECT, [])] for types in kept]),
-        "portability": _mean_over_requests([list(a["portability"].values()) for a in after]),
+        "rel": [_mean_over_types([a["rewrite_acc"]]) for a in after],
+        "gen": [_mean_over_types([a.get("rephrase_acc", [])]) for a in after],
+        "loc": [_mean_over_types(types) for types in near],
+        "same_subject": [_mean_over_types([types.get(SAME_SUBJECT, [])]) for types in kept],
+        "portability": [_mean_over_types(list(a["portability"].values())) for a in after],
     }
 
 
@@ -128,7 +135,7 @@ def by_kind(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float]:
     """{type of locality: mean agreement with `before`}: over its prompts, then over the requests that have it (as `summary`)."""
     kept = _kept(before, after)
     kinds = dict.fromkeys(kind for types in kept for kind in types)
-    return {kind: _mean_over_requests([[types.get(kind, [])] for types in kept]) for kind in kinds}
+    return {kind: _mean([fmean(types[kind]) for types in kept if types.get(kind)]) for kind in kinds}
 
 
 def retention(values: Sequence[float | None], parts: int = 10) -> list[float | None]:
@@ -149,10 +156,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _mean_over_requests(requests: Sequence[Sequence[Sequence[float]]]) -> float | None:
-    """[request][type][prompt] -> mean over prompts, then types, then requests, leaving out what is empty."""
-    per_request = (_mean([sum(prompts) / len(prompts) for prompts in types if prompts]) for types in requests)
-    return _mean([value for value in per_request if value is not None])
+def _mean_over_types(types: Sequence[Sequence[float]]) -> float | None:
+    """[type][prompt] -> mean over prompts, then types, leaving out what is empty."""
+    return _mean([sum(prompts) / len(prompts) for prompts in types if prompts])
 
 
 def _kept(before: Sequence[dict], after: Sequence[dict]) -> list[dict[str, list[float]]]:
