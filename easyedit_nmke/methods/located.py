@@ -17,6 +17,7 @@ from ..models.device import timed
 from ..models.prompts import context_templates
 from ..models.requests import Request
 from ..models.updates import LowRank
+from ..scores.metrics import exact_match
 from .contract import phase
 from .keys import Ascent, Contexts
 from .norms import rescaled
@@ -84,6 +85,8 @@ class SpreadHyperParams(KeyValueHyperParams):
 
     blue: bool = setting(False, state=True)
     consolidate_every: int = setting(0, least=0, whole=True)  # edits after which all are solved again at once; 0: never
+    # how often an update is written at most, for requests that the model does not answer as asked yet
+    write_passes: int = setting(1, least=1, whole=True)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "hyperparameters") -> Self:
@@ -137,6 +140,9 @@ def edit_layers(
 
     A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's,
     and are remembered. With `blue` so does a layer's value.
+
+    A ridge leaves a part of each residual unwritten, which drifts less, and says the new answer all the same mostly. Where it does
+    not, what is left is written again, up to `write_passes` times in all, by the same system: the keys count once.
     """
     report, contexts = EditReport(len(requests)), Contexts(state.templates, prompts)
     groups = [[layer] for layer in hparams.layers] if hparams.blue else [list(hparams.layers)]
@@ -151,25 +157,38 @@ def edit_layers(
         if chosen is None:
             with phase(report, "attribution"):
                 chosen = masks(report)
-        ascent = Ascent(view, tok, requests, contexts, z_layer)
-        for index, layer in enumerate(layers):
-            with phase(report, "keys"):
-                keys, current, output = ascent(layer)
-            residual = (z - current.to(z)) / (len(layers) - index)
-            if index == 0:
-                report.residual += residual.norm(dim=0).mean().item() * len(layers) / len(groups)
-            with phase(report, "solve"):
-                device = view.weight(layer).device
-                mask = chosen[layer].to(device) if layer in chosen else None
-                left = view.ffn_change(layer, output, residual).to(device).float()
-                change, found[layer] = update(view, state, layer, keys, left, mask)
-            with phase(report, "apply"):
-                state.write(change, report)
-            report.density[layer] = 1.0 if mask is None else (mask != 0).double().mean().item()
+        wanting = torch.ones(len(requests), device=z.device)
+        for number in range(hparams.write_passes):
+            if number:
+                wanting = _wanting(view, tok, requests, hparams).to(z)
+            if not wanting.any():
+                break
+            ascent = Ascent(view, tok, requests, contexts, z_layer)
+            for index, layer in enumerate(layers):
+                with phase(report, "keys"):
+                    keys, current, output = ascent(layer)
+                residual = (z - current.to(z)) / (len(layers) - index) * wanting
+                if index == number == 0:
+                    report.residual += residual.norm(dim=0).mean().item() * len(layers) / len(groups)
+                with phase(report, "solve"):
+                    device = view.weight(layer).device
+                    mask = chosen[layer].to(device) if layer in chosen else None
+                    left = view.ffn_change(layer, output, residual).to(device).float()
+                    change, remembered = update(view, state, layer, keys, left, mask)
+                with phase(report, "apply"):
+                    state.write(change, report)
+                found.setdefault(layer, remembered)
+                report.density[layer] = 1.0 if mask is None else (mask != 0).double().mean().item()
     report.z = torch.cat([z.to(solved[0].device) for z in solved])
     if all(solver.remembers for solver in state.solvers.values()):
         report.keys = found
     return report
+
+
+def _wanting(view: ModelView, tok, requests: Sequence[Request], hparams) -> torch.Tensor:
+    """[requests] bool: those whose new answer is not the likeliest, token by token."""
+    asked = [(request.prompt, request.target_new) for request in requests]
+    return ~torch.tensor(exact_match(view.model, tok, asked, separator=hparams.target_separator))
 
 
 def _solved(

@@ -121,11 +121,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "published": {},
         "plus": {
             "neurons": "all",
-            "regularizer": "covariance",
             "l2_scale": "auto",
-            "nullspace_fraction": 0.3,
-            "mom2_update_weight": 130.0,
-            "L2": 0.25,
+            "nullspace_fraction": 0.7,
+            "L2": 1.7,
+            "write_passes": 3,
             "v_extra_steps": 45,
         },
     }
