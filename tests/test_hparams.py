@@ -233,7 +233,7 @@ def test_whole_numbers_may_be_written_with_an_exponent_and_odd_yaml_is_one_messa
 def test_a_preset_fills_in_what_a_file_leaves_out(tmp_path):
     path = write(tmp_path, {"layers": [0], "model_name": "atlas", "preset": "plus", "L2": 7})
     settings = NMKEHyperParams.from_hparams(path)
-    assert (settings.regularizer, settings.neurons, settings.L2) == ("covariance", "all", 7)
+    assert (settings.write_passes, settings.neurons, settings.L2) == (3, "all", 7)
     assert NMKEHyperParams.from_dict({"layers": [0], "model_name": "atlas", "preset": "published"}) == NMKEHyperParams([0], "atlas")
     with pytest.raises(ValueError, match=r"preset is 'pluss' \(did you mean 'plus'\?\)"):
         NMKEHyperParams.from_dict({"layers": [0], "model_name": "atlas", "preset": "pluss"})

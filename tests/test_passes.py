@@ -8,6 +8,7 @@ import torch
 from test_undo import assert_same, picture
 
 from easyedit_nmke import LifelongEditor
+from easyedit_nmke.history.log import Consolidation
 from easyedit_nmke.methods import alphaedit, read
 from easyedit_nmke.methods.located import edit_layers
 from easyedit_nmke.models.arch import ModelView, editing
@@ -81,7 +82,7 @@ def test_of_a_batch_only_those_are_written_again_that_are_not_said(settings, req
         assert [bool(column.any()) for column in update.left.T] == [not r for r in right]
 
 
-def test_an_edit_of_several_passes_is_kept_undone_and_gone_on_from_to_the_bit(settings, requests, tmp_path):
+def test_an_edit_of_several_passes_is_kept_consolidated_undone_and_gone_on_from_to_the_bit(settings, requests, tmp_path):
     records, kept = requests(3), str(tmp_path / "state")
     whole = LifelongEditor.from_hparams(settings(L2, write_passes=3))
     for record in records:
@@ -95,7 +96,15 @@ def test_an_edit_of_several_passes_is_kept_undone_and_gone_on_from_to_the_bit(se
     editor.apply([records[1]])
     editor.apply([records[2]])
     assert_same(picture(editor), picture(whole))
-    editor.undo(3)
+    before = picture(editor)
+    editor.consolidate()
+    (whole_solution,) = [event for event in editor.state.events if isinstance(event, Consolidation)]
+    assert len(whole_solution.updates) > len(editor.hparams.layers) and not torch.equal(picture(editor)[0][0], before[0][0])
+    solved = picture(editor)
+    editor.close()
+    editor = LifelongEditor.from_hparams(settings(L2, write_passes=3, state_dir=kept))
+    assert_same(picture(editor), solved)
+    editor.state.rollback(2)
     editor.undo(2)
     assert_same(picture(editor), first)
     editor.close()

@@ -6,6 +6,8 @@ the place of all others. Its regulariser is the method's: of NMKE and AlphaEdit
 
     X = solve(P K Kᵀ + L2·I,  P K Rᵀ)       (hard null space)          X = solve(λ·E[c cᵀ] + L2·I + K Kᵀ,  K Rᵀ)       (soft)
 
+With `write_passes` what the model does not say after that is written again, as by an edit.
+
 Masks: only neurons that some edit's mask chose are written, as by the sum of the edits. The mask of a consolidation is the union of
 theirs (all weights 1 where they were soft), and `solve` says, as ever, whether it is applied before or after the solve.
 """
