@@ -264,6 +264,10 @@ def test_methods_are_compared_by_pairs_over_the_records_of_all_seeds():
     lines[3]["records"]["gen"][7] = None  # nothing was asked there: other records than the first method's
     assert report.pairs(lines, 200, names) == [first]
     assert report.pairs(lines[:2], 200, names) == [] == report.pairs(lines, 100, names)
+    nothing = [{**entry, "records": {**entry["records"], "gen": [None] * 200}} for entry in lines]  # no paraphrases
+    assert report.pairs(nothing, 200, names) == []
+    torn = [{**entry, "records": {**entry["records"], "gen": [1.0]}} for entry in lines]
+    assert report.pairs(torn, 200, names) == []
 
 
 def test_pairs_are_told_in_a_sentence_where_records_are_kept(full):

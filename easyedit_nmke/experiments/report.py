@@ -284,8 +284,9 @@ def pairs(lines: Sequence[Mapping], checkpoint: int, names: Sequence[str]) -> li
     asked: dict[str, list] = {}
     for line in sorted(lines, key=lambda line: line["seed"]):
         told = [(line.get("records") or {}).get(name) or [] for name in names]
-        if line["checkpoint"] == checkpoint and line["method"] != UNEDITED and all(told):
-            kept = [(i, row) for i, row in enumerate(zip(*told, strict=True)) if None not in row]
+        whole = line["checkpoint"] == checkpoint and line["method"] != UNEDITED and len(set(map(len, told))) == 1
+        kept = [(i, row) for i, row in enumerate(zip(*told, strict=True)) if None not in row] if whole else []
+        if kept:
             values.setdefault(line["method"], []).extend(list(row) for _, row in kept)
             asked.setdefault(line["method"], []).extend((line["seed"], i) for i, _ in kept)
     shares = {}
