@@ -117,8 +117,9 @@ class Scorer:
         self, model, tok, requests: Sequence[Request], before: list[dict], after: list[dict]
     ) -> tuple[dict, dict[str, list[float | None]]]:
         """All of them, and those by which methods are compared, of each request."""
-        scores = {**metrics.summary(before, after), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
-        records = {name: values for name, values in metrics.of_requests(before, after).items() if name in ("rel", "gen", "loc")}
+        found = metrics.of_requests(before, after)
+        scores = {**metrics.means(found), "neighborhood": None, "unrelated": None, **metrics.by_kind(before, after)}
+        records = {name: found[name] for name in ("rel", "gen", "loc")}
         for name, prompts in (("rel", [(r.prompt,) for r in requests]), ("gen", [r.rephrase_prompts for r in requests])):
             said = self._said(model, tok, name, requests, prompts)
             scores |= {key: free.mean(values) for key, values in said.items()}

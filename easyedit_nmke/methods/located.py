@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,17 +157,12 @@ def edit_layers(
         if chosen is None:
             with phase(report, "attribution"):
                 chosen = masks(report)
-        wanting = torch.ones(len(requests), device=z.device)
-        for number in range(hparams.write_passes):
-            if number:
-                wanting = _wanting(view, tok, requests, hparams).to(z)
-            if not wanting.any():
-                break
+        for number, wanting in enumerate(_passes(view, tok, requests, hparams)):
             ascent = Ascent(view, tok, requests, contexts, z_layer)
             for index, layer in enumerate(layers):
                 with phase(report, "keys"):
                     keys, current, output = ascent(layer)
-                residual = (z - current.to(z)) / (len(layers) - index) * wanting
+                residual = (z - current.to(z)) / (len(layers) - index) * wanting.to(z)
                 if index == number == 0:
                     report.residual += residual.norm(dim=0).mean().item() * len(layers) / len(groups)
                 with phase(report, "solve"):
@@ -185,10 +180,15 @@ def edit_layers(
     return report
 
 
-def _wanting(view: ModelView, tok, requests: Sequence[Request], hparams) -> torch.Tensor:
-    """[requests] bool: those whose new answer is not the likeliest, token by token."""
+def _passes(view: ModelView, tok, requests: Sequence[Request], hparams) -> Iterator[torch.Tensor]:
+    """Which requests [bool] each pass writes: all, and then those whose new answer is not the likeliest, token by token."""
+    yield torch.ones(len(requests), dtype=torch.bool)
     asked = [(request.prompt, request.target_new) for request in requests]
-    return ~torch.tensor(exact_match(view.model, tok, asked, separator=hparams.target_separator))
+    for _ in range(1, hparams.write_passes):
+        wanting = ~torch.tensor(exact_match(view.model, tok, asked, separator=hparams.target_separator))
+        if not wanting.any():
+            return
+        yield wanting
 
 
 def _solved(

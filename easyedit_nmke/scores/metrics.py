@@ -9,7 +9,7 @@ around a model (EasyEdit's WISE, GRACE) are given one text at a time: they may c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -106,7 +106,11 @@ def add_locality_accuracy(before: dict, after: dict) -> None:
 
 def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | None]:
     """Means over requests (`of_requests`): "rel", "gen", "loc", "same_subject", "portability"; None where nothing is to average."""
-    found = of_requests(before, after)
+    return means(of_requests(before, after))
+
+
+def means(found: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+    """Of each score over the requests that have it; None where none has."""
     return {name: _mean([value for value in values if value is not None]) for name, values in found.items()}
 
 
