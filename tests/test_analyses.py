@@ -68,7 +68,7 @@ COMMANDS = {
 
 def command(place, name, out):
     words = COMMANDS[name].format(home=place, NMKE=place / "NMKE.yaml").split()
-    more = ["MPC,random mask"] if name == "settings" else []
+    more = ["MPC,random mask,[neurons=all; L2=3; batch_size=2]"] if name == "settings" else []
     return ["analyze", name, *words, *more, "--out", str(out)]
 
 
@@ -191,9 +191,9 @@ def test_settings_write_the_values_and_use_the_attributions_that_were_found_once
 
     out, _ = made
     lines = {line["key"][0]: line for line in record.read(out / "settings.jsonl")[1:]}
-    assert list(lines) == ["default", "MPC", "random mask"] and lines["default"]["density"] == pytest.approx(
-        lines["random mask"]["density"]
-    )
+    own = "[neurons=all; L2=3; batch_size=2]"
+    assert list(lines) == ["default", "MPC", "random mask", own] and lines[own]["density"] == 1
+    assert lines["default"]["density"] == pytest.approx(lines["random mask"]["density"])
     editor = LifelongEditor.from_hparams(read(place / "NMKE.yaml"))
     requests = [Request.from_dict(request) for request in embedded.requests(2, "test")]
     before = metrics.quality(editor.model, editor.tok, requests)
@@ -298,6 +298,7 @@ def test_a_run_of_another_model_is_one_sentence(place, tmp_path, tiny, capsys, w
         ("drift {home}/NMKE {home}/NMKE", "two runs are called 'NMKE'"),
         ("settings --hparams {home}/AlphaEdit.yaml", "the settings are NMKE's"),
         ("settings --hparams {home}/NMKE.yaml --only mpc", "there is no setting 'mpc'"),
+        ("settings --hparams {home}/NMKE.yaml --only [v_lr=1;L2=2]", "'[v_lr=1;L2=2]' changes v_lr, and all settings"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_sentence(place, tmp_path, capsys, words, said):

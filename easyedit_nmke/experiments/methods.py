@@ -109,7 +109,7 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
     naming what is known, for anything that cannot be read; FileNotFoundError for all methods that have no file for the model.
     """
     found, missing = [], {}
-    for name in filter(None, (part.strip() for part in re.split(r",(?![^\[\]]*\])", names))):
+    for name in separate(names):
         bare, changes = named(name)
         if bare.lower().startswith("easyedit:"):
             if changes:
@@ -139,6 +139,11 @@ def methods(names: str, model: str, directory: Path | None = None, overrides: Ma
             "finds settings, and --hparams-dir DIR takes them"
         )
     return found
+
+
+def separate(names: str) -> list[str]:
+    """The names of a list, separated by commas that stand in no brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[\]]*\])", names) if part.strip()]
 
 
 def named(name: str) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -51,7 +52,7 @@ def arguments(sub) -> None:
     sub.add_argument("--data", metavar="FILE", help="records to edit; or atlas, facts (default: what fits the model)")
     sub.add_argument("--edits", type=source.positive, metavar="T", help="facts to edit (default 200 of atlas, else 50)")
     sub.add_argument("--seeds", type=source.positive, metavar="N", help="streams of facts (default 3 of atlas, else 1)")
-    sub.add_argument("--only", metavar="LIST", help=f"of {', '.join(SETTINGS)}")
+    sub.add_argument("--only", metavar="LIST", help=f"of {', '.join(SETTINGS)}; and your own, [name=value; name=value]")
     source.on_argument(sub)
 
 
@@ -68,10 +69,7 @@ def run(args, begin) -> None:
     base = changed(read(args.hparams), {name: value for name, value in given.items() if value is not None})
     if not isinstance(base, NMKEHyperParams):
         raise ValueError(f"{args.hparams} is of {base.alg_name}, and the settings are NMKE's; give one of its files")
-    names = [name.strip() for name in args.only.split(",")] if args.only else list(SETTINGS)
-    if unknown := [name for name in names if name not in SETTINGS]:
-        raise ValueError(f"there is no setting {unknown[0]!r}; settings are {', '.join(SETTINGS)}")
-    hparams = {name: changed(base, SETTINGS[name]) for name in dict.fromkeys([DEFAULT, *names])}
+    hparams = _settings(base, args.only)
     small = base.model_name == "atlas"
     edits, seeds = args.edits or (200 if small else 50), args.seeds or (3 if small else 1)
     data = args.data or ("atlas" if small else "facts")
@@ -91,6 +89,27 @@ def run(args, begin) -> None:
                 name, seed = event.line["key"]
                 bar.set_postfix_str(name)
                 notebook.once(name, seed, make=lambda event=event: event.line)
+
+
+def _settings(base, only: str | None) -> dict[str, Any]:
+    """Label -> `base` with what a list of SETTINGS and of [name=value; name=value] changes, the default first. ValueError for what
+    cannot be read, and for settings that values depend on, which are solved once for all."""
+    from ...methods.located import KeyValueHyperParams
+    from ..methods import changed, named, separate
+
+    found = {DEFAULT: base}
+    shared = {field.name for field in fields(KeyValueHyperParams)} - {"batch_size"} | {"blue"}
+    for label in SETTINGS if only is None else separate(only):
+        name, changes = named(DEFAULT + label if label.startswith("[") else label)
+        if name not in SETTINGS:
+            raise ValueError(f"there is no setting {name!r}; settings are {', '.join(SETTINGS)}, and your own, [name=value]")
+        if fixed := shared & changes.keys():
+            given = ", ".join(sorted(fixed))
+            raise ValueError(
+                f"{label!r} changes {given}, and all settings write the same values; change it in the file of --hparams"
+            )
+        found[label] = changed(base, {**SETTINGS[name], **changes}, f"setting {label}")
+    return found
 
 
 def _on_cluster(args, left: Sequence[tuple]):
@@ -248,9 +267,12 @@ class _Stream:
         return {int(layer): scores[some].flatten(0, 1).to(device) for layer, scores in found.items() if layer != "seconds"}
 
 
-def _strategy(hparams) -> tuple[str, str]:
-    """What its attributions depend on, of what settings change."""
-    return hparams.attribution_strategy, f"{hparams.amplification:g}"
+def _strategy(hparams) -> tuple[str, ...]:
+    """What its attributions depend on, of what settings change; of what is seldom changed, where it is."""
+    seldom = {name: getattr(hparams, name) for name in ("attribution_target", "attribution_norm", "attribution_position")}
+    defaults = {field.name: field.default for field in fields(hparams)}
+    unusual = [value for name, value in seldom.items() if value != defaults[name]]
+    return hparams.attribution_strategy, f"{hparams.amplification:g}", *unusual
 
 
 # ---- what the lines hold
