@@ -89,6 +89,15 @@ def test_the_second_trial_of_writes_is_the_middle_of_the_ranges(plan):
     assert {**first, "mom2_update_weight": 0} == {**second, "mom2_update_weight": 0}
 
 
+def test_nmke_plus_is_searched_around_its_preset_which_few_edits_cannot_find():
+    base = base_settings("NMKE+", "atlas")
+    space = base.searched(4)
+    low, high = space["L2"]
+    assert low < base.L2 < high < 10 * low and base.nullspace_fraction in space["nullspace_fraction"]
+    soft = dataclasses.replace(base, regularizer="covariance").searched(4)["L2"]
+    assert soft[0] < low and soft[1] > high
+
+
 def test_an_interrupted_search_keeps_the_best_and_goes_on(plan):
     model, heard = plan.model, []
     before = bits(model)

@@ -90,11 +90,14 @@ class NMKEHyperParams(AlphaEditHyperParams):
         return super().from_dict({**PRESETS[preset], **content}, source)
 
     def searched(self, depth: int) -> dict[str, list | tuple[float, float]]:
-        """As AlphaEdit; in a soft null space the weight of the covariance, and L2 relative to the keys where it is so. Of the mask,
-        how many neurons it lets through (not the published rule by which)."""
+        """As AlphaEdit; in a soft null space the weight of the covariance, and L2 relative to the keys where it is so. In a hard
+        one a relative L2 is searched near the preset's alone: what it is good for, hundreds of edits after each other, a
+        search does not see. Of the mask, how many neurons it lets through (not the published rule by which)."""
         found = super().searched(depth)
         if self.regularizer == "covariance":
             found |= {"nullspace_fraction": [0.1, 0.3, 0.5, 0.7], "mom2_update_weight": (0.1, 30000.0), "L2": (0.001, 30.0)}
+        elif self.l2_scale == "auto":
+            found |= {"nullspace_fraction": [0.5, 0.7, 0.9], "L2": (0.6, 5.0)}
         if self.neurons != "all":
             shares = [0.2, 0.3, 0.5, 0.7]
             found |= {"general_bias": shares, "specific_bias": shares}
