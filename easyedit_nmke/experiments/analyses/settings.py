@@ -10,6 +10,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from types import MappingProxyType
 from typing import Any
 
@@ -352,8 +353,8 @@ def figure(lines: Sequence[Mapping]):
     found = _scored(lines)
     if DEFAULT not in found:
         return None
-    labels = list(found)
-    drawn = made(0.27 * len(labels) + 1.3)
+    labels = {label: fill(label, 32) for label in found}
+    drawn = made(0.27 * sum(text.count("\n") + 1 for text in labels.values()) + 1.3)
     for ax, (name, title) in zip(drawn.subplots(1, len(SCORES), sharey=True), SCORES.items(), strict=True):
         for place, label in enumerate(labels):
             values = found[label].get(name)
@@ -363,7 +364,7 @@ def figure(lines: Sequence[Mapping]):
                 colour = COLOURS[6] if label == DEFAULT else COLOURS[1] if control else COLOURS[0]
                 ax.errorbar([fmean(values)], [place], xerr=[error], fmt="o", color=colour, markersize=4.5, capsize=2)
         ax.axvline(fmean(found[DEFAULT][name]), color="#999999", linewidth=1, zorder=0)
-        ax.set_yticks(np.arange(len(labels)), labels)
+        ax.set_yticks(np.arange(len(labels)), labels.values())
         ax.set_title(title)
         ax.margins(x=0.15)
     drawn.axes[0].invert_yaxis()
