@@ -158,11 +158,11 @@ def edit_layers(
             with phase(report, "attribution"):
                 chosen = masks(report)
         for number, wanting in enumerate(_passes(view, tok, requests, hparams)):
-            ascent = Ascent(view, tok, requests, contexts, z_layer)
+            ascent, weight = Ascent(view, tok, requests, contexts, z_layer), wanting.to(z)
             for index, layer in enumerate(layers):
                 with phase(report, "keys"):
                     keys, current, output = ascent(layer)
-                residual = (z - current.to(z)) / (len(layers) - index) * wanting.to(z)
+                residual = (z - current.to(z)) / (len(layers) - index) * weight
                 if index == number == 0:
                     report.residual += residual.norm(dim=0).mean().item() * len(layers) / len(groups)
                 with phase(report, "solve"):

@@ -111,7 +111,7 @@ def summary(before: Sequence[dict], after: Sequence[dict]) -> dict[str, float | 
 
 def means(found: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
     """Of each score over the requests that have it; None where none has."""
-    return {name: _mean([value for value in values if value is not None]) for name, values in found.items()}
+    return {name: _mean(values) for name, values in found.items()}
 
 
 def of_requests(before: Sequence[dict], after: Sequence[dict]) -> dict[str, list[float | None]]:
@@ -146,7 +146,7 @@ def retention(values: Sequence[float | None], parts: int = 10) -> list[float | N
     """Means of `parts` consecutive stretches of equal length (to one), oldest first; None where a stretch has no number."""
     bounds = [len(values) * part // parts for part in range(parts + 1)]
     stretches = (values[start:end] for start, end in itertools.pairwise(bounds))
-    return [_mean([value for value in stretch if value is not None]) for stretch in stretches]
+    return [_mean(stretch) for stretch in stretches]
 
 
 # ---- numbers
@@ -156,8 +156,10 @@ def _share(guess: Sequence[int], label: Sequence[int]) -> float:
     return sum(g == w for g, w in zip(guess, label, strict=True)) / len(label)
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are numbers; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _mean_over_types(types: Sequence[Sequence[float]]) -> float | None:

@@ -43,6 +43,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 CLAIMED = ("general only", "fixed ratio .3", "overlap", "soft mask")  # whose effects the paper tells in words
 SCORES = {"rel": "Rel ↑", "gen": "Gen ↑", "loc": "Loc ↑", "kept_kl": "KL, kept text ↓", "density": "neurons", "seconds": "s/edit ↓"}
+SELDOM = ("attribution_target", "attribution_norm", "attribution_position")
 AT_A_TIME = 4  # requests, between two writes
 
 
@@ -100,7 +101,7 @@ def _settings(base, only: str | None) -> dict[str, Any]:
 
     found = {DEFAULT: base}
     shared = {field.name for field in fields(KeyValueHyperParams)} - {"batch_size"} | {"blue"}
-    for label in SETTINGS if only is None else separate(only):
+    for label in separate(only) if only else SETTINGS:
         name, changes = named(DEFAULT + label if label.startswith("[") else label)
         if name not in SETTINGS:
             raise ValueError(f"there is no setting {name!r}; settings are {', '.join(SETTINGS)}, and your own, [name=value]")
@@ -269,10 +270,9 @@ class _Stream:
 
 
 def _strategy(hparams) -> tuple[str, ...]:
-    """What its attributions depend on, of what settings change; of what is seldom changed, where it is."""
-    seldom = {name: getattr(hparams, name) for name in ("attribution_target", "attribution_norm", "attribution_position")}
-    defaults = {field.name: field.default for field in fields(hparams)}
-    unusual = [value for name, value in seldom.items() if value != defaults[name]]
+    """What its attributions depend on, of what settings change; of SELDOM, what is not as published."""
+    seldom = [(getattr(hparams, field.name), field.default) for field in fields(hparams) if field.name in SELDOM]
+    unusual = [value for value, published in seldom if value != published]
     return hparams.attribution_strategy, f"{hparams.amplification:g}", *unusual
 
 
