@@ -68,7 +68,7 @@ COMMANDS = {
 
 def command(place, name, out):
     words = COMMANDS[name].format(home=place, NMKE=place / "NMKE.yaml").split()
-    more = ["MPC,random mask,[neurons=all; L2=3; batch_size=2]"] if name == "settings" else []
+    more = ["MPC,ALIGN,random mask,[neurons=all; L2=3; batch_size=2]"] if name == "settings" else []
     return ["analyze", name, *words, *more, "--out", str(out)]
 
 
@@ -180,10 +180,12 @@ def test_masks_found_again_are_those_of_the_edits(made, place):
             assert block["bytes"]["coefficients"] == 6 * 2048 * 4
 
 
-def test_settings_write_the_values_and_use_the_attributions_that_were_found_once(made, place):
-    """By hand: each z and mask of the unedited model, written one after the other."""
+@pytest.mark.parametrize("label", ["default", "ALIGN"])
+def test_settings_write_the_values_and_use_the_attributions_that_were_found_once(made, place, label):
+    """By hand: each z of the unedited model, written one after the other; by its masks, or by those that an edit finds itself."""
     from functools import partial
 
+    from easyedit_nmke.experiments.methods import changed
     from easyedit_nmke.methods.contract import apply_method
     from easyedit_nmke.methods.nmke import attributed
     from easyedit_nmke.methods.values import target_values
@@ -192,23 +194,23 @@ def test_settings_write_the_values_and_use_the_attributions_that_were_found_once
     out, _ = made
     lines = {line["key"][0]: line for line in record.read(out / "settings.jsonl")[1:]}
     own = "[neurons=all; L2=3; batch_size=2]"
-    assert list(lines) == ["default", "MPC", "random mask", own] and lines[own]["density"] == 1
+    assert list(lines) == ["default", "MPC", "ALIGN", "random mask", own] and lines[own]["density"] == 1
     assert lines["default"]["density"] == pytest.approx(lines["random mask"]["density"])
-    editor = LifelongEditor.from_hparams(read(place / "NMKE.yaml"))
+    editor = LifelongEditor.from_hparams(changed(read(place / "NMKE.yaml"), SETTINGS[label]))
     requests = [Request.from_dict(request) for request in embedded.requests(2, "test")]
     before = metrics.quality(editor.model, editor.tok, requests)
     state = open_state(editor.model, editor.tok, editor.hparams)
     values = target_values(ModelView(editor.model), editor.tok, requests, state.flat_templates, 1, editor.hparams)
-    scores = [attributed(ModelView(editor.model), editor.tok, [r], state.flat_templates, editor.hparams) for r in requests]
+    scores = [None, None]
+    if label == "default":
+        scores = [attributed(ModelView(editor.model), editor.tok, [r], state.flat_templates, editor.hparams) for r in requests]
     for request, value, found in zip(requests, values, scores, strict=True):
         edit = partial(editor.method.replay, z=value.z[:, None], scores=found)
         apply_method(editor.method, editor.model, editor.tok, [request], editor.hparams, state=state, edit=edit)
     wanted = metrics.summary(before, metrics.quality(editor.model, editor.tok, requests))
-    assert {name: lines["default"][name] for name in ("rel", "gen", "loc")} == {
-        name: wanted[name] for name in ("rel", "gen", "loc")
-    }
-    assert lines["default"]["density"] == pytest.approx(np.mean([r.density[layer] for r in state.reports for layer in (0, 1)]))
-    assert lines["default"]["phases"]["attribution"] > 0 and lines["default"]["phases"].get("values", 0) < 0.1
+    assert {name: lines[label][name] for name in ("rel", "gen", "loc")} == {name: wanted[name] for name in ("rel", "gen", "loc")}
+    assert lines[label]["density"] == pytest.approx(np.mean([r.density[layer] for r in state.reports for layer in (0, 1)]))
+    assert lines[label]["phases"]["attribution"] > 0 and lines[label]["phases"].get("values", 0) < 0.1
     assert sorted(path.name for path in (out / "found" / "seed-0").iterdir()) == ["lps-30", "mpc-30", "values"]
 
 

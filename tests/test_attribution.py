@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_nmke.attribution import neuron_scores
+from easyedit_nmke.attribution import alignment, neuron_scores
 from easyedit_nmke.models.arch import Readout
 
 BACKENDS = ["reference", "fast", "auto"]
@@ -354,6 +354,25 @@ def test_mpc_reads_neither_vocabulary_nor_residual(backend):
     other = case.but_readout(head=case.readout.head * 7).but(residual=case.residual + 1, target_ids=torch.tensor([1, 2]))
     assert torch.equal(other.scores(final_hidden=None, **settings), usual)
     assert torch.equal(case.scores(amplification=3.0, **settings), usual)
+
+
+@pytest.mark.parametrize("neurons", [1, 7, 63, 1000])
+def test_alignment_is_each_neurons_way_towards_the_value(neurons):
+    case = make_case((3, neurons, 17, 5), dtype=torch.float64)
+    toward = torch.linspace(-1, 2, 3 * 17, dtype=torch.float64).view(3, 17)
+    wanted = torch.tensor(
+        [
+            [c * (v @ way) for c, v in zip(own, case.w_out.T, strict=True)]
+            for own, way in zip(case.coefficients, toward, strict=True)
+        ]
+    )
+    assert torch.allclose(alignment(case.coefficients, case.w_out, toward), wanted, rtol=1e-12)
+    assert not torch.allclose(alignment(case.coefficients, case.w_out, toward.flip(0)), wanted, rtol=1e-2)
+
+
+def test_alignment_is_not_to_be_had_without_a_value():
+    with pytest.raises(ValueError, match="'align' compares neurons with the target value"):
+        make_case((2, 7, 8, 37)).scores(strategy="align")
 
 
 def test_frozen_layer_norm_takes_the_mean_from_y():

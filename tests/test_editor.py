@@ -236,7 +236,8 @@ def test_padding_side_changes_nothing(tiny, nmke_hparams, requests, weights):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(attribution_strategy="psa"), dict(attribution_strategy="mpc"), dict(attribution_target="target_new"),
+        dict(attribution_strategy="psa"), dict(attribution_strategy="mpc"), dict(attribution_strategy="align"),
+        dict(attribution_target="target_new"),
         dict(attribution_norm="exact"), dict(attribution_position="padded_end"), dict(neurons="general"), dict(neurons="specific"),
         dict(neurons="overlap"), dict(neurons="non_overlap"), dict(neurons="all"), dict(ratio="fixed"), dict(mask="soft"),
         dict(mask_ties="exact"), dict(attribution_backend="reference", attribution_norm="exact"),

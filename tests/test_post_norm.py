@@ -10,10 +10,11 @@ from easyedit_nmke.attribution.masks import neuron_mask
 from easyedit_nmke.methods import rome
 from easyedit_nmke.methods.keys import attribution_inputs, subject_states
 from easyedit_nmke.methods.located import edit_layers
-from easyedit_nmke.methods.nmke import neuron_masks
+from easyedit_nmke.methods.nmke import attributed, neuron_masks
 from easyedit_nmke.methods.values import Value
 from easyedit_nmke.models import post_norm
 from easyedit_nmke.models.arch import FAMILIES, ModelView
+from easyedit_nmke.models.hooks import record
 from easyedit_nmke.models.post_norm import PostNorm
 from easyedit_nmke.models.prompts import open_end
 from easyedit_nmke.models.requests import Request
@@ -193,6 +194,32 @@ def test_attribution_is_of_what_the_stream_gets(tiny, kind, strategy):
     expected = {"lps": after - now, "psa": after.exp() - now.exp(), "mpc": share.norm(dim=1)}[strategy]
     assert expected.abs().max() > 1e-3
     assert torch.allclose(found.float(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", *POST_NORM])
+def test_alignment_is_of_what_the_stream_gets_at_the_subject(tiny, nmke_hparams, kind):
+    """By the definition, through the model's own modules, in two templates: what neuron n adds, times the way from the last
+    edited block's output to z."""
+    model, tok = tiny(kind)
+    view, chosen = ModelView(model), nmke_hparams(model, tok, attribution_strategy="align", layers=[0, 1])
+    templates, z = ["{}", "Well, so it is. {}"], torch.randn(32, 1, generator=torch.Generator().manual_seed(3))
+    found = attributed(view, tok, [REQUEST], templates, chosen, z=z)
+    for number, template in enumerate(templates):
+        text, end = REQUEST.fill(template, tok)
+        at = len(tok(text[:end]).input_ids) - 1
+        wanted = {f"{side} {layer}": (view.down(layer), side) for layer in (0, 1) for side in ("input", "output")}
+        with torch.no_grad(), record(wanted) as seen:
+            out = model(**tok(text, return_tensors="pt"), output_hidden_states=True)
+        toward = z[:, 0] - out.hidden_states[2][0, at]
+        for layer in (0, 1):
+            c, y = seen[f"input {layer}"][0, at], seen[f"output {layer}"][0, at]
+            with torch.no_grad():
+                gain = view.addend(layer)(y) / y if view.family.post_norm else torch.ones(len(y))
+            expected = toward @ (gain[:, None] * view.w_out(layer) * c)
+            assert expected.abs().max() > 1e-3
+            assert torch.allclose(found[layer][number], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    with pytest.raises(ValueError, match="none are given"):
+        neuron_masks(view, tok, [REQUEST], templates, chosen)
 
 
 @pytest.mark.parametrize("kind", POST_NORM)

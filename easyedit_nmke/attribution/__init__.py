@@ -3,6 +3,7 @@
 The one expensive primitive is `perturbed_log_probs`: log p(target | x + λ c_n v_n) for all prompts and neurons, [P, N].
 `reference.py` computes it straight from the equations in float64; `fast.py` shares one product over the vocabulary between all
 prompts, `fused.py` (Triton) never writes it to memory, `cached.py` keeps it from edit to edit. LPS and PSA are one line above it.
+`alignment` asks instead how far a neuron moves the stream towards a target value.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from . import fast, reference
 from .cached import AttributionCache, Made, Projection
 
 __all__ = [
-    "BACKENDS", "NORMS", "STRATEGIES", "AttributionCache", "Made", "Projection", "Strategy", "choose", "neuron_scores",
+    "BACKENDS", "NORMS", "STRATEGIES", "AttributionCache", "Made", "Projection", "Strategy", "alignment", "choose",
+    "neuron_scores",
 ]  # fmt: skip
 
 BACKENDS = ("reference", "fast", "fused", "cached")
@@ -32,7 +34,7 @@ LOWEST_LOG_PROB = math.log(1e-8)  # LPS clamps probabilities to [1e-8, 1]
 @dataclass(frozen=True)
 class Strategy:
     """A way to score neurons: its label in tables, and either `gain`, from log p(w | x + λ c_n v_n) [P, N] and log p(w | x) [P, 1]
-    to scores [P, N], or without a vocabulary `size`, from |c| [P, N] and ||v|| [N]."""
+    to scores [P, N], or without a vocabulary `size`, from |c| [P, N] and ||v|| [N]; one with neither is `alignment`."""
 
     label: str
     gain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -44,8 +46,17 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "lps": Strategy("LPS", lambda after, before: after.clamp(LOWEST_LOG_PROB, 0) - before.clamp(LOWEST_LOG_PROB, 0)),
         "psa": Strategy("PSA", lambda after, before: after.exp() - before.exp()),
         "mpc": Strategy("MPC", size=torch.mul),
+        "align": Strategy("ALIGN"),
     }
 )
+
+
+@exact_products()
+@torch.no_grad()
+def alignment(coefficients: torch.Tensor, w_out: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
+    """c_n ⟨v_n, z - h⟩ [P, N]: how far each neuron moves the stream towards its value. coefficients [P, N] at the token where the
+    value is wanted, w_out [D, N], toward [P, D] the way z - h that is left to it. Of this package, not of the paper."""
+    return coefficients * (toward @ w_out.to(toward))
 
 
 @exact_products()
@@ -149,6 +160,8 @@ def _check(coefficients, residual, w_out, readout, target_ids, strategy, amplifi
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    if strategy == "align":
+        raise ValueError("strategy 'align' compares neurons with the target value of an edit, and there is none; choose another")
     if coefficients.dim() != 2 or w_out.dim() != 2:
         raise ValueError(f"coefficients must be [P, N] and w_out [D, N], got {tuple(coefficients.shape)} and {tuple(w_out.shape)}")
     prompts, neurons = coefficients.shape

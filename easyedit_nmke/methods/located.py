@@ -130,13 +130,14 @@ def edit_layers(
     state: LifelongState,
     z: torch.Tensor | None = None,
     prompts: Sequence[str] = (),
-    masks: Callable[[EditReport], Mapping[int, torch.Tensor]] = lambda report: {},
+    masks: Callable[[EditReport, torch.Tensor], Mapping[int, torch.Tensor]] = lambda report, z: {},
     update: Callable[..., tuple[LowRank, torch.Tensor]] = plain_update,
 ) -> EditReport:
     """Compute and write the update layer by layer: AlphaEdit and MEMIT, by the solvers of `state`; NMKE with masks.
 
     z [D, requests]: values that were found before (with `blue` those of one layer over those of the other). prompts: other prompts
-    of the subject over which keys are averaged. masks: asked once for the mask [F] of each layer. update: as `plain_update`.
+    of the subject over which keys are averaged. masks: asked once, with the values, for the mask [F] of each layer. update: as
+    `plain_update`.
 
     A layer's keys depend on the layers below it alone, which are edited by then: those it was solved with are the edited model's,
     and are remembered. With `blue` so does a layer's value.
@@ -156,7 +157,7 @@ def edit_layers(
             solved.append(z)
         if chosen is None:
             with phase(report, "attribution"):
-                chosen = masks(report)
+                chosen = masks(report, z)
         for number, wanting in enumerate(_passes(view, tok, requests, hparams)):
             ascent, weight = Ascent(view, tok, requests, contexts, z_layer), wanting.to(z)
             for index, layer in enumerate(layers):

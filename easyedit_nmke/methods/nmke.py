@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attribution import STRATEGIES, AttributionCache, Made, choose, neuron_scores
+from ..attribution import STRATEGIES, AttributionCache, Made, alignment, choose, neuron_scores
 from ..attribution.masks import NeuronMask, neuron_mask, shuffled
 from ..history.durable import Ground
 from ..history.log import EditReport
@@ -27,7 +27,7 @@ from . import alphaedit
 from .alphaedit import AlphaEditHyperParams
 from .compensated import CompensatedSolver
 from .contract import Method
-from .keys import attribution_inputs
+from .keys import attribution_inputs, subject_states
 from .located import edit_layers, plain_update
 from .solver import NullSpaceSolver, RestrictedSolver
 
@@ -173,11 +173,11 @@ def edit(
 ) -> EditReport:
     """`edit_layers` with masks. scores: layer -> what attribution gave before (`attributed`). masks: layer -> mask [F] bool."""
 
-    def chosen(report: EditReport) -> Mapping[int, torch.Tensor]:
+    def chosen(report: EditReport, values: torch.Tensor) -> Mapping[int, torch.Tensor]:
         if masks is not None:
             return masks
         if scores is None:
-            found = neuron_masks(view, tok, requests, state.flat_templates, hparams, state, report)
+            found = neuron_masks(view, tok, requests, state.flat_templates, hparams, state, report, values)
         else:
             found = {layer: neuron_mask(scores[layer], hparams) for layer in hparams.layers if hparams.neurons != "all"}
         if hparams.control == "random":
@@ -228,12 +228,13 @@ def neuron_masks(
     hparams: NMKEHyperParams,
     state: LifelongState | None = None,
     report: EditReport | None = None,
+    z: torch.Tensor | None = None,
 ) -> dict[int, NeuronMask]:
     """The mask of every edited layer for one edit; empty when `neurons: all` leaves nothing to attribute. `state` keeps what
-    attribution can use again, `report` takes note of how it was done."""
+    attribution can use again, `report` takes note of how it was done. z [D, requests]: the edit's values, for `align` alone."""
     if hparams.neurons == "all":
         return {}
-    found = attributed(view, tok, requests, templates, hparams, state, report)
+    found = attributed(view, tok, requests, templates, hparams, state, report, z)
     return {layer: neuron_mask(scores, hparams) for layer, scores in found.items()}
 
 
@@ -245,8 +246,11 @@ def attributed(
     hparams: NMKEHyperParams,
     state: LifelongState | None = None,
     report: EditReport | None = None,
+    z: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
-    """layer -> scores [requests x templates, F] (Eqs. 2, 3)."""
+    """layer -> scores [requests x templates, F] (Eqs. 2, 3; of `align`, which wants z [D, requests], see `alignment`)."""
+    if hparams.attribution_strategy == "align":
+        return _aligned(view, tok, requests, templates, hparams, report, z)
     cache, backend = _attribution_backend(view, hparams, state, report)
     filled = [(request, request.fill(template, tok)[0]) for request in requests for template in templates]
     texts = [open_end(text, hparams.target_separator, tok)[0] for _, text in filled]
@@ -265,6 +269,27 @@ def attributed(
             final_hidden=seen.final_hidden.to(device), backend=backend,
             projection=cache.projection(layer, w_out, readout, _made(view, layer, *log)) if backend == "cached" else None,
         )  # fmt: skip
+    return found
+
+
+def _aligned(view, tok, requests, templates, hparams, report: EditReport | None, z: torch.Tensor | None) -> dict[int, torch.Tensor]:
+    """`attributed` by `alignment`, at the subject's last token of each template; with `blue` all by the first value."""
+    if z is None:
+        raise ValueError("attribution_strategy: align compares neurons with target values, and none are given; choose another")
+    wanted = {"value": (view.blocks[hparams.z_layers[0]], "output")}
+    for layer in hparams.layers:
+        wanted |= {f"c{layer}": (view.down(layer), "input"), f"y{layer}": (view.down(layer), "output")}
+    texts = [[request.fill(template, tok) for template in templates] for request in requests]
+    seen = {name: states.flatten(0, 1) for name, states in subject_states(view, tok, texts, wanted).items()}
+    toward = z.T.to(seen["value"]).repeat_interleave(len(templates), 0) - seen["value"]
+    found = {}
+    for layer in hparams.layers:
+        coefficients, norm = seen[f"c{layer}"], view.post_norm(layer)
+        if norm is not None:
+            coefficients = coefficients / norm.statistic(seen[f"y{layer}"])[:, None]
+        found[layer] = alignment(coefficients, view.values(layer), toward.to(coefficients.device))
+    if report is not None:
+        report.attribution = "align: target values, no vocabulary"
     return found
 
 

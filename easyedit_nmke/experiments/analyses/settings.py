@@ -24,6 +24,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         DEFAULT: {},
         "PSA": {"attribution_strategy": "psa"},
         "MPC": {"attribution_strategy": "mpc"},
+        "ALIGN": {"attribution_strategy": "align"},
         "general only": {"neurons": "general"},
         "specific only": {"neurons": "specific"},
         "overlap": {"neurons": "overlap"},
@@ -171,7 +172,7 @@ class _Stream:
         self.kept = KeptText(editor.model, editor.tok)
         self.values = self._found("values", {}, lambda some: {"z": self._values(some)})
         editor.state.follow(editor.method.matrices(editor.model, editor.hparams))
-        asked = {_strategy(hparams): hparams for hparams in settings if hparams.neurons != "all"}
+        asked = {key: hparams for hparams in settings if (key := _strategy(hparams)) is not None}
         self.attributions = {
             key: self._found("-".join(key), {"strategy": key}, lambda some, hparams=hparams: self._scores(some, hparams))
             for key, hparams in asked.items()
@@ -253,24 +254,28 @@ class _Stream:
                 yield Progress(len(self.requests[some]))
             after = metrics.quality(editor.model, editor.tok, self.requests, separator=self.separator)
             kept = self.kept.score(editor.model, editor.tok)
-        reports, attributing = state.reports, self.attributions.get(_strategy(hparams)) if hparams.neurons != "all" else None
+        reports, attributing = state.reports, self.attributions.get(_strategy(hparams))
         seconds = {phase: sum(r.seconds.get(phase, 0.0) for r in reports) / len(self.requests) for phase in reports[0].seconds}
-        seconds["attribution"] = 0.0 if attributing is None else attributing["seconds"].sum().item() / len(self.requests)
+        if attributing is not None:
+            seconds["attribution"] = attributing["seconds"].sum().item() / len(self.requests)
         scores = {name: value for name, value in metrics.summary(self.before, after).items() if value is not None}
         density = fmean(share for report in reports for share in report.density.values())
         solving = sum(seconds.values()) - seconds.get("values", 0.0)
         return {**scores, **kept, "density": density, "phases": seconds, "seconds": solving}
 
     def scores(self, hparams, some: slice) -> dict | None:
-        """Layer -> scores [requests x templates, F] of the setting's strategy; None where it chooses no neurons."""
-        if hparams.neurons == "all":
+        """Layer -> scores [requests x templates, F] of the setting's strategy; None where none were found beforehand."""
+        device, found = self.view.device, self.attributions.get(_strategy(hparams))
+        if found is None:
             return None
-        device, found = self.view.device, self.attributions[_strategy(hparams)]
         return {int(layer): scores[some].flatten(0, 1).to(device) for layer, scores in found.items() if layer != "seconds"}
 
 
-def _strategy(hparams) -> tuple[str, ...]:
-    """What its attributions depend on, of what settings change; of SELDOM, what is not as published."""
+def _strategy(hparams) -> tuple[str, ...] | None:
+    """What its attributions depend on, of what settings change; of SELDOM, what is not as published. None for a setting without
+    any, and for ALIGN: an edit finds it by itself, of the values and the model that it has before it."""
+    if hparams.neurons == "all" or hparams.attribution_strategy == "align":
+        return None
     seldom = [(getattr(hparams, field.name), field.default) for field in fields(hparams) if field.name in SELDOM]
     unusual = [value for value, published in seldom if value != published]
     return hparams.attribution_strategy, f"{hparams.amplification:g}", *unusual

@@ -87,8 +87,9 @@ class Trials:
         return changed(self.base, {**own, **values})
 
     def _attributed(self, settings: HyperParams, count: int) -> list[dict[int, torch.Tensor]] | None:
-        """Each request's attribution scores on the unedited model, of the settings' layers; made once for all trials."""
-        if not isinstance(settings, NMKEHyperParams) or settings.neurons == "all":
+        """Each request's attribution scores on the unedited model, of the settings' layers; made once for all trials. None where an
+        edit needs none, or its own: `align` depends on values, which differ from trial to trial."""
+        if not isinstance(settings, NMKEHyperParams) or settings.neurons == "all" or settings.attribution_strategy == "align":
             return None
         missing = [layer for layer in settings.layers if layer not in self.scores[0]]
         templates = self.values.templates
