@@ -318,7 +318,10 @@ class LifelongState:
             raise ValueError(f"the updates up to edit {self.last} do not give the weights that were recorded")
         if self.events:
             self.events[-1] = replace(self.events[-1], digest=self.weights.digest())
-        self.masks = next((event.masks for event in reversed(self.events) if isinstance(event, Edit)), {})
+        self.masks = self._last_masks()
+
+    def _last_masks(self) -> Mapping[int, torch.Tensor]:
+        return next((event.masks for event in reversed(self.events) if isinstance(event, Edit)), {})
 
     def changes(self) -> tuple[dict[str, torch.Tensor], list[Update]]:
         """What the weights are made of (see `EditedWeights.changes`)."""
@@ -333,7 +336,7 @@ class LifelongState:
         """Forget all but the first `step` events, past keys included."""
         gone = self.log.truncate(step)
         self.weights.bases = [base for base in self.weights.bases if base[0] <= step]
-        self.masks = {}
+        self.masks = self._last_masks()
         if any(not isinstance(event, Edit) or event.supersedes for event in gone):
             self.memory.recall(self.events)
         else:

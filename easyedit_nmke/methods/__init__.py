@@ -103,7 +103,8 @@ def consolidate(model, tok, hparams: HyperParams, state: LifelongState, undone: 
 def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, resolve: bool = False) -> None:
     """Take edit `edit` out of the model: `LifelongState.undo`, or where a consolidation holds it, that one made anew without it.
     With `resolve`, later edits are solved again without it, from their recorded values z; they are made anew, so their numbers move
-    up, and consolidations come where they came. All or nothing, also on disk."""
+    up (one that `value_norm: nas` skipped has no value, and is left out), and consolidations come where they came. All or nothing,
+    also on disk."""
     if not resolve:
         if held(state.events, edit):
             consolidate(model, tok, hparams, state, edit)
@@ -128,7 +129,8 @@ def undo(model, tok, hparams: HyperParams, state: LifelongState, edit: int, reso
                 if event.edit < later[0].first:
                     undo(model, tok, hparams, state, event.edit)
                 continue
-            kept = [i for i, number in enumerate(event.ids) if number != edit and now[number] != "undone"]
+            skipped = event.report.skipped
+            kept = [i for i, n in enumerate(event.ids) if n != edit and now[n] != "undone" and i not in skipped]
             if kept:
                 requests = [event.requests[i] for i in kept]
                 again = partial(method.replay, z=event.z[:, kept])

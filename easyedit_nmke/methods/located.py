@@ -115,9 +115,16 @@ def templates(view: ModelView, tok, hparams, spent: MutableMapping[str, float | 
 
 
 def plain_update(
-    view: ModelView, state: LifelongState, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None
+    view: ModelView,
+    state: LifelongState,
+    layer: int,
+    keys: torch.Tensor,
+    left: torch.Tensor,
+    mask: torch.Tensor | None,
+    again: bool = False,
 ) -> tuple[LowRank, torch.Tensor]:
-    """(the update of `layer` that moves its output at `keys` [F, k] by `left` [D, k], masked; what is remembered of them)."""
+    """(the update of `layer` that moves its output at `keys` [F, k] by `left` [D, k], masked; what is remembered of them). again:
+    whether an earlier pass of the same edit has written the layer, and what that gave is what is remembered."""
     right = state.solvers[layer].directions(keys, mask).T.float().contiguous()
     return LowRank(view.weight_name(layer), left, right), keys
 
@@ -158,7 +165,7 @@ def edit_layers(
         if chosen is None:
             with phase(report, "attribution"):
                 chosen = masks(report, z)
-        for number, wanting in enumerate(_passes(view, tok, requests, hparams)):
+        for number, wanting in enumerate(_passes(view, tok, requests, hparams, report)):
             ascent, weight = Ascent(view, tok, requests, contexts, z_layer), wanting.to(z)
             for index, layer in enumerate(layers):
                 with phase(report, "keys"):
@@ -170,7 +177,7 @@ def edit_layers(
                     device = view.weight(layer).device
                     mask = chosen[layer].to(device) if layer in chosen else None
                     left = view.ffn_change(layer, output, residual).to(device).float()
-                    change, remembered = update(view, state, layer, keys, left, mask)
+                    change, remembered = update(view, state, layer, keys, left, mask, again=number > 0)
                 with phase(report, "apply"):
                     state.write(change, report)
                 found.setdefault(layer, remembered)
@@ -181,15 +188,30 @@ def edit_layers(
     return report
 
 
-def _passes(view: ModelView, tok, requests: Sequence[Request], hparams) -> Iterator[torch.Tensor]:
-    """Which requests [bool] each pass writes: all, and then those whose new answer is not the likeliest, token by token."""
+def _passes(view: ModelView, tok, requests: Sequence[Request], hparams, report: EditReport) -> Iterator[torch.Tensor]:
+    """Which requests [bool] each pass writes: all, and then those whose new answer is not the likeliest, token by token. Skipped
+    ones want nothing: their value is what the model has."""
     yield torch.ones(len(requests), dtype=torch.bool)
     asked = [(request.prompt, request.target_new) for request in requests]
     for _ in range(1, hparams.write_passes):
         wanting = ~torch.tensor(exact_match(view.model, tok, asked, separator=hparams.target_separator))
+        wanting[report.skipped] = False
         if not wanting.any():
             return
         yield wanting
+
+
+def check_given(hparams: HyperParams, what: str) -> None:
+    """ValueError where `what` writes values that were found beforehand, and the settings make them depend on earlier writes."""
+    if getattr(hparams, "blue", False):
+        raise ValueError(
+            f"{what} finds values once for all, and with blue the second depends on what the first wrote; set blue: false"
+        )
+    if getattr(hparams, "value_norm", "free") != "free":
+        raise ValueError(
+            f"{what} finds values once for all, and value_norm: {hparams.value_norm} rescales each by the model as edited so far; "
+            "set value_norm: free"
+        )
 
 
 def _solved(

@@ -65,7 +65,7 @@ class NMKEHyperParams(AlphaEditHyperParams):
     attribution_backend: str = setting("auto", choices=("auto", "reference", "fast", "fused", "cached"))
 
     # Mask (Eqs. 4 to 8)
-    neurons: str = setting("both", choices=("both", "general", "specific", "overlap", "non_overlap", "all"))
+    neurons: str = setting("both", choices=("both", "general", "specific", "overlap", "non_overlap", "all"), state=True)
     ratio: str = setting("dynamic", choices=("dynamic", "fixed"))
     general_ratio: float = setting(0.5, above=0, most=1)  # used when ratio: fixed
     specific_ratio: float = setting(0.3, above=0, most=1)
@@ -199,7 +199,7 @@ def _note(masks: Mapping[int, NeuronMask], state: LifelongState, report: EditRep
         report.masks[layer] = chosen
 
 
-def _uniform(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None):
+def _uniform(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None, again: bool):
     """`plain_update` unmasked, each direction scaled to the norm of the masked one."""
     solver = state.solvers[layer]
     masked, whole = solver.directions(keys, mask), solver.directions(keys)
@@ -207,10 +207,11 @@ def _uniform(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, ma
     return LowRank(view.weight_name(layer), left, right.T.float().contiguous()), keys
 
 
-def _compensated(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None):
-    """`plain_update`, and in a block that no other makes up for, what past edits are owed; that is the last request's."""
+def _compensated(view, state, layer: int, keys: torch.Tensor, left: torch.Tensor, mask: torch.Tensor | None, again: bool):
+    """`plain_update`, and in a block that no other makes up for, what past edits are owed; that is the last request's. They are
+    paid once an edit: to a later pass what this edit wrote would look like a debt, since its own key is not remembered yet."""
     solver = state.solvers[layer]
-    if not isinstance(solver, CompensatedSolver):
+    if again or not isinstance(solver, CompensatedSolver):
         return plain_update(view, state, layer, keys, left, mask)
     name, requests = view.weight_name(layer), left.shape[1]
     change = state.weights.change(name)

@@ -34,16 +34,6 @@ class TaskScores(NamedTuple):
     answers: torch.Tensor
 
 
-@torch.no_grad()
-def scores(
-    view: ModelView, tok, texts: Sequence[str], layers: Sequence[int], strategy: str = "lps", amplification: float = 30.0
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(block, scores [texts, F]) of one block after the other: how much each neuron moves the model's own next token after each
-    text (Eqs. 2, 3)."""
-    for layer, of_layer, *_ in _scores(view, tok, texts, layers, strategy, amplification):
-        yield layer, of_layer
-
-
 def task_scores(
     view: ModelView, tok, questions: Sequence[Question], layers: Sequence[int], strategy: str, threshold: float, folder: Path
 ) -> Iterator[tuple[int, TaskScores]]:
@@ -59,7 +49,7 @@ def task_scores(
     of = torch.tensor([tasks.index(question.task) for question in questions])
     with tqdm(total=len(missing), desc="attribution", unit="block", disable=not missing) as bar:
         texts, chosen = [question.prompt for question in questions], partial(_chosen, view, tok, questions)
-        for layer, found, sizes, answers in _scores(view, tok, texts, missing, strategy, 30.0, chosen) if missing else ():
+        for layer, found, sizes, answers in _scores(view, tok, texts, missing, strategy, chosen) if missing else ():
             rows = [of.to(found.device) == t for t in range(len(tasks))]
             made = TaskScores(
                 torch.stack([activity(found[row], threshold).float() for row in rows]),
@@ -96,18 +86,17 @@ def _chosen(view: ModelView, tok, questions: Sequence[Question], final_hidden: t
 
 
 def _scores(
-    view, tok, texts, layers, strategy, amplification, targets: Callable[[torch.Tensor], torch.Tensor] | None = None
+    view, tok, texts, layers, strategy, targets: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(block, scores, |c|·||v||, both [texts, F], the tokens [texts] that are scored). targets: those of the final states; without
-    it they are the model's own next ones."""
+    """(block, scores, |c|·||v||, both [texts, F], the tokens [texts] that are scored: `targets` of the final states)."""
     with evaluating(view.model):
         seen = attribution_inputs(view, tok, texts, layers)
-    readout, words = view.readout, seen.predicted if targets is None else targets(seen.final_hidden)
+    readout, words = view.readout, targets(seen.final_hidden)
     for layer in layers:
         coefficients, values = seen.coefficients[layer], view.values(layer)
         device = coefficients.device
         options: Mapping = {
-            "strategy": strategy, "amplification": amplification, "final_hidden": seen.final_hidden.to(device),
+            "strategy": strategy, "final_hidden": seen.final_hidden.to(device),
             "backend": choose("auto", values, readout)[0],
         }  # fmt: skip
         states = coefficients, seen.residual[layer].to(device), values, readout.to(device), words.to(device)

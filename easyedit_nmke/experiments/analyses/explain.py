@@ -58,7 +58,7 @@ def _told(editor, place: int, number: int) -> dict:
         values = {layer: view.values(layer).float().clone() for layer in layers}
         weights = {layer: view.w_out(layer).float().clone() for layer in layers}
         asked["before"] = _ask(editor, request, probes)
-        scores = _scores(editor, request) if event.masks else {}
+        scores = _scores(editor, request, event.z, column) if event.masks else {}
         state.weights.set_to(state.events[: place + 1], masters=False)
         asked["after"] = _ask(editor, request, probes)
         keys = _keys(editor, request)
@@ -146,27 +146,30 @@ def _keys(editor, request) -> Mapping:
     return keys_of(ModelView(editor.model), editor.tok, [request], Contexts(editor.state.templates), layers)
 
 
-def _scores(editor, request) -> dict:
-    """The mean attribution score [F] of each block, of the model as it is."""
-    from ...models.arch import ModelView
-    from ...models.prompts import open_end
-    from .attributing import scores
+def _scores(editor, request, z, column: int) -> dict:
+    """The mean attribution score [F] of each block, of the model as it is. z: the values of the edit's requests, this one's in
+    `column`."""
+    from dataclasses import replace
 
-    tok, hparams = editor.tok, editor.hparams
-    filled = [request.fill(template, tok)[0] for template in editor.state.flat_templates]
-    texts = [open_end(text, hparams.target_separator, tok)[0] for text in filled]
-    found = scores(ModelView(editor.model), tok, texts, hparams.layers, hparams.attribution_strategy, hparams.amplification)
-    return {layer: of_layer.mean(0) for layer, of_layer in found}
+    from ...methods.nmke import attributed
+    from ...models.arch import ModelView
+
+    backend = editor.hparams.attribution_backend.replace("cached", "auto")
+    hparams, templates = replace(editor.hparams, attribution_backend=backend), editor.state.flat_templates
+    own = None if z is None else z.chunk(len(hparams.z_layers))[0][:, column, None]
+    found = attributed(ModelView(editor.model), editor.tok, [request], templates, hparams, z=own)
+    return {layer: of_layer.mean(0) for layer, of_layer in found.items()}
 
 
 def _block(tok, view, event, column: int, layer: int, values, weights, keys: Mapping, scores) -> dict:
     """What the event did to one block: how far it should have moved the FFN's output at the subject, how far it did, and which
-    neurons' values changed most."""
-    from ...models.updates import LowRank, of_parameter
+    neurons' values changed most. Of 16-bit weights the log does not tell how far, only in which direction (`LowRank.rounded`)."""
+    from ...models.updates import HALF, LowRank, of_parameter
 
     change = view.w_out(layer).float() - weights  # [D, F]
     made = [u for u in of_parameter(event.updates, view.weight_name(layer)) if isinstance(u, LowRank)]
-    wanted = sum(u.left[:, column - u.first].float() for u in made if 0 <= column - u.first < u.requests)
+    own = next((u for u in made if 0 <= column - u.first < u.requests), None)  # the first: later passes want what it left
+    wanted = own.left[:, column - own.first].float() if own is not None else None
     key = keys[layer][:, 0].to(change) if keys else None
     moved = None if key is None else change @ key
     size, now = change.norm(dim=0), view.values(layer).float()
@@ -174,9 +177,9 @@ def _block(tok, view, event, column: int, layer: int, values, weights, keys: Map
     told = {
         "layer": layer, "changed": int((size > 0).sum()), "neurons": len(size), "relative": (change.norm() / weights.norm()).item(),
         "attributed": None if mask is None else int(mask.sum()),
-        "wanted": None if isinstance(wanted, int) else wanted.norm().item(),
+        "wanted": None if wanted is None or own.right.dtype in HALF else wanted.norm().item(),
         "moved": None if moved is None else moved.norm().item(),
-        "along": None if isinstance(wanted, int) or moved is None else _cosine(wanted.to(moved), moved), "top": [],
+        "along": None if wanted is None or moved is None else _cosine(wanted.to(moved), moved), "top": [],
     }  # fmt: skip
     for i in size.topk(min(NEURONS, len(size))).indices.tolist():
         sign = 1.0 if key is None or key[i] >= 0 else -1.0
