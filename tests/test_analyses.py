@@ -46,6 +46,8 @@ def place(tmp_path_factory):
         for request in embedded.requests(3):
             editor.apply([request])
         editor.close()
+    for name, option in {"blue": {"blue": True}, "nas": {"value_norm": "nas"}}.items():
+        (home / f"{name}.yaml").write_text(yaml.safe_dump({**BASE, "alg_name": "NMKE", **option}))
     (home / "two.json").write_text(json.dumps(embedded.requests(2)))
     (home / "free.jsonl").write_text('{"question": "What is two and two?", "answer": "4"}\n')
     (home / "NMKE" / "results.jsonl").write_text(
@@ -272,6 +274,27 @@ def test_runs_of_another_model_and_paths_without_edits_are_refused(place, tmp_pa
         down_projections(tmp_path / "same.safetensors", view)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_edits_of_two_values_and_several_passes_are_told(tiny, nmke_hparams, requests, dtype):
+    """Masks by alignment are found again; what a block wanted is what its first pass wanted, and not known in 16 bits."""
+    from easyedit_nmke.experiments.analyses import explain, layers
+    from easyedit_nmke.models.arch import editing
+
+    model, tok = tiny("llama")
+    hparams = nmke_hparams(model.to(dtype), tok, blue=True, attribution_strategy="align", write_passes=3, L2=30.0)
+    editor = LifelongEditor.from_hparams(hparams)
+    editor.apply(requests(1))
+    (edit,) = editor.state.events
+    assert len(edit.updates) == 6
+    with editing(editor.model):
+        told = explain._told(editor, 0, 1)
+        with editor.state.weights.lent():
+            assert all(block["as kept"] for block in layers._chosen(editor, hparams, 0)["blocks"].values())
+    for block, first in zip(told["blocks"], (edit.updates[0], edit.updates[3]), strict=True):
+        assert block["along"] > 0.95 and block["top"][0]["rank"] >= 1
+        assert block["wanted"] is None if dtype == torch.bfloat16 else block["wanted"] == pytest.approx(first.left.norm().item())
+
+
 @pytest.mark.parametrize("words", ["drift {home}/NMKE", "layers {home}/NMKE", "explain {home}/NMKE 1"])
 def test_a_run_of_another_model_is_one_sentence(place, tmp_path, tiny, capsys, words):
     model, tok = tiny("gpt2")
@@ -299,6 +322,8 @@ def test_a_run_of_another_model_is_one_sentence(place, tmp_path, tiny, capsys, w
         ("explain {home}/nowhere 1", "no state of edits"),
         ("drift {home}/NMKE {home}/NMKE", "two runs are called 'NMKE'"),
         ("settings --hparams {home}/AlphaEdit.yaml", "the settings are NMKE's"),
+        ("settings --hparams {home}/blue.yaml", "has blue: True and value_norm: free, by which values depend on edits"),
+        ("settings --hparams {home}/nas.yaml", "has blue: False and value_norm: nas"),
         ("settings --hparams {home}/NMKE.yaml --only mpc", "there is no setting 'mpc'"),
         ("settings --hparams {home}/NMKE.yaml --only [v_lr=1;L2=2]", "'[v_lr=1;L2=2]' changes v_lr, and all settings"),
     ],

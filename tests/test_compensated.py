@@ -8,8 +8,10 @@ from easyedit_nmke import LifelongEditor
 from easyedit_nmke.attribution.masks import NeuronMask
 from easyedit_nmke.methods import compensated, nmke
 from easyedit_nmke.methods.compensated import CompensatedSolver
+from easyedit_nmke.methods.keys import Contexts, key_and_value
 from easyedit_nmke.methods.solver import NullSpaceSolver, RestrictedSolver
 from easyedit_nmke.models.arch import ModelView
+from easyedit_nmke.models.requests import Request
 from easyedit_nmke.models.updates import of_parameter
 
 NEURONS, HIDDEN, EDITS, L2 = 60, 5, 30, 3.0
@@ -134,6 +136,36 @@ def test_in_a_model_the_values_of_past_keys_are_nearer_to_their_targets(tiny, nm
     assert misses["compensated"] < 0.7 * misses["restricted"] and misses["compensated"] < 0.5 * misses["full"], misses
     assert misses["compensated"] < 2 * misses["all"], misses
     assert ends["compensated"][2] < ends["restricted"][2]  # by a smaller change
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_later_pass_writes_what_is_left_and_pays_no_debt_again(tiny, nmke_hparams, requests, dtype):
+    """The second pass has the columns of its requests alone; each edit's value is nearer by it, and the change hardly larger."""
+    chosen = {
+        "solve": "compensated",
+        "attribution_strategy": "mpc",
+        "regularizer": "covariance",
+        "mom2_update_weight": 10.0,
+        "L2": 3.0,
+    }
+    left, sizes = {}, {}
+    for passes in (1, 2):
+        model, tok = tiny("llama")
+        model.to(dtype)
+        hparams = nmke_hparams(model, tok, **chosen, nullspace_threshold=1.0, ratio="fixed", mask_ties="exact", write_passes=passes)
+        editor, left[passes] = LifelongEditor.from_hparams(hparams), []
+        view = ModelView(model)
+        for record in requests(6):
+            editor.apply([record])
+            (edit,) = editor.state.events[-1:]
+            asked = [Request.from_dict(record)]
+            _, now = key_and_value(view, tok, asked, Contexts([["{}"]]), 1, 1)
+            left[passes].append((edit.z - now).norm().item())
+        columns = [len(update.right) for update in of_parameter(edit.updates, view.weight_name(1))]
+        assert columns == [1 + compensated.CARRIED, 1][:passes], columns
+        sizes[passes] = editor.state.weights.change(view.weight_name(1)).norm().item()
+    assert sum(left[2]) < 0.4 * sum(left[1]), left
+    assert sizes[2] < 1.2 * sizes[1], sizes
 
 
 def test_without_a_mask_the_model_gets_alphaedits_weights(tiny, nmke_hparams, requests, monkeypatch):

@@ -158,6 +158,15 @@ def test_other_methods_that_solve_values(tiny, requests, tmp_path, method):
     assert_same(*ends)
 
 
+def test_masks_are_not_switched_on_or_off_within_one_state(begin, requests):
+    """A joint solution would not know which neurons an edit without a mask wrote."""
+    editor = begin()
+    editor.apply(requests(1))
+    editor.hparams.neurons = "all" if editor.hparams.neurons != "all" else "both"
+    with pytest.raises(ValueError, match="opened with other settings"):
+        editor.apply(requests(2)[1:])
+
+
 def test_what_cannot_be_consolidated_says_why(begin, tiny, requests, tmp_path):
     editor = begin()
     with pytest.raises(ValueError, match="there are no edits"):

@@ -178,6 +178,21 @@ def test_a_listing_tells_what_was_skipped(tiny, settings, requests, tmp_path):  
     assert [edit["now"] for edit in kept.edits(tmp_path / "state")][2] == "skipped"
 
 
+def test_a_skipped_edit_is_not_written_by_a_later_pass_nor_when_others_are_undone(tiny, settings, requests):  # noqa: F811
+    model, tok = tiny("llama")
+    edited = LifelongEditor.from_hparams(settings("MEMIT", model, tok, value_norm="nas", nas_pilot=2, write_passes=3))
+    one, two, three = requests(3)
+    edited.apply([one])
+    norms_found, edited.state.value_norms = edited.state.value_norms, {1: ValueNorm(1e-6)}
+    edited.apply([two])
+    assert max(update.left.norm().item() for update in edited.state.events[1].updates) < 1e-3
+    edited.state.value_norms = norms_found
+    edited.apply([three])
+    edited.undo(1, resolve=True)
+    assert [event.requests[0]["prompt"] for event in edited.state.events] == [three["prompt"]]
+    assert [number for number, _ in edited.state.counting] == [1]
+
+
 def test_an_old_state_tells_one_norm():
     from easyedit_nmke.history.durable import _value_norms
 

@@ -152,7 +152,7 @@ def test_the_stream_moves_to_z_where_the_key_gives_what_is_asked(tiny, settings,
     else:
         z = before + torch.randn(32, generator=torch.Generator().manual_seed(2))
 
-    def exactly(view, state, layer, keys, left, mask):
+    def exactly(view, state, layer, keys, left, mask, again):
         return LowRank(view.weight_name(layer), left, (keys / keys.pow(2).sum(0)).T.contiguous()), keys
 
     edit_layers(view, tok, [REQUEST], chosen, state, z.float()[:, None], update=exactly)

@@ -183,7 +183,7 @@ def test_the_stream_of_gemma3_ends_at_z(gemma3, text):
     state = methods.open_state(model, tok, settings)
     state.follow(methods.method_named("MEMIT").matrices(model, settings))
 
-    def exactly(view, state, layer, keys, left, mask):
+    def exactly(view, state, layer, keys, left, mask, again):
         return LowRank(view.weight_name(layer), left, (keys / keys.pow(2).sum(0)).T.contiguous()), keys
 
     edit_layers(view, tok, [REQUEST], settings, state, z.float()[:, None], update=exactly)

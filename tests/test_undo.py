@@ -159,6 +159,23 @@ def test_a_failed_new_answer_leaves_the_old_one_and_its_key(begin, requests, mon
     assert standing(editor.state.events) == {1: "effective", 2: "effective"}
 
 
+def test_after_a_rollback_the_next_report_is_that_of_a_process_that_opened_the_folder(begin, requests, tmp_path):
+    overlaps = []
+    for name in ("live", "opened"):
+        kept_in = str(tmp_path / name)
+        editor = begin(state_dir=kept_in)
+        for record in requests(2):
+            editor.apply([record])
+        editor.state.rollback(1)
+        if name == "opened":
+            editor.close()
+            editor = begin(state_dir=kept_in)
+        editor.apply(requests(3)[2:])
+        overlaps.append(editor.state.reports[-1].overlap)
+        editor.close()
+    assert overlaps[0] and overlaps[0] == overlaps[1]
+
+
 @pytest.mark.parametrize("method", ["MEMIT", "ROME"])
 def test_methods_without_a_memory_are_undone_too(tiny, requests, tmp_path, method):
     model, tok = tiny("llama")

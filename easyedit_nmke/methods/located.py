@@ -201,19 +201,6 @@ def _passes(view: ModelView, tok, requests: Sequence[Request], hparams, report: 
         yield wanting
 
 
-def check_given(hparams: HyperParams, what: str) -> None:
-    """ValueError where `what` writes values that were found beforehand, and the settings make them depend on earlier writes."""
-    if getattr(hparams, "blue", False):
-        raise ValueError(
-            f"{what} finds values once for all, and with blue the second depends on what the first wrote; set blue: false"
-        )
-    if getattr(hparams, "value_norm", "free") != "free":
-        raise ValueError(
-            f"{what} finds values once for all, and value_norm: {hparams.value_norm} rescales each by the model as edited so far; "
-            "set value_norm: free"
-        )
-
-
 def _solved(
     view: ModelView, tok, requests: Sequence[Request], layer: int, hparams, state: LifelongState, report: EditReport
 ) -> torch.Tensor:

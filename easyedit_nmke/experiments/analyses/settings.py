@@ -64,7 +64,6 @@ def run(args, begin) -> None:
 
     from ...editor import LifelongEditor
     from ...methods import read
-    from ...methods.located import check_given
     from ...methods.nmke import NMKEHyperParams
     from ..methods import changed
     from ..protocol import Progress
@@ -73,7 +72,11 @@ def run(args, begin) -> None:
     base = changed(read(args.hparams), {name: value for name, value in given.items() if value is not None})
     if not isinstance(base, NMKEHyperParams):
         raise ValueError(f"{args.hparams} is of {base.alg_name}, and the settings are NMKE's; give one of its files")
-    check_given(base, "this analysis")
+    if base.blue or base.value_norm != "free":
+        raise ValueError(
+            f"{args.hparams} has blue: {base.blue} and value_norm: {base.value_norm}, by which values depend on edits before them, "
+            "and here they are found once for all; set blue: false and value_norm: free"
+        )
     hparams = _settings(base, args.only)
     small = base.model_name == "atlas"
     edits, seeds = args.edits or (200 if small else 50), args.seeds or (3 if small else 1)
