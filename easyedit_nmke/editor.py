@@ -150,20 +150,27 @@ class LifelongEditor:
         return metrics.quality(self.model, self.tok, requests, separator=self.hparams.target_separator)
 
     def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
-        with self.state.as_of(self.state.claimed):  # a process that was stopped made later edits, which this one will claim
+        if not sequential:
+            with self.state.aside():
+                return self._edits(requests, sequential, verbose)
+        return self._edits(requests, sequential, verbose)
+
+    def _edits(self, requests: list[Request], sequential: bool, verbose: bool):
+        # a process that was stopped made later edits, which this one will claim, if they are to stay
+        with self.state.as_of(self.state.claimed):
             before = self._quality(requests)
+            names = self.method.matrices(self.model, self.hparams)
+            originals = {name: self.model.get_parameter(name).detach().clone() for name in names}
         results = [
             {"case_id": i, "requested_rewrite": request.to_dict(), "pre": pre}
             for i, (request, pre) in enumerate(zip(requests, before, strict=True))
         ]
-        originals: dict[str, torch.Tensor] = {}
         batches = list(chunks(results, self.hparams.batch_size))
         for batch in tqdm(batches, desc="editing", unit="edit", disable=not verbose):
             asked = [requests[result["case_id"]] for result in batch]
             started = time.perf_counter()
             weights = self.apply(asked)
             seconds = time.perf_counter() - started
-            originals = originals or weights
             try:
                 for result, post in zip(batch, self._quality(asked), strict=True):
                     metrics.add_locality_accuracy(result["pre"], post)

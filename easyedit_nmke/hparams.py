@@ -165,6 +165,7 @@ class HyperParams:
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "state_dir"}
         if isinstance(self.model_name, tuple):
             content["model_name"] = getattr(getattr(self.model_name[0], "config", None), "_name_or_path", "") or "(model, tok)"
+        content = {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
         content["device"] = self.device if isinstance(self.device, (int, str)) or self.device is None else str(self.device)
         return content
 

@@ -183,6 +183,31 @@ def test_ft_is_plain_adam_on_the_model_itself(tiny, settings, requests, kind, li
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_ft_moves_float32_copies_of_float16_weights(tiny, settings, requests, monkeypatch):
+    """Adam's second moments are 0 in float16 itself. On a CPU, where an editor refuses float16."""
+    monkeypatch.setattr(contract, "check_model", lambda *_: None)
+    ends, moved = {}, {}
+    for dtype in (torch.float32, torch.float16):
+        model, tok = tiny("llama")
+        model.to(dtype)
+        view, name = ModelView(model), ModelView(model).weight_name(1)
+        before = view.matrix(name).float().clone()
+        methods.apply_ft_to_model(model, tok, requests(2), settings("FT", model, tok))
+        ends[dtype], moved[dtype] = view.matrix(name).float(), (view.matrix(name).float() - before).abs()
+    assert moved[torch.float16].max() <= 0.015 + 1e-3
+    assert (ends[torch.float16] - ends[torch.float32]).norm() < 0.1 * moved[torch.float32].norm()
+
+
+@pytest.mark.parametrize("method", ["FT", "LocFT-BF", "UltraEdit", "KNE"])
+def test_a_subject_that_is_not_needed_and_cannot_be_used_is_left_out(tiny, settings, method, caplog):
+    model, tok = tiny("llama")
+    editor = LifelongEditor.from_hparams(settings(method, model, tok))
+    before = fingerprints(model)
+    editor.apply([{"prompt": "Paris is the twin city of Paris in", "subject": "Paris", "target_new": "Rome"}])
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert "subject 'Paris' is 2 times in the prompt" in caplog.text and "it is left out" in caplog.text
+
+
 def test_ft_stops_when_the_loss_is_small(atlas, settings, requests, monkeypatch):
     model, tok = atlas
     calls, loss_of = [], ft.target_loss
@@ -303,7 +328,8 @@ def test_a_failure_leaves_weights_and_state_as_they_were(tiny, settings, request
 def test_what_cannot_be_edited_is_refused_before_anything_changes(tiny, settings, requests, method):
     model, tok = tiny("llama")
     before, chosen = fingerprints(model), settings(method, model, tok)
-    for bad in ([], [{**requests(1)[0], "subject": "Nobody"}]):
+    needed = methods.method_named(method).needs_subject
+    for bad in ([], [{**requests(1)[0], "subject": "Nobody"}])[: 1 + needed]:
         with pytest.raises(ValueError, match=r"no request|not in the prompt"):
             methods.apply_to_model(model, tok, bad, chosen)
     other = dict(layers=[7]) | ({"inner_params": ["model.layers.7.mlp.up_proj"]} if method == "UltraEdit" else {})

@@ -375,14 +375,19 @@ def test_one_that_fails_leaves_weights_log_and_files_as_they_were(begin, request
     assert_same(picture(again), before)
 
 
-def test_what_cannot_be_solved_stays_as_it_was_and_the_run_goes_on(begin, requests, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [Unsolvable("no digits are left"), torch.cuda.OutOfMemoryError("out of memory"), OSError("No space left on device")],
+    ids=repr,
+)
+def test_what_cannot_be_solved_stays_as_it_was_and_the_run_goes_on(begin, requests, monkeypatch, caplog, error):
     plain = picture(edited(begin(), requests(2)))
     editor = begin(consolidate_every=2)
     editor.apply(requests(1))
     with monkeypatch.context() as patch:
-        patch.setattr(LifelongState, "consolidate", lambda *_: (_ for _ in ()).throw(Unsolvable("no digits are left")))
+        patch.setattr(LifelongState, "consolidate", lambda *_: (_ for _ in ()).throw(error))
         editor.apply(requests(2)[1:])
-    assert "the edits up to 2 are not consolidated: no digits are left" in caplog.text
+    assert f"the edits up to 2 are not consolidated: {error}" in caplog.text
     assert_same(picture(editor), plain)
     editor.apply(requests(3)[2:])
     assert [type(event).__name__ for event in editor.state.events] == ["Edit", "Edit", "Consolidation", "Edit"]

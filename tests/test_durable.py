@@ -169,14 +169,64 @@ def test_what_an_earlier_process_did_is_claimed_once(begin, requests):
     assert again.state.last == 4 and standing(again.state.events)[2] == "superseded by 4"
 
 
+def test_a_fact_that_was_edited_twice_is_claimed_twice(begin, requests):
+    one, two, three = requests(3)
+    script = [one, two, {**one, "target_new": "Rome"}, three]
+    whole = begin(state_dir=None)
+    for record in script:
+        whole.apply([record])
+    first = begin()
+    for record in script[:3]:
+        first.apply([record])
+    first.close()
+    again = begin()
+    for record in script:
+        again.apply([record])
+    assert list(standing(again.state.events).values()) == ["superseded by 3", "effective", "effective", "effective"]
+    assert_same(bits(again), bits(whole))
+
+
+def test_edits_that_are_taken_back_are_not_kept(begin, requests, tmp_path):
+    """So that a process that is killed between such an edit and its taking back leaves nothing of it."""
+    editor = begin()
+    editor.apply(requests(1))
+    before, kept = bits(editor), (tmp_path / "state" / "index.jsonl").read_bytes()
+    results, _, weights = editor.edit([], [], requests=requests(3)[1:], sequential_edit=False, verbose=False)
+    assert all(result["post"]["rewrite_acc"] for result in results)
+    assert (tmp_path / "state" / "index.jsonl").read_bytes() == kept
+    assert_same(bits(editor), before)
+    assert all(torch.equal(weight, editor.model.get_parameter(name)) for name, weight in weights.items())
+    editor.apply(requests(2)[1:])
+    end = bits(editor)
+    editor.close()
+    again = begin()
+    again.open()
+    assert_same(bits(again), end)
+
+
+def test_a_model_of_another_dtype_than_the_settings_is_opened_by_its_folder(begin, requests, tmp_path):
+    first = begin(dtype=torch.bfloat16, stats_dir=tmp_path / "stats")
+    assert first.hparams.dtype == "float32"
+    first.model.save_pretrained(tmp_path / "model")
+    first.tok.save_pretrained(tmp_path / "model")
+    first.apply(requests(1))
+    end = bits(first)
+    first.close()
+    again = LifelongEditor.of_folder(tmp_path / "state", model=str(tmp_path / "model"))
+    assert again.model.dtype == torch.bfloat16
+    assert_same(bits(again), end)
+    again.close()
+
+
 def test_edit_scores_before_what_was_there_before_the_first_process(begin, requests):
     asked = requests(2)
     first = begin()
-    results, _, _ = first.edit([], [], requests=asked, verbose=False)
+    results, _, unedited = first.edit([], [], requests=asked, verbose=False)
     end = bits(first)
     first.close()
     again = begin()
-    repeated, _, _ = again.edit([], [], requests=asked, verbose=False)
+    repeated, _, before = again.edit([], [], requests=asked, verbose=False)
+    assert before.keys() == unedited.keys() and all(torch.equal(before[name], unedited[name]) for name in before)
     assert [r["pre"] for r in repeated] == [r["pre"] for r in results]
     assert [r["final"] for r in repeated] == [r["final"] for r in results]
     assert_same(bits(again), end)
@@ -220,6 +270,33 @@ def test_an_edit_that_cannot_be_recorded_is_not_made(begin, requests, monkeypatc
     end = bits(editor)
     editor.close()
     assert_same(bits(begin(dtype=torch.bfloat16)), end)
+
+
+def test_a_disk_that_is_full_when_weights_are_put_back_loses_no_edit(begin, requests, monkeypatch):
+    """As EasyEdit puts them back, behind the state's back."""
+    editor = begin()
+    editor.apply(requests(1))
+    one = {name: parameter.clone() for name, parameter in editor.model.state_dict().items()}
+    editor.apply(requests(2)[1:])
+    editor.model.load_state_dict(one)
+    real = Journal.append
+
+    def full(journal, content, tensors):
+        if content["kind"] == "rollback":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(journal, content, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Journal, "append", full)
+        editor.apply(requests(3)[2:])
+    editor.apply(requests(3)[2:])
+    end = bits(editor)
+    editor.close()
+    again = begin()
+    assert again.state.last == 2 and [e.requests[0]["prompt"] for e in again.state.log] == [
+        requests(3)[i]["prompt"] for i in (0, 2)
+    ]
+    assert_same(bits(again), end)
 
 
 def test_a_full_disk_says_what_happened_and_what_to_do(begin, requests, monkeypatch):
@@ -342,6 +419,19 @@ def test_requests_that_share_a_dense_update_cannot_be_told_apart(tiny, requests)
     editor.apply(requests(2))
     with pytest.raises(ValueError, match="edits 1 to 2 share one update that cannot be told apart; go back to 0 with rollback"):
         editor.undo(1)
+
+
+def test_nor_without_a_model(tiny, requests, tmp_path):
+    model, tok = tiny("llama")
+    kept = {"state_dir": str(tmp_path / "state"), "keep_updates": True, "batch_size": 2}
+    settings = dataclasses.replace(read("FT/atlas"), model_name=(model, tok), device="cpu", layers=[0], num_steps=1, **kept)
+    editor = LifelongEditor.from_hparams(settings)
+    editor.apply(requests(2))
+    editor.apply(requests(3)[2:])
+    editor.close()
+    with pytest.raises(ValueError, match="edits 1 to 2 share one update that cannot be told apart"):
+        durable.undo(tmp_path / "state", 1)
+    durable.undo(tmp_path / "state", 3)
 
 
 def test_an_edit_is_undone_without_a_model(begin, requests, tmp_path):

@@ -30,7 +30,7 @@ from .state import LifelongState, ValueNorm
 logger = logging.getLogger(__name__)
 
 # Hyperparameters that a state may be continued with whatever they are.
-FREE = ("model_name", "device", "model_parallel", "stats_dir")
+FREE = ("model_name", "device", "model_parallel", "stats_dir", "dtype", "fp16")  # the weights' bits are compared themselves
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,10 @@ class Ground:
 def begun(state: LifelongState, ground: Ground, weights: Matrices, hparams: HyperParams) -> LifelongState:
     """`state`, of the model as it is now, kept in `hparams.state_dir` from here on."""
     model = weights.view.model
+    dtype = str(model.dtype).removeprefix("torch.")  # the model's own, however it came: who opens the folder loads it so
+    kind = {"dtype": dtype, "fp16": False} if dtype in ("float32", "bfloat16", "float16") else {}
     header = {
-        "hparams": hparams.to_dict(), "templates": ground.templates, "value_norm": ground.value_norms or None,
+        "hparams": {**hparams.to_dict(), **kind}, "templates": ground.templates, "value_norm": ground.value_norms or None,
         "startup": state.startup,
         "model": {"type": model.config.model_type, "weights": _fingerprints(model)},
     }  # fmt: skip
@@ -322,9 +324,10 @@ def _edit(record: Record, header: Mapping, with_tensors: bool) -> Edit:
     updates, keys = _updates(content, stored, masks, header), _keys(stored)
     supersedes = {int(new): tuple(olds) for new, olds in content["supersedes"].items()}
     report = EditReport.from_dict(content["report"])
+    apart = content["kind"] == OLD_EDIT or all(made["kind"] == "lowrank" for made in content["updates"])
     return Edit(
         content["id"], tuple(content["requests"]), tuple(updates), keys, stored.get("z"), masks, report, supersedes,
-        content["digest"], content["made"],
+        content["digest"], content["made"], apart,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class Edit:
     supersedes: Mapping[int, Sequence[int]]
     digest: int
     made: str  # when, UTC
+    apart: bool | None = None  # whether its updates are low-rank ones, where they were not read
 
     def __deepcopy__(self, memo) -> Edit:
         return self  # nobody changes it
@@ -93,7 +94,8 @@ class Edit:
     @property
     def separable(self) -> bool:
         """Whether one request can be taken out of it."""
-        return self.report.requests == 1 or all(isinstance(update, LowRank) for update in self.updates)
+        apart = all(isinstance(update, LowRank) for update in self.updates) if self.apart is None else self.apart
+        return self.report.requests == 1 or apart
 
     def updates_without(self, undone: set[int]) -> list[Update]:
         """What is left of its updates when some edits are taken out."""
@@ -262,10 +264,12 @@ class Log:
         self.notes.append((len(self.events), dict(content)))
 
     def claim(self, asked: Sequence[tuple[str, ...]]) -> bool:
-        """Whether an edit of what is `asked` (see `Edit.asked`) was read from disk and is in effect. Once for each."""
+        """Whether an edit of what is `asked` (see `Edit.asked`) was read from disk and is in effect, or was until one that is still
+        to be asked for took its place. Once for each."""
         now = standing(self.events) if self._unclaimed else {}
+        counts = {"effective", *(f"superseded by {i}" for edit in self._unclaimed for i in edit.ids)}
         for edit in self._unclaimed:
-            if edit.asked == list(asked) and all(now[i] == "effective" for i in edit.ids):
+            if edit.asked == list(asked) and all(now[i] in counts for i in edit.ids):
                 self._unclaimed.remove(edit)
                 return True
         return False
@@ -274,8 +278,10 @@ class Log:
     def nothing_to_claim(self) -> Iterator[None]:
         """Inside it every edit is made; afterwards those that are still in the log can be claimed again."""
         unclaimed, self._unclaimed = self._unclaimed, []
-        yield
-        self._unclaimed = [edit for edit in unclaimed if edit in self.events]
+        try:
+            yield
+        finally:
+            self._unclaimed = [edit for edit in unclaimed if edit in self.events]
 
     def truncate(self, step: int) -> list[Event]:
         """Forget all but the first `step` events; returns the others."""

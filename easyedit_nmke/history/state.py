@@ -140,11 +140,11 @@ class LifelongState:
             if not bases:
                 self.weights.begin(0, now)
             elif step < len(self.events):
+                if self.book:  # first: when it cannot be written, it is tried again the next time
+                    self.book.rollback(step)
                 self._drop(step)
                 if self.weights.masters:
                     self.weights.set_to(self.events)
-                if self.book:
-                    self.book.rollback(step)
                 logger.debug("weights were put back to edit %d; so were the past keys", self.last)
             self.weights.follow_devices()
             return
@@ -294,6 +294,16 @@ class LifelongState:
         """Changes inside it are made, and recorded, all or none."""
         with self._unchanged_on_error(), self.book.together() if self.book else nullcontext(), self.log.nothing_to_claim():
             yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside it every edit is made, and none is kept on disk: for those that are taken back before it ends."""
+        book, self.book = self.book, None
+        try:
+            with self.log.nothing_to_claim():
+                yield
+        finally:
+            self.book = book
 
     @contextmanager
     def as_of(self, edit: int) -> Iterator[None]:

@@ -49,8 +49,8 @@ def consolidate(method: Method, view: ModelView, tok, hparams, state: LifelongSt
 
 
 def when_due(method: Method, view: ModelView, tok, hparams, state: LifelongState) -> None:
-    """`consolidate` after every `hparams.consolidate_every` edits. What cannot be solved in floating point is left as it is, with a
-    warning, and tried again after the next edit."""
+    """`consolidate` after every `hparams.consolidate_every` edits. These are made by then: what cannot be solved in floating point,
+    in this memory or on this disk leaves them as they are, with a warning, and is tried again after the next one."""
     every = getattr(hparams, "consolidate_every", 0)
     if not every:
         return
@@ -59,7 +59,7 @@ def when_due(method: Method, view: ModelView, tok, hparams, state: LifelongState
         return
     try:
         consolidate(method, view, tok, hparams, state)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError, OSError, torch.cuda.OutOfMemoryError) as error:
         logger.warning("the edits up to %d are not consolidated: %s", state.last, error)
 
 

@@ -76,11 +76,14 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
     texts = tokenised_all(tok, [(request.prompt, None, request.target_new) for request in requests], hparams.target_separator)
     with phase(report, "values"), frozen_parameters(view.model):
         weights = {name: view.model.get_parameter(name) for name in writes(view, hparams)}
-        trained = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+        half = torch.float16  # in which Adam's second moments are 0: it moves float32 copies of such weights
+        own = {name: torch.float32 if weight.dtype == half else weight.dtype for name, weight in weights.items()}
+        trained = {name: weight.detach().to(own[name], copy=True).requires_grad_() for name, weight in weights.items()}
         optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
 
         def loss(batch: Sequence[Tokenised]) -> torch.Tensor:
-            return target_loss(view, batch, trained, hparams.objective_optimization)
+            rounded = {name: weight.to(weights[name].dtype) for name, weight in trained.items()}
+            return target_loss(view, batch, rounded, hparams.objective_optimization)
 
         def constrain() -> None:
             if hparams.norm_constraint:
@@ -153,7 +156,8 @@ def target_loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[st
 @torch.no_grad()
 def _clamp(trained: Mapping[str, torch.Tensor], originals: Mapping[str, torch.Tensor], limit: float) -> None:
     for name, weight in trained.items():
-        weight.clamp_(originals[name] - limit, originals[name] + limit)
+        original = originals[name].to(weight.dtype)
+        weight.clamp_(original - limit, original + limit)
 
 
 METHOD = Method("FT", FTHyperParams, edit, writes=writes, needs_subject=False)

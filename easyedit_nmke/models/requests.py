@@ -94,6 +94,8 @@ class Request:
             except ValueError as error:
                 if needs_subject:
                     raise ValueError(f"field '{read.names.get('subject', 'subject')}': {error}") from None
+                note(f"{read.field('subject')}: {error}; it is left out")
+                subject = ""
             else:
                 subject = prompt[start:end]
         truth, rephrases = read.optional("ground_truth"), read.optional("rephrase_prompt")
