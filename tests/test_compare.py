@@ -234,6 +234,18 @@ def test_results_of_other_settings_are_not_mixed(plan, quick):
         compare.compare(other)
 
 
+def test_results_of_another_file_are_not_taken_for_this_ones(plan, quick, tmp_path):
+    """Also where nothing would be left to be done."""
+    done = plan("NMKE", seeds=(0,))
+    compare.compare(done)
+    with open(done.source) as file:
+        records = json.load(file)
+    (tmp_path / "other.json").write_text(json.dumps(records[::-1]))
+    for other in ("NMKE", "AlphaEdit"):
+        with pytest.raises(ValueError, match=r"holds results of other records \(data.json, .*and these are of .*other.json"):
+            compare.compare(dataclasses.replace(plan(other, seeds=(0,)), source=str(tmp_path / "other.json")))
+
+
 def test_a_killed_comparison_loses_no_more_than_the_edits_since_a_checkpoint(tmp_path, folder):
     """SIGKILL while it edits; the same command again gives what an uninterrupted one gives."""
     script = tmp_path / "go.py"

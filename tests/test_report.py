@@ -266,6 +266,8 @@ def test_methods_are_compared_by_pairs_over_the_records_of_all_seeds():
     assert report.pairs(lines[:2], 200, names) == [] == report.pairs(lines, 100, names)
     nothing = [{**entry, "records": {**entry["records"], "gen": [None] * 200}} for entry in lines]  # no paraphrases
     assert report.pairs(nothing, 200, names) == []
+    refused = [{**entry, "protocol": {"data": {"sha256": "1", "refused": int(entry["method"] == "B")}}} for entry in lines]
+    assert report.pairs(refused, 200, names) == [first], "the records are others"
     torn = [{**entry, "records": {**entry["records"], "gen": [1.0]}} for entry in lines]
     assert report.pairs(torn, 200, names) == []
 
@@ -631,6 +633,19 @@ def test_who_leads_is_told_for_every_number_of_edits_and_batch_size():
             assert row[1 + place] == "".join(f"{name} {mean(name, t, parts):.2f}" for name in ranked)
     alone = page.html(comparison(("NMKE",), (0,), (1, 2)), [], {})
     assert not Tables(alone).first.keys() & {"leaders", "sides"}
+
+
+def test_a_method_that_is_not_told_apart_from_the_first_is_named_wherever_it_stands():
+    """The third, whose error is large, and not the second."""
+    from easyedit_nmke.experiments import board
+
+    means = {"A": (0.79, 0.80, 0.81), "B": (0.777, 0.78, 0.783), "C": (0.69, 0.77, 0.85)}
+    lines = [
+        {"method": name, "seed": seed, "checkpoint": 9, "scores": dict.fromkeys(("rel", "gen", "loc"), mean)}
+        for name, of_seeds in means.items() for seed, mean in enumerate(of_seeds)
+    ]  # fmt: skip
+    _, [(_, cells)] = board.leaders(lines)
+    assert cells == [[("A", "0.80"), ("C", "0.77")]]
 
 
 def test_costs_are_told_on_the_page_in_the_shell_and_in_markdown(tmp_path, capsys):

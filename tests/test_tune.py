@@ -269,6 +269,28 @@ def test_weights_are_put_back_whatever_happens(atlas):
     assert torch.equal(model.get_parameter(name), before)
 
 
+def test_a_start_whose_trial_was_cut_off_is_tried_again(tmp_path):
+    space, starts = {"x": (0.01, 10.0)}, [{"x": 1.0}, {"x": 0.5}]
+
+    def cut_off(asked):
+        raise KeyboardInterrupt
+
+    search = Search(tmp_path / "trials.db", "x", space, 0, starts)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(cut_off, math.inf, 1)
+    search = Search(tmp_path / "trials.db", "x", space, 0, starts)
+    search.run(lambda asked: (Tried({"score": chosen["x"]}, (), 0.0) for chosen, _ in asked), math.inf, 2)
+    assert sorted(chosen["x"] for chosen, _ in search.done()) == [0.5, 1.0]
+    waiting = Search(tmp_path / "trials.db", "x", space, 0, starts).study.trials
+    assert len(waiting) == 3 and [trial.state.name for trial in waiting].count("FAIL") == 1
+
+
+def test_other_facts_or_another_seed_are_another_search(plan):
+    first = plan("FT")
+    names = {tune(one).searches[-1].study.study_name for one in (first, first, dataclasses.replace(first, seed=1))}
+    assert len(names) == 2
+
+
 def test_a_search_goes_on_from_its_database_and_prunes(tmp_path):
     space = {"x": (0.01, 10.0), "kind": [None, [1, 2], "word"]}
 

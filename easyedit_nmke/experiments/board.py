@@ -50,8 +50,8 @@ def leaders(lines: Sequence[Mapping]) -> tuple[list[tuple[str, int]], list[tuple
         for protocol, size in columns:
             some = data[data.method.map(sizes.get) == size]
             _, ranked = report.ranking(some, edits, protocol)
-            shown = max(2, 1 + len(report.near(ranked)))
-            cells.append([(name, f"{row['mean']:.2f}") for name, row in ranked.iloc[:shown].iterrows()])
+            shown = [*ranked.index[:1], *(report.near(ranked) or ranked.index[1:2])]
+            cells.append([(name, f"{ranked['mean'][name]:.2f}") for name in shown])
         rows.append((edits, cells))
     found = [i for i in range(len(columns)) if any(cells[i] for _, cells in rows)]
     return [columns[i] for i in found], [(edits, [cells[i] for i in found]) for edits, cells in rows]

@@ -42,7 +42,7 @@ from .protocol import (
     settings_differ,
     stamp,
 )  # fmt: skip
-from .stream import stream
+from .stream import source_of, stream
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,12 @@ def compare(plan: Plan, jobs: int = 1, tell: Callable[[Event], None] = lambda ev
     plan.directory.mkdir(parents=True, exist_ok=True)
     results, todo = Results(plan.directory / "results.jsonl"), []
     beside = next(iter(results.known.values()), None)  # of whatever method
+    was, now = (beside or {}).get("protocol", {}).get("data"), source_of(plan.source)
+    if was and now and source_of(was) != now:
+        raise ValueError(
+            f"{plan.directory} holds results of other records ({was.get('name')}, {source_of(was)}), "
+            f"and these are of {plan.source} ({now}); a folder is of one file, so give another"
+        )
     for method in plan.methods:
         if passed := sorted(set(plan.checkpoints) - set(plan.due(method))):
             logger.warning("%s: not scored after %s edits, where no batch of %d ends", method.label, passed, method.batch_size)

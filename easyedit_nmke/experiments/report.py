@@ -12,6 +12,7 @@ from ..messages import how_to_install
 from ..scores import table as scores
 from .lines import wrong
 from .protocol import failed_edits, models_differ
+from .stream import source_of
 
 try:
     import pandas as pd
@@ -276,7 +277,8 @@ def ranking(data: pd.DataFrame, checkpoint: int, protocol: str) -> tuple[list[st
 def pairs(lines: Sequence[Mapping], checkpoint: int, names: Sequence[str]) -> list[tuple[str, float, float, int]]:
     """The method with the highest harmonic mean of the scores `names` over all records of all seeds at a checkpoint, and every
     other one that has the same records: (method, its mean - the first's, standard error of that over the n records, n); the first
-    with zeros. Empty where less than two methods tell of each record.
+    with zeros. Empty where less than two methods tell of each record. Of another file, or where another number of records was
+    refused, they are others.
 
     The error is that of the mean of the records' shares in the harmonic mean h of k means m: h²/k · sum (x - m) / m².
     """
@@ -287,8 +289,10 @@ def pairs(lines: Sequence[Mapping], checkpoint: int, names: Sequence[str]) -> li
         whole = line["checkpoint"] == checkpoint and line["method"] != UNEDITED and len(set(map(len, told))) == 1
         kept = [(i, row) for i, row in enumerate(zip(*told, strict=True)) if None not in row] if whole else []
         if kept:
+            told = stamp(line).get("data") or {}
+            of = source_of(told), told.get("refused"), line["seed"]
             values.setdefault(line["method"], []).extend(list(row) for _, row in kept)
-            asked.setdefault(line["method"], []).extend((line["seed"], i) for i, _ in kept)
+            asked.setdefault(line["method"], []).extend((*of, i) for i, _ in kept)
     shares = {}
     for method, rows in values.items():
         means = [fmean(column) for column in zip(*rows, strict=True)]

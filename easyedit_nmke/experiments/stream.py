@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +33,16 @@ class Stream:
     notes: list[str] = field(default_factory=list)
 
 
+def source_of(told: str | Mapping) -> str | None:
+    """What tells facts apart, by where `stream` reads them or by what a stamp tells of them: the sha256 of a file, or the name of
+    facts that come with the package. None for a file that is not there."""
+    if not isinstance(told, str):
+        return told.get("sha256", told.get("name"))
+    if told in atlas.SOURCES or told == known.SOURCE:
+        return f"{told}, test half"
+    return hashlib.sha256(Path(told).read_bytes()).hexdigest() if Path(told).is_file() else None
+
+
 def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Sequence[int] = ()) -> Stream:
     """The first `edits` (None: all) facts of the test half of `atlas` or `facts`, or records of a file, in an order that the seed
     decides (0: as they are), without those that this model and its templates cannot be edited with or scored on. checkpoints: where
@@ -42,7 +53,7 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         else:
             records = atlas.requests(edits or 200, "test", seed, atlas.SOURCES[source])
         requests = as_asked(editor.tok, [Request.from_dict(r) for r in records], editor.hparams)
-        return Stream(requests, list(range(len(requests))), [], {"name": f"{source}, test half", "edits": len(requests)})
+        return Stream(requests, list(range(len(requests))), [], {"name": source_of(source), "edits": len(requests)})
     method = getattr(editor, "method", None)
     loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)
     cases = [list(places) for _, places in groupby(range(len(loaded.requests)), key=loaded.indices.__getitem__)]

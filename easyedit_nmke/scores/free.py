@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from ..models.chat import special_texts
-from ..models.requests import Request
+from ..models.requests import ATTRIBUTE, Request
 from . import generation
 from .answers import answer, only, says
 from .metrics import SAME_SUBJECT
@@ -54,8 +54,8 @@ class Kept:
 
     def __init__(self, model, tok, requests: Sequence[Request], separator: str | None = None):
         self.separator = separator
-        kinds = [(i, pairs) for i, r in enumerate(requests) for kind, pairs in r.locality.items() if kind != SAME_SUBJECT]
-        self.asked = [(i, pairs[0][0]) for i, pairs in kinds if pairs]
+        kinds = [(i, kind, pairs) for i, request in enumerate(requests) for kind, pairs in request.locality.items()]
+        self.asked = [(i, pairs[0][0]) for i, kind, pairs in kinds if pairs and kind not in (SAME_SUBJECT, ATTRIBUTE)]
         self.before = generation.natural_texts(model, tok, [prompt for _, prompt in self.asked], separator=separator)
 
     def score(self, model, tok, edits: int, judge: Judge | None = None) -> dict[str, float | None]:

@@ -193,7 +193,8 @@ class _Tuning:
             space = {"values": [dict(chosen) for chosen in finalists], **space}
         begun = time.monotonic()
         start = {"values": self.first, "blocks": 5} | {name: getattr(self.base, name) for name in self.space if name != "blocks"}
-        name = f"{plan.label} {_hash([plan.base.to_dict(), space])}"
+        asked, text = [request.to_dict() for request in self.bed.requests], getattr(self.base, "mom2_dataset", None)
+        name = f"{plan.label} {_hash([plan.base.to_dict(), space, asked, text, plan.seed])}"
         search = self.writes = Search(plan.directory / "trials.db", name, space, plan.seed, [start, *_middle(start, space)])
         self.outcome.searches.append(search)
         budget = SHARES["writes"] * plan.seconds - search.seconds

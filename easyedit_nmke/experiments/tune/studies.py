@@ -70,9 +70,15 @@ class Search:
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=seed + len(self.study.trials), multivariate=True, n_startup_trials=STARTUP
             )
-            for start in starts if not self.study.trials else ():
-                known = {name: value for name, value in start.items() if self._has(name, value)}
-                self.study.enqueue_trial({name: self._stored(name, value) for name, value in known.items()})
+            for start in starts:  # also again, where the trial of one was cut off
+                known = {name: self._stored(name, value) for name, value in start.items() if self._has(name, value)}
+                if not any(known.items() <= trial.items() for trial in self._kept()):
+                    self.study.enqueue_trial(known)
+
+    def _kept(self) -> list[dict[str, Any]]:
+        """What was chosen, as it is stored, of trials that came to an end or wait for their turn."""
+        kept = [trial for trial in self.study.trials if trial.state.name in ("COMPLETE", "PRUNED", "WAITING")]
+        return [{**trial.system_attrs.get("fixed_params", {}), **trial.params} for trial in kept]
 
     def _has(self, name: str, value) -> bool:
         what = self.space.get(name, [])
