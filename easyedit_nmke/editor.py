@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -135,7 +136,8 @@ class LifelongEditor:
         for batch in chunks(checked, self.hparams.batch_size):
             check_requests(ModelView(self.model), self.tok, batch, self.state.flat_templates, separator)
         metrics.check(self.model, self.tok, checked, separator)
-        return self._edit(checked, sequential_edit, verbose)
+        with nullcontext() if sequential_edit else self.state.aside():
+            return self._edit(checked, sequential_edit, verbose)
 
     def batch_edit(self, prompts, target_new, *args, sequential_edit: bool = False, **kwargs):
         """`edit` with BaseEditor.batch_edit's default: each batch is taken back after its scoring."""
@@ -150,14 +152,7 @@ class LifelongEditor:
         return metrics.quality(self.model, self.tok, requests, separator=self.hparams.target_separator)
 
     def _edit(self, requests: list[Request], sequential: bool, verbose: bool):
-        if not sequential:
-            with self.state.aside():
-                return self._edits(requests, sequential, verbose)
-        return self._edits(requests, sequential, verbose)
-
-    def _edits(self, requests: list[Request], sequential: bool, verbose: bool):
-        # a process that was stopped made later edits, which this one will claim, if they are to stay
-        with self.state.as_of(self.state.claimed):
+        with self.state.as_of(self.state.claimed):  # a process that was stopped made later edits, which this one will claim
             before = self._quality(requests)
             names = self.method.matrices(self.model, self.hparams)
             originals = {name: self.model.get_parameter(name).detach().clone() for name in names}

@@ -66,7 +66,7 @@ class Edit:
     supersedes: Mapping[int, Sequence[int]]
     digest: int
     made: str  # when, UTC
-    apart: bool | None = None  # whether its updates are low-rank ones, where they were not read
+    apart: bool | None = None  # of one from disk, whose updates may not be read: whether they are low-rank ones
 
     def __deepcopy__(self, memo) -> Edit:
         return self  # nobody changes it

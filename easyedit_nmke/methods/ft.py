@@ -82,8 +82,7 @@ def edit(view: ModelView, tok, requests: Sequence[Request], hparams: FTHyperPara
         optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
 
         def loss(batch: Sequence[Tokenised]) -> torch.Tensor:
-            rounded = {name: weight.to(weights[name].dtype) for name, weight in trained.items()}
-            return target_loss(view, batch, rounded, hparams.objective_optimization)
+            return target_loss(view, batch, trained, hparams.objective_optimization)
 
         def constrain() -> None:
             if hparams.norm_constraint:
@@ -139,10 +138,11 @@ def descend(
 
 def target_loss(view: ModelView, texts: Sequence[Tokenised], trained: Mapping[str, torch.Tensor], objective: str):
     """Mean over texts of the mean over target tokens of -log p. "prompt_last" (FT-L): all of them from the prompt's last
-    token; "target_new" (FT-M): each from the token before it."""
+    token; "target_new" (FT-M): each from the token before it. The model runs with `trained` rounded to its own dtype."""
+    rounded = {name: weight.to(view.model.get_parameter(name).dtype) for name, weight in trained.items()}
     rows = [text.ids[: text.target] if objective == "prompt_last" else text.ids[:-1] for text in texts]
     tokens = pad(rows, view.device)
-    logits = functional_call(view.model, dict(trained), (), {**tokens.inputs(), "use_cache": False}).logits
+    logits = functional_call(view.model, rounded, (), {**tokens.inputs(), "use_cache": False}).logits
     losses = []
     for row, text in enumerate(texts):
         labels = torch.tensor(text.labels, device=logits.device)

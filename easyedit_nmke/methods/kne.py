@@ -121,7 +121,7 @@ def learn(
         found = {}
         for name, value in values.items():
             matrix = held[name].float().flatten().index_add(0, chosen[name], value).view(held[name].shape)
-            found[name] = view.oriented(name, matrix).to(view.model.get_parameter(name).dtype)
+            found[name] = view.oriented(name, matrix)
         return found
 
     last = descend(texts, lambda batch: target_loss(view, batch, changed(), "target_new"), optimiser, hparams)

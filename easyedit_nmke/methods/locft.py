@@ -114,8 +114,7 @@ def learn(
     optimiser = torch.optim.Adam(trained.values(), lr=hparams.lr, weight_decay=hparams.weight_decay)
 
     def loss(batch: Sequence[Tokenised]) -> torch.Tensor:
-        rounded = {name: weight.to(view.model.get_parameter(name).dtype) for name, weight in trained.items()}
-        return target_loss(view, batch, rounded, "target_new")
+        return target_loss(view, batch, trained, "target_new")
 
     last = descend(list(texts), loss, optimiser, hparams, order=random.Random(hparams.seed))
     if not all(torch.isfinite(new).all() for new in trained.values()):

@@ -103,6 +103,11 @@ class NMKEHyperParams(AlphaEditHyperParams):
             found |= {"general_bias": shares, "specific_bias": shares}
         return found
 
+    @property
+    def attributes_beforehand(self) -> bool:
+        """Whether neurons are attributed, by what the model and the prompts tell without an edit's values."""
+        return self.neurons != "all" and self.attribution_strategy != "align"
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.solve != "full" and self.mask == "soft":
@@ -232,7 +237,8 @@ def neuron_masks(
     z: torch.Tensor | None = None,
 ) -> dict[int, NeuronMask]:
     """The mask of every edited layer for one edit; empty when `neurons: all` leaves nothing to attribute. `state` keeps what
-    attribution can use again, `report` takes note of how it was done. z [D, requests]: the edit's values, for `align` alone."""
+    attribution can use again, `report` takes note of how it was done. z [D, requests]: the edit's values, for `align` alone (with
+    `blue` those of one layer over those of the other)."""
     if hparams.neurons == "all":
         return {}
     found = attributed(view, tok, requests, templates, hparams, state, report, z)
@@ -279,15 +285,18 @@ def _aligned(view, tok, requests, templates, hparams, report: EditReport | None,
         raise ValueError("attribution_strategy: align compares neurons with target values, and none are given; choose another")
     wanted = {"value": (view.blocks[hparams.z_layers[0]], "output")}
     for layer in hparams.layers:
-        wanted |= {f"c{layer}": (view.down(layer), "input"), f"y{layer}": (view.down(layer), "output")}
+        wanted[f"c{layer}"] = (view.down(layer), "input")
+        if view.family.post_norm:
+            wanted[f"y{layer}"] = (view.down(layer), "output")
     texts = [[request.fill(template, tok) for template in templates] for request in requests]
     seen = {name: states.flatten(0, 1) for name, states in subject_states(view, tok, texts, wanted).items()}
-    toward = z.T.to(seen["value"]).repeat_interleave(len(templates), 0) - seen["value"]
+    first = z[: seen["value"].shape[1]].T.to(seen["value"])
+    toward = first.repeat_interleave(len(templates), 0) - seen["value"]
     found = {}
     for layer in hparams.layers:
-        coefficients, norm = seen[f"c{layer}"], view.post_norm(layer)
-        if norm is not None:
-            coefficients = coefficients / norm.statistic(seen[f"y{layer}"])[:, None]
+        coefficients = seen[f"c{layer}"]
+        if view.family.post_norm:
+            coefficients = coefficients / view.post_norm(layer).statistic(seen[f"y{layer}"])[:, None]
         found[layer] = alignment(coefficients, view.values(layer), toward.to(coefficients.device))
     if report is not None:
         report.attribution = "align: target values, no vocabulary"

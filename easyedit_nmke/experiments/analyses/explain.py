@@ -156,7 +156,7 @@ def _scores(editor, request, z, column: int) -> dict:
 
     backend = editor.hparams.attribution_backend.replace("cached", "auto")
     hparams, templates = replace(editor.hparams, attribution_backend=backend), editor.state.flat_templates
-    own = None if z is None else z.chunk(len(hparams.z_layers))[0][:, column, None]
+    own = None if z is None else z[:, column, None]
     found = attributed(ModelView(editor.model), editor.tok, [request], templates, hparams, z=own)
     return {layer: of_layer.mean(0) for layer, of_layer in found.items()}
 

@@ -62,7 +62,7 @@ def _chosen(editor, hparams, place: int) -> dict:
     event = state.events[place]
     state.weights.set_to(state.events[:place], masters=False)
     requests = [Request.from_dict(request) for request in event.requests]
-    masks = neuron_masks(view, editor.tok, requests, state.flat_templates, hparams, z=event.z.chunk(len(hparams.z_layers))[0])
+    masks = neuron_masks(view, editor.tok, requests, state.flat_templates, hparams, z=event.z)
     prompts = len(requests) * len(state.flat_templates)
     return {"blocks": {str(layer): _of_block(view, event, layer, mask, prompts) for layer, mask in masks.items()}}
 

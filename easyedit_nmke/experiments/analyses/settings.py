@@ -279,7 +279,7 @@ class _Stream:
 def _strategy(hparams) -> tuple[str, ...] | None:
     """What its attributions depend on, of what settings change; of SELDOM, what is not as published. None for a setting without
     any, and for ALIGN: an edit finds it by itself, of the values and the model that it has before it."""
-    if hparams.neurons == "all" or hparams.attribution_strategy == "align":
+    if not hparams.attributes_beforehand:
         return None
     seldom = [(getattr(hparams, field.name), field.default) for field in fields(hparams) if field.name in SELDOM]
     unusual = [value for value, published in seldom if value != published]

@@ -89,7 +89,7 @@ class Trials:
     def _attributed(self, settings: HyperParams, count: int) -> list[dict[int, torch.Tensor]] | None:
         """Each request's attribution scores on the unedited model, of the settings' layers; made once for all trials. None where an
         edit needs none, or its own: `align` depends on values, which differ from trial to trial."""
-        if not isinstance(settings, NMKEHyperParams) or settings.neurons == "all" or settings.attribution_strategy == "align":
+        if not isinstance(settings, NMKEHyperParams) or not settings.attributes_beforehand:
             return None
         missing = [layer for layer in settings.layers if layer not in self.scores[0]]
         templates = self.values.templates
