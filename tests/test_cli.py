@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from easyedit_nmke import LifelongEditor, cli, facts, methods
 from easyedit_nmke import atlas as embedded
+from easyedit_nmke.cli import verb
 from easyedit_nmke.cli.demo import LONGEST_ANSWER, _answer_table
 from easyedit_nmke.experiments.protocol import Segment
 from easyedit_nmke.history.durable import EDIT
@@ -135,6 +136,19 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, r
     assert (tmp_path / "whole" / "edits-NMKE-0.json").read_text() == (tmp_path / "parts" / "edits-NMKE-0.json").read_text()
 
 
+@pytest.mark.parametrize(("width", "turned"), [(80, False), (40, True)])
+def test_no_table_of_scores_loses_digits(width, turned, monkeypatch):
+    from rich.console import Console
+
+    headings = ["Method", "Rel", "Gen", "Loc", "KL", "ES", "PS", "NS", "S", "s/edit"]
+    rows = [[f"NMKE, {edits} edits", *(f"0.{edits + place}" for place in range(9))] for edits in (100, 200)]
+    console = Console(width=width)
+    with console.capture() as told:
+        console.print(verb.score_table(headings, rows, console))
+    assert all(cell in told.get() for row in rows for cell in row[1:])
+    assert ("NS" in told.get().splitlines()[2]) is not turned
+
+
 def test_edits_that_cannot_be_written_are_counted_in_the_table(settings, tmp_path, requests, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     apply, calls = LifelongEditor.apply, []
@@ -150,7 +164,7 @@ def test_edits_that_cannot_be_written_are_counted_in_the_table(settings, tmp_pat
     argv = ["run", "--hparams", str(settings), "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--checkpoints", "1,3"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert next(text for text in out if "Rel" in text).split()[-2:] == ["Failed", "┃"]
+    assert next(text for text in out if "Rel" in text).endswith("┃Failed ┃")
     assert [text.split()[-2] for text in out if text.startswith("│")] == ["0", "0", "1"]
 
 

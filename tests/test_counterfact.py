@@ -12,7 +12,7 @@ from easyedit_nmke.data import load
 from easyedit_nmke.experiments.protocol import Scorer
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import metrics, table
-from easyedit_nmke.scores.counterfact import counterfact, fits
+from easyedit_nmke.scores.counterfact import compared, counterfact, fits
 
 DATA = Path(__file__).parent / "data"
 SAMPLE = DATA / "counterfact_original.json"
@@ -115,3 +115,14 @@ def test_a_broken_record_is_refused_with_its_number(tmp_path):
     assert [str(refusal) for refusal in load(tmp_path / "facts.json").refused] == [
         "record 1: field 'requested_rewrite.target_new.str' (new target) is missing"
     ]
+
+
+def test_all_pairs_that_are_compared_are_known_beforehand(tiny, monkeypatch):
+    asked, seen = load(SAMPLE).requests, []
+    monkeypatch.setattr(
+        "easyedit_nmke.scores.counterfact.target_log_probs", lambda m, t, pairs, **_: seen.extend(pairs) or [0.0] * len(pairs)
+    )
+    counterfact(None, None, asked)
+    known = {pair for request in asked for *_, pair in metrics._slots(request)}
+    assert set(seen) <= known | {pair for request in asked for pair in compared(request)}
+    assert not set(seen) <= known

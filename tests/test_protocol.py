@@ -297,3 +297,16 @@ def test_a_target_of_more_than_ten_tokens_can_be_said(tiny, requests, monkeypatc
     scores = Scorer(model, tok, asked).unedited(model, tok)
     names = ("rel_exact", "rel_contains", "gen_exact", "gen_contains")
     assert [scores[name] for name in names] == [1.0] * 4
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_prompt_that_nearly_fills_the_context_is_scored(tiny, requests, known):
+    model, tok = tiny("llama")
+    (asked,) = (Request.from_dict(r) for r in requests(1))
+    asked = dataclasses.replace(asked, locality={}, portability={}, ground_truth=asked.ground_truth if known else None)
+    pairs = [(prompt, asked.target_new) for prompt in (asked.prompt, *asked.rephrase_prompts)]
+    longest = max(len(tok(" ".join(pair))["input_ids"]) for pair in pairs)
+    model.config.max_position_embeddings = longest + 1
+    scores = Scorer(model, tok, [asked], text="a b c").unedited(model, tok)
+    assert None not in [scores[name] for name in ("rel_contains", "gen_contains", "fluency")]
+    assert (scores["gen_preferred"] is None) is not known  # what it says to its prompt has no room behind the paraphrase

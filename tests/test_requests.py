@@ -124,3 +124,34 @@ def test_two_answers_in_one_batch_are_told_before_anything_is_edited(tiny, nmke_
     assert stream(editor, str(path), None, 0, (1, 3)).refused == []
     # 0, 1-4, 5: again in one.
     assert [refusal.index for refusal in stream(editor, str(path), None, 0, (1, 6)).refused] == [3]
+
+
+def test_methods_that_refuse_other_records_edit_the_rest_in_the_same_order(tiny, nmke_hparams, requests, tmp_path):
+    import json
+
+    from easyedit_nmke.experiments.stream import stream
+
+    records = requests(9)
+    del records[5]["subject"]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    model, tok = tiny("llama")
+    ours = LifelongEditor.from_hparams(nmke_hparams(model, tok))
+    tuned = LifelongEditor.from_hparams(FTHyperParams(layers=[0], model_name=(model, tok), device="cpu", num_steps=1))
+    found, every = stream(ours, str(path), None, 1), stream(tuned, str(path), None, 1)
+    assert [refusal.index for refusal in found.refused] == [5] and every.refused == []
+    assert every.records != sorted(every.records) and found.records == [i for i in every.records if i != 5]
+
+
+def test_a_record_without_room_for_the_old_answer_is_refused_before_anything_is_edited(tiny, nmke_hparams, requests, tmp_path):
+    import json
+
+    from easyedit_nmke.experiments.stream import stream
+
+    records = requests(3)
+    records[1]["ground_truth"] = "Cusco " * 150
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    editor = LifelongEditor.from_hparams(nmke_hparams(*tiny("llama")))
+    (refused,) = stream(editor, str(path), None, 0).refused
+    assert refused.index == 1 and "the model's context 128" in refused.reason

@@ -90,7 +90,7 @@ def _run(args, console: Console) -> int:
         lines = _compared(args, _plan(args, scored_with, [method], len(stream.requests), (args.seed,), args.out, keep_weights=True))
     finally:
         editor.close()
-    console.print(_table(lines))
+    console.print(_table(lines, console))
     if asked := task_scores(lines, max(line["checkpoint"] for line in lines)):
         console.print(task_table(asked))
     for refusal in stream.refused:
@@ -104,20 +104,19 @@ def _run(args, console: Console) -> int:
     return 0
 
 
-def _table(lines: list[dict]) -> Table:
+def _table(lines: list[dict], console: Console) -> Table:
     """Scores by checkpoint, those that there are; how many edits could not be written only where there are any."""
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
 
     headings = in_shell({name for line in lines for name, value in line["scores"].items() if value is not None})
-    lost = any(map(failed_edits, lines))
-    table = score_table(headings, ["s/edit", *(["Failed"] if lost else [])])
+    lost, rows = any(map(failed_edits, lines)), []
     for line in lines:
         edits = line["checkpoint"]
         seconds = f"{line['seconds']['total'] / edits:.2f}" if edits else "-"
         more = [str(failed_edits(line))] if lost else []
-        table.add_row(f"{line['method']}, {edits} edits" if edits else "unedited", *cells(headings, line["scores"]), seconds, *more)
-    return table
+        rows.append([f"{line['method']}, {edits} edits" if edits else "unedited", *cells(headings, line["scores"]), seconds, *more])
+    return score_table(["Method", *headings.values(), "s/edit", *(["Failed"] if lost else [])], rows, console)
 
 
 def _compare(args, console: Console) -> int:

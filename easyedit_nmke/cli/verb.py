@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -49,12 +50,22 @@ def quiet_libraries(args: argparse.Namespace) -> None:
         transformers.logging.disable_progress_bar()
 
 
-def score_table(headings: Mapping[str, str], extra: list[str]) -> Table:
-    """A table of methods by scores (`scores.table.in_shell`) and `extra` columns."""
-    table = Table(title="Scores after all edits", title_justify="left")
-    table.add_column("Method")
-    for name in (*headings.values(), *extra):
-        table.add_column(name, justify="right")
+def score_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> Table:
+    """Rows of scores, their names first; turned, a score a row, where that many columns would lose digits."""
+    upright = _table(headings, rows)
+    anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is
+    if Measurement.get(console, anywhere, upright).minimum <= console.width:
+        return upright
+    first, *names = zip(headings, *rows, strict=True)
+    return _table(first, names)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title="Scores after all edits", title_justify="left", padding=(0, 1, 0, 0))
+    for place, name in enumerate(headings):
+        table.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

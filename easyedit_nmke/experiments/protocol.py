@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +28,7 @@ from ..models.device import peak_memory, synchronise
 from ..models.requests import Request
 from ..models.updates import model_digest
 from ..scores import free, generation, metrics
-from ..scores.counterfact import counterfact, fits
+from ..scores.counterfact import compared, counterfact, fits
 from ..scores.drift import weight_drift
 from ..scores.harder import Harder
 from ..scores.kept import KeptText
@@ -93,11 +93,20 @@ class Scorer:
         self.questions, self.questions_from = Questions(model, tok, questions), questions_from
         self.before = metrics.quality(model, tok, self.requests, separator=separator)
         self.ripples, self.counterfact = Ripples(model, tok, self.requests, separator), fits(self.requests)
-        unknown = [request.prompt for request in self.requests if request.ground_truth is None]
-        said = iter(generation.greedy_texts(model, tok, unknown, generation.ANSWER_TOKENS, separator=separator))
-        self.old = [
-            request.ground_truth if request.ground_truth is not None else generation.answer(next(said)) for request in self.requests
-        ]
+        unknown = [request for request in self.requests if request.ground_truth is None]
+        prompts = [request.prompt for request in unknown]
+        texts = generation.clipped_texts(model, tok, prompts, generation.ANSWER_TOKENS, separator=separator)
+        said = iter(self._where_it_fits(model, tok, request, text) for request, text in zip(unknown, texts, strict=True))
+        self.old = [next(said) if request.ground_truth is None else request.ground_truth for request in self.requests]
+
+    def _where_it_fits(self, model, tok, request: Request, text: str) -> str:
+        """The answer in a text, or none: a paraphrase may leave less room for it than the prompt that it was said to."""
+        old = generation.answer(text)
+        try:
+            metrics.check(model, tok, [], self.separator, compared(replace(request, ground_truth=old)))
+        except ValueError:
+            return ""
+        return old
 
     def unedited(self, model, tok) -> dict:
         """Scores of the model before the first edit, on all requests."""
@@ -127,7 +136,7 @@ class Scorer:
         scores |= self.kept.score(model, tok, len(requests), self.judge)
         scores |= self.harder.score(model, tok, len(requests), self.judge)
         prompts = [r.prompt for r in requests[:FLUENCY_TEXTS]]
-        texts = generation.greedy_texts(model, tok, prompts, FLUENCY_TOKENS, separator=self.separator)
+        texts = generation.clipped_texts(model, tok, prompts, FLUENCY_TOKENS, separator=self.separator)
         scores["fluency"] = generation.fluency(texts)
         general = metrics.exact_match(model, tok, self.exercises, separator=self.separator)
         scores["general"] = fmean(general) if general else None

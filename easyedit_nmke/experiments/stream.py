@@ -17,7 +17,7 @@ from ..methods.contract import check_requests
 from ..models.arch import ModelView
 from ..models.chat import as_asked
 from ..models.requests import Request
-from ..scores import metrics, ripple
+from ..scores import counterfact, metrics, ripple
 from .protocol import batches
 
 
@@ -56,21 +56,22 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
         return Stream(requests, list(range(len(requests))), [], {"name": source_of(source), "edits": len(requests)})
     method = getattr(editor, "method", None)
     loaded = data.load(Path(source), needs_subject=method is None or method.needs_subject)
-    cases = [list(places) for _, places in groupby(range(len(loaded.requests)), key=loaded.indices.__getitem__)]
-    if seed:
-        random.Random(seed).shuffle(cases)
+    cases = {record: list(places) for record, places in groupby(range(len(loaded.requests)), key=loaded.indices.__getitem__)}
+    order = list(range(1 + max((*loaded.indices, *(refusal.index for refusal in loaded.refused)), default=-1)))
+    if seed:  # of the whole file, so that methods that refuse other records edit the rest in the same order
+        random.Random(seed).shuffle(order)
     view, templates = ModelView(editor.model), editor.state.flat_templates if isinstance(editor, LifelongEditor) else ("{}",)
     accepted, refused, size = [], list(loaded.refused), getattr(editor.hparams, "batch_size", 1)
     separator, asked = getattr(editor.hparams, "target_separator", None), {}
     starts = [start for start, _ in batches(len(loaded.requests), size, checkpoints)]
-    for case in cases:
+    for case in filter(None, map(cases.get, order)):
         before = len(accepted)
         try:
             for place in case:
                 (asked[place],) = as_asked(editor.tok, [loaded.requests[place]], editor.hparams)
                 begun = [asked[i] for i in accepted[starts[bisect_right(starts, len(accepted)) - 1] :]]
                 check_requests(view, editor.tok, [asked[place]], templates, separator, begun)
-                metrics.check(editor.model, editor.tok, [asked[place]], separator)
+                metrics.check(editor.model, editor.tok, [asked[place]], separator, counterfact.compared(asked[place]))
                 ripple.check(editor.model, editor.tok, [asked[place]], separator)
                 accepted.append(place)
         except ValueError as error:

@@ -17,6 +17,7 @@ from statistics import fmean, harmonic_mean
 
 from ..models.requests import ATTRIBUTE, NEIGHBORHOOD, Request
 from .generation import target_log_probs
+from .metrics import Pair
 
 SIDES = ("efficacy", "paraphrase", "neighborhood")
 
@@ -30,6 +31,13 @@ def fits(requests: Sequence[Request]) -> bool:
 def _fits(request: Request) -> bool:
     answers = {answer for _, answer in request.locality.get(NEIGHBORHOOD, ())}
     return set(request.locality) <= {NEIGHBORHOOD, ATTRIBUTE} and answers == {request.ground_truth}
+
+
+def compared(request: Request) -> list[Pair]:
+    """Prompts with the answers that are held against those it is scored on: the old one, and the new one for a neighbour's."""
+    old = [(prompt, request.ground_truth) for prompt in (request.prompt, *request.rephrase_prompts) if request.ground_truth]
+    near = request.locality[NEIGHBORHOOD] if _fits(request) else ()
+    return old + [(prompt, request.target_new) for prompt, _ in near]
 
 
 def counterfact(model, tok, requests: Sequence[Request], separator: str | None = None) -> dict[str, float | None]:

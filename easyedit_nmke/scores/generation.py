@@ -78,9 +78,16 @@ def greedy_ids(
 
 def natural_texts(model, tok, prompts: Sequence[str], token_budget: int = TOKEN_BUDGET, separator: str | None = None) -> list[str]:
     """`greedy_texts` up to where the model ends by itself, or STOP_TOKENS tokens; less where its context ends."""
+    return clipped_texts(model, tok, prompts, STOP_TOKENS, token_budget, separator)
+
+
+def clipped_texts(
+    model, tok, prompts: Sequence[str], most: int, token_budget: int = TOKEN_BUDGET, separator: str | None = None
+) -> list[str]:
+    """`greedy_texts` of `most` tokens, or as many as the model's context has room for."""
     context = context_length(model)
     starts = [_lengths(tok, prompt, (), separator)[0] for prompt in prompts]
-    counts = [STOP_TOKENS if context is None else min(STOP_TOKENS, context - start) for start in starts]
+    counts = [most if context is None else min(most, context - start) for start in starts]
     return greedy_texts(model, tok, prompts, counts, token_budget, separator)
 
 

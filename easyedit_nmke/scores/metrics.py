@@ -90,9 +90,10 @@ def quality(model, tok, requests: Sequence[Request], token_budget: int = TOKEN_B
     return results
 
 
-def check(model, tok, requests: Sequence[Request], separator: str | None = None) -> None:
-    """ValueError when a prompt or an answer of the requests cannot be scored: too long for the model, or without a token."""
-    _rows(tok, [pair for request in requests for *_, pair in _slots(request)], context_length(model), separator)
+def check(model, tok, requests: Sequence[Request], separator: str | None = None, more: Sequence[Pair] = ()) -> None:
+    """ValueError when a prompt or an answer of the requests, or of `more`, cannot be scored: too long for the model, or without a
+    token."""
+    _rows(tok, [*(pair for request in requests for *_, pair in _slots(request)), *more], context_length(model), separator)
 
 
 def add_locality_accuracy(before: dict, after: dict) -> None:
