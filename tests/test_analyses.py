@@ -445,3 +445,88 @@ def test_the_page_says_what_its_files_say():
         assert all(" ".join(sentence.split()) in words for sentence in analysis.said(lines)), file
     for name in analyses():
         assert f"## {name}\n" in page
+
+
+def test_all_tokens_of_a_subject_are_found_wherever_it_stands(atlas, requests):
+    from easyedit_nmke.experiments.analyses.trace import _placed
+
+    _, tok = atlas
+    asked = [(r["prompt"], r["subject"]) for r in requests(30)]
+    asked += [(f"{subject} is", subject) for _, subject in asked[:3]] + [(f'"{subject}" is', subject) for _, subject in asked[:3]]
+    assert sum(prompt.startswith(subject) for prompt, subject in asked) < 20
+    for prompt, subject in asked:
+        _, ids, place = _placed(tok, prompt, subject)
+        assert "".join(tok.decode([i]) for i in ids[place.start : place.stop]).strip() == subject
+
+
+def ablated(tasks, changes):
+    """Lines of an ablation: (what, size[, draw]) -> {task: change of the log-probability}."""
+    head = {"settings": {"tasks": tasks, "top": [5], "name": "some"}}
+    told = lambda of: {task: {"log_prob": value - 2, "accuracy": 0.5} for task, value in of.items()}
+    base = {"key": ["nothing", 0], "tasks": told(dict.fromkeys(tasks, 0.0)), "also": {}, "kept_kl": 0.0}
+    return [head, base, *({"key": list(key), "tasks": told(of), "also": {}, "kept_kl": 0.1} for key, of in changes.items())]
+
+
+def test_a_role_is_held_against_random_neurons_on_its_own_tasks():
+    from easyedit_nmke.experiments.analyses import ablate
+
+    tasks = {"a": "x", "b": "x", "c": "y"}
+    lines = ablated(
+        tasks,
+        {
+            ("task a", 5): {"a": -0.1, "b": 0.0, "c": 0.0},
+            ("task c", 5): {"a": 0.0, "b": 0.0, "c": -0.3},
+            ("random", 5, 0): {"a": -0.1, "b": 0.0, "c": -0.3},
+            ("random", 5, 1): {"a": -0.1, "b": -9.0, "c": -0.3},
+        },
+    )
+    own = [(round(each["own"], 6), each["others"]) for each in ablate._control(lines, 5, "task")]
+    assert own == [(-0.2, pytest.approx((-0.15 - 0.05) / 2)), (-0.2, pytest.approx((-4.65 - 4.55) / 2))]
+    (said, *_) = [text for text in ablate.said(lines) if "task-specific" in text]
+    assert "by -0.200 on their own tasks, inside two spreads of as many random ones there (-0.200 ± 0.000)" in said
+    assert "-0.200 (random -0.200 ± 0.000)" in ablate._headline(lines)
+
+
+def test_the_model_of_a_folder_is_asked_what_that_model_knows(place, monkeypatch):
+    from argparse import Namespace
+
+    from easyedit_nmke.experiments.analyses import roles, source
+
+    asked = Namespace(model=None, edits=place / "NMKE", tasks=[])
+    assert source.model_of(asked) == "atlas" and source.name(asked) == f"atlas with the edits in {place / 'NMKE'}"
+    monkeypatch.setattr(source, "model_of", lambda args: "some/where")
+    with pytest.raises(ValueError, match="--tasks is missing"):
+        roles.asked(asked)
+    monkeypatch.undo()
+    assert source.model_of(Namespace(model=None)) == "atlas" and source.model_of(Namespace(model="x", edits=place)) == "x"
+
+
+def test_a_text_may_hold_other_ends_of_lines(tmp_path):
+    notebook = record.Notebook.open(tmp_path / "x.jsonl", {"analysis": "x", "settings": {}})
+    notebook.once(1, make=lambda: {"text": "a\u2028b\u2029c\x85d"})
+    assert [line.get("text") for line in record.read(tmp_path / "x.jsonl")] == [None, "a\u2028b\u2029c\x85d"]
+
+
+def test_one_block_is_the_first():
+    from easyedit_nmke.experiments.analyses.source import spread
+
+    assert (spread(10, 1), spread(10, 3), spread(2, 3)) == ((0,), (0, 4, 9), (0, 1))
+
+
+def test_settings_on_data_without_paraphrases_are_told(made):
+    out, _ = made
+    lines = [{k: v for k, v in line.items() if k not in ("gen", "loc")} for line in record.read(out / "settings.jsonl")]
+    analysis = analyses()["settings"]
+    assert any(text.startswith("The random mask of the same density, against the default: Rel +") for text in analysis.said(lines))
+    assert len(analysis.figure(lines).axes) == len(analysis.figure(record.read(out / "settings.jsonl")).axes) - 2
+
+
+def test_more_runs_than_colours_are_drawn(made):
+    out, _ = made
+    head, *lines = record.read(out / "drift.jsonl")
+    first, *_ = head["settings"]["runs"]
+    many = {f"run {i}": head["settings"]["runs"][first] for i in range(9)}
+    told = [
+        {**line, "key": ["change", new, line["key"][2]]} for line in lines if line["key"][:2] == ["change", first] for new in many
+    ]
+    assert told and analyses()["drift"].figure([{**head, "settings": {**head["settings"], "runs": many}}, *told])

@@ -123,23 +123,38 @@ def _random(found: Mapping, counts: Mapping[str, int], seed: int) -> list[tuple[
 def _losses(lines: Sequence[Mapping], top: int) -> dict[str, list[dict]]:
     """Row of the figure -> for each of its sets what it lost: log-probability of the right choice on its own tasks and on the
     others, accuracy, KL on kept text, both on other files. A set that is of no task has all for its own, and for others."""
-    tasks = lines[0]["settings"]["tasks"]
-    base = next(line for line in lines[1:] if line["key"][0] == "nothing")
     found: dict[str, list[dict]] = {row: [] for row in ROWS}
     for line in lines[1:]:
         what, size, *_ = line["key"]
-        if size != top:
-            continue
-        own = [task for task in tasks if what in ("largest", "random") or _is_of(what, task, tasks)]
-        others = list(tasks) if what in ("largest", "random") else [task for task in tasks if task not in own]
-        found[kind(what)].append({
-            "role": what,
-            "own": _change(line, base, own, "log_prob"), "others": _change(line, base, others, "log_prob"),
-            "accuracy": _change(line, base, own, "accuracy"), "kept_kl": line["kept_kl"],
-            "also": _change(line, base, list(base["also"]), "log_prob", "also"),
-            "also accuracy": _change(line, base, list(base["also"]), "accuracy", "also"),
-        })  # fmt: skip
+        if size == top:
+            found[kind(what)].append(_lost(lines, line, what))
     return {row: sets for row, sets in found.items() if sets}
+
+
+def _control(lines: Sequence[Mapping], top: int, row: str) -> list[dict]:
+    """Draw of random neurons -> what it lost on the tasks of a row's sets, mean over these."""
+    names = [line["key"][0] for line in lines[1:] if line["key"][1] == top and kind(line["key"][0]) == row]
+    found = []
+    for line in lines[1:]:
+        if line["key"][:2] == ["random", top]:
+            sets = [_lost(lines, line, name) for name in names]
+            known = {score: [each[score] for each in sets if each[score] is not None] for score in COLUMNS}
+            found.append({score: fmean(values) if values else None for score, values in known.items()})
+    return found
+
+
+def _lost(lines: Sequence[Mapping], line: Mapping, what: str) -> dict[str, float | None]:
+    """By the silenced neurons of a line, on the tasks of the set `what`."""
+    tasks = lines[0]["settings"]["tasks"]
+    base = next(line for line in lines[1:] if line["key"][0] == "nothing")
+    own = [task for task in tasks if what in ("largest", "random") or _is_of(what, task, tasks)]
+    others = list(tasks) if what in ("largest", "random") else [task for task in tasks if task not in own]
+    return {
+        "own": _change(line, base, own, "log_prob"), "others": _change(line, base, others, "log_prob"),
+        "accuracy": _change(line, base, own, "accuracy"), "kept_kl": line["kept_kl"],
+        "also": _change(line, base, list(base["also"]), "log_prob", "also"),
+        "also accuracy": _change(line, base, list(base["also"]), "accuracy", "also"),
+    }  # fmt: skip
 
 
 def _change(line: Mapping, base: Mapping, tasks: Sequence[str], score: str, of: str = "tasks") -> float | None:
@@ -181,17 +196,16 @@ def said(lines: Sequence[Mapping]) -> list[str]:
     found = _losses(lines, top)
     if "random" not in found:
         return ["Not finished: random neurons, without which the others say nothing, are yet to be silenced."]
-    chance = _mean(found["random"], "own")
     for row in KINDS[:3]:
         if row in found:
-            mean, _ = _mean(found[row], "own")
+            (mean, _), random = _mean(found[row], "own"), _control(lines, top, row)
+            chance = _mean(random, "own")
             far = abs(mean - chance[0]) > 2 * chance[1] + 1e-9
             where = "outside" if far else "inside"
             text.append(
                 f"The top {top} {TITLES[row]} neurons change the log-probability of the right choice by {mean:+.3f} on their "
-                f"own tasks, "
-                f"{where} two spreads of as many random ones ({chance[0]:+.3f} ± {chance[1]:.3f}), kept text by a KL of "
-                f"{_mean(found[row], 'kept_kl')[0]:.3f} (random {_mean(found['random'], 'kept_kl')[0]:.3f})."
+                f"own tasks, {where} two spreads of as many random ones there ({chance[0]:+.3f} ± {chance[1]:.3f}), kept text by a "
+                f"KL of {_mean(found[row], 'kept_kl')[0]:.3f} (random {_mean(random, 'kept_kl')[0]:.3f})."
             )
     if "largest" in found:
         mean, _ = _mean(found["largest"], "own")
@@ -216,10 +230,13 @@ def _top(lines: Sequence[Mapping]) -> int:
 def _headline(lines: Sequence[Mapping]) -> str:
     top = _top(lines)
     found = _losses(lines, top)
-    told = [f"{ROWS[row]} {_mean(sets, 'own')[0]:+.3f}" for row, sets in found.items() if row != "random"]
-    mean, spread = _mean(found["random"], "own")
-    return (f"{lines[0]['settings']['name']}, {top} neurons silenced, change of log p(right choice) of their tasks: "
-            f"{', '.join(told)}, random {mean:+.3f} ± {spread:.3f}")  # fmt: skip
+    told = []
+    for row, sets in found.items():
+        if row != "random":
+            mean, spread = _mean(_control(lines, top, row), "own")
+            told.append(f"{ROWS[row]} {_mean(sets, 'own')[0]:+.3f} (random {mean:+.3f} ± {spread:.3f})")
+    name = lines[0]["settings"]["name"]
+    return f"{name}, {top} neurons silenced, change of log p(right choice) of their tasks: {', '.join(told)}"
 
 
 def figure(lines: Sequence[Mapping]):
@@ -243,15 +260,15 @@ def figure(lines: Sequence[Mapping]):
             cells = [_mean(found[top].get(row, []), name) for row in rows]
             at = places + (i - (len(tops) - 1) / 2) * width
             heights = [cell[0] if cell else 0 for cell in cells]
-            ax.barh(at, heights, width * 0.92, color=COLOURS[i], label=f"{top} neurons", alpha=0.9)
+            ax.barh(at, heights, width * 0.92, color=COLOURS[i % len(COLOURS)], label=f"{top} neurons", alpha=0.9)
             several = [len(found[top].get(row, [])) > 1 for row in rows]
             errors = [cell[1] if cell and more else np.nan for cell, more in zip(cells, several, strict=True)]
             ax.errorbar(heights, at, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-            mean, spread = _mean(found[top]["random"], name)
-            beside = [place for place, row, cell in zip(at, rows, cells, strict=True) if cell and row != "random"]
-            low = max(mean - 2 * spread, 0 if name == "kept_kl" else -np.inf)
-            ax.barh(beside, mean + 2 * spread - low, width * 0.92, left=low, color="#bbbbbb", edgecolor="#666666", linewidth=0.8,
-                    alpha=0.75, label="as many random ones, ± 2 spreads" if top == tops[-1] else None)  # fmt: skip
+            beside = {place: row for place, row, cell in zip(at, rows, cells, strict=True) if cell and row != "random"}
+            means, spreads = np.array([_mean(_control(lines, top, row), name) for row in beside.values()]).reshape(-1, 2).T
+            lows = np.maximum(means - 2 * spreads, 0 if name == "kept_kl" else -np.inf)
+            ax.barh(list(beside), means + 2 * spreads - lows, width * 0.92, left=lows, color="#bbbbbb", edgecolor="#666666",
+                    linewidth=0.8, alpha=0.75, label="as many random ones, ± 2 spreads" if top == tops[-1] else None)  # fmt: skip
         if not any(_mean(sets, name)[0] for of in found.values() for sets in of.values() if _mean(sets, name)):
             ax.text(0.5, 0.5, "no change", transform=ax.transAxes, ha="center", va="center", color="#666666")
         ax.axvline(0, color="#666666", linewidth=0.8)
@@ -280,5 +297,5 @@ ANALYSIS = Analysis(
     "On LLaMA2-7B, silencing the top 10 or 50 general neurons takes accuracy from 37.5 % to 4.2 % or .7 %; task-specific ones cost "
     "2 % to 6 % (Figure 2), on high school chemistry 14 % (Table 5). The paper has no control of random neurons.",
     "Bars to the left: the right choice became less likely. Black lines: the spread over sets of the same kind. Grey boxes: "
-    "as many random neurons, within two spreads; a bar that ends in its box says nothing about the role.",
+    "as many random neurons on the same tasks, within two spreads; a bar that ends in its box says nothing about the role.",
 )

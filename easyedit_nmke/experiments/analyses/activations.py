@@ -41,7 +41,7 @@ def _prompts(args) -> list[tuple[str, str]]:
     from ... import facts as known
     from .questions import ask
 
-    if args.tasks or args.model == "atlas":
+    if args.tasks or source.model_of(args) == "atlas":
         found = [(question.task, question.prompt) for question in ask(args.tasks, least=1)]
     else:
         found = [(fact.relation.replace("_", " "), fact.prompt(0)) for fact in known.facts()]

@@ -197,12 +197,14 @@ def said(lines: Sequence[Mapping]) -> list[str]:
 
 def figure(lines: Sequence[Mapping]):
     """Distances by block; entries and row norms of the last block; t-SNE of its rows, and PCA of what was added to them."""
+    from itertools import cycle
+
     from .drawing import COLOURS, headline, np
     from .drawing import figure as made
 
     head, changes = lines[0]["settings"], _changes(lines)
     labels, layers = list(head["runs"]), head["layers"]
-    colours = {"original": "#999999", **dict(zip(labels, COLOURS, strict=False))}
+    colours = {"original": "#999999", **dict(zip(labels, cycle(COLOURS), strict=False))}
     drawn = made(7.6)
     grid = drawn.subplots(2, 3)
     for ax, name, title in (

@@ -21,24 +21,22 @@ def arguments(sub) -> None:
 
 
 def run(args, begin) -> None:
-    from contextlib import closing
-
     from ...editor import LifelongEditor
     from ...history.log import check_undo, standing
     from ...models.arch import editing
 
-    with closing(LifelongEditor.of_folder(args.folder, args.model, args.device)) as editor:
-        events = editor.state.events
-        place = next((i for i, event in enumerate(events) if args.edit in getattr(event, "ids", ())), None)
-        if place is None:
-            check_undo(events, args.edit)  # which says what edits there are
-        if not editor.state.weights.replays:
-            raise ValueError(f"the updates of {editor.alg_name} were not kept, so no edit can be told; set keep_updates: true")
-        name = editor.hparams.to_dict()["model_name"]
-        settings = {"name": str(name), "method": editor.alg_name, "edit": args.edit, "made": events[place].made}
-        notebook = begin({**settings, "now": standing(events)[args.edit]}, editor.model)
-        with editing(editor.model):
-            notebook.once("edit", args.edit, make=lambda: _told(editor, place, args.edit))
+    editor = LifelongEditor.of_folder(args.folder, args.model, args.device, write=False)
+    events = editor.state.events
+    place = next((i for i, event in enumerate(events) if args.edit in getattr(event, "ids", ())), None)
+    if place is None:
+        check_undo(events, args.edit)  # which says what edits there are
+    if not editor.state.weights.replays:
+        raise ValueError(f"the updates of {editor.alg_name} were not kept, so no edit can be told; set keep_updates: true")
+    name = editor.hparams.to_dict()["model_name"]
+    settings = {"name": str(name), "method": editor.alg_name, "edit": args.edit, "made": events[place].made}
+    notebook = begin({**settings, "now": standing(events)[args.edit]}, editor.model)
+    with editing(editor.model):
+        notebook.once("edit", args.edit, make=lambda: _told(editor, place, args.edit))
 
 
 def _told(editor, place: int, number: int) -> dict:

@@ -21,7 +21,6 @@ def arguments(sub) -> None:
 
 
 def run(args, begin) -> None:
-    from contextlib import closing
     from dataclasses import replace
 
     from tqdm import tqdm
@@ -31,25 +30,25 @@ def run(args, begin) -> None:
     from ...methods.nmke import NMKEHyperParams
     from ...models.arch import editing
 
-    with closing(LifelongEditor.of_folder(args.folder, args.model, args.device)) as editor:
-        hparams, events = editor.hparams, editor.state.events
-        if not isinstance(hparams, NMKEHyperParams) or hparams.neurons == "all":
-            made = f"{editor.alg_name} with neurons: all" if isinstance(hparams, NMKEHyperParams) else editor.alg_name
-            raise ValueError(f"the edits in {args.folder} were made by {made}, which chooses no neurons; give those of NMKE")
-        places = [place for place, event in enumerate(events) if isinstance(event, Edit)]
-        if not places:
-            raise ValueError(f"there is no edit in {args.folder} yet")
-        if hparams.attribution_backend == "cached":
-            hparams = replace(hparams, attribution_backend="auto")
-        chosen = [places[i] for i in source.spread(len(places), args.at)]
-        settings = {
-            "name": str(editor.hparams.to_dict()["model_name"]), "edits": editor.state.last, "layers": list(hparams.layers),
-            "looked at": [events[place].first for place in chosen], "last": str(events[-1].digest),
-        }  # fmt: skip
-        notebook = begin(settings)
-        with editing(editor.model), editor.state.weights.lent():
-            for place in tqdm(chosen, desc="layers", unit="edit"):
-                notebook.once(events[place].first, make=lambda place=place: _chosen(editor, hparams, place))
+    editor = LifelongEditor.of_folder(args.folder, args.model, args.device, write=False)
+    hparams, events = editor.hparams, editor.state.events
+    if not isinstance(hparams, NMKEHyperParams) or hparams.neurons == "all":
+        made = f"{editor.alg_name} with neurons: all" if isinstance(hparams, NMKEHyperParams) else editor.alg_name
+        raise ValueError(f"the edits in {args.folder} were made by {made}, which chooses no neurons; give those of NMKE")
+    places = [place for place, event in enumerate(events) if isinstance(event, Edit)]
+    if not places:
+        raise ValueError(f"there is no edit in {args.folder} yet")
+    if hparams.attribution_backend == "cached":
+        hparams = replace(hparams, attribution_backend="auto")
+    chosen = [places[i] for i in source.spread(len(places), args.at)]
+    settings = {
+        "name": str(editor.hparams.to_dict()["model_name"]), "edits": editor.state.last, "layers": list(hparams.layers),
+        "looked at": [events[place].first for place in chosen], "last": str(events[-1].digest),
+    }  # fmt: skip
+    notebook = begin(settings)
+    with editing(editor.model), editor.state.weights.lent():
+        for place in tqdm(chosen, desc="layers", unit="edit"):
+            notebook.once(events[place].first, make=lambda place=place: _chosen(editor, hparams, place))
 
 
 def _chosen(editor, hparams, place: int) -> dict:

@@ -88,7 +88,7 @@ class Notebook:
 def read(file: Path) -> list[dict]:
     """The head and the lines of a file; a torn last one is left out. ValueError for a file that is no analysis'."""
     lines = []
-    written = file.read_text(encoding="utf-8").splitlines()
+    written = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold other ends of lines
     for number, text in enumerate(written, 1):
         try:
             lines.append(json.loads(text))

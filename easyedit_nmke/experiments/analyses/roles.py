@@ -32,7 +32,7 @@ def asked(args) -> list:
     """The questions that the arguments name."""
     from .questions import ask, domains_of
 
-    if not args.tasks and args.model != "atlas":
+    if not args.tasks and source.model_of(args) != "atlas":
         raise ValueError(
             "--tasks is missing: give files of multiple-choice questions (the embedded model alone has tasks of its own)"
         )

@@ -332,7 +332,8 @@ def _balance(lines: Sequence[Mapping]) -> dict[str, float]:
 def _differences(lines: Sequence[Mapping], label: str) -> str:
     """Of Rel, Gen and Loc to the default's."""
     told = []
-    for name in ("rel", "gen", "loc"):
+    there = _scored(lines)[label]
+    for name in (name for name in ("rel", "gen", "loc") if name in there):
         mean, error = _against(lines, label, name)
         told.append(f"{SCORES[name].split()[0]} {mean:+.3f}" + (f" ± {error:.3f}" if error is not None else ""))
     return ", ".join(told)
@@ -365,7 +366,8 @@ def figure(lines: Sequence[Mapping]):
         return None
     labels = {label: fill(label, 32) for label in found}
     drawn = made(0.27 * sum(text.count("\n") + 1 for text in labels.values()) + 1.3)
-    for ax, (name, title) in zip(drawn.subplots(1, len(SCORES), sharey=True), SCORES.items(), strict=True):
+    scores = {name: title for name, title in SCORES.items() if name in found[DEFAULT]}  # data may bring no paraphrases
+    for ax, (name, title) in zip(drawn.subplots(1, len(scores), sharey=True), scores.items(), strict=True):
         for place, label in enumerate(labels):
             values = found[label].get(name)
             if values:

@@ -25,7 +25,8 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def model_arguments(sub: argparse.ArgumentParser, edits: bool = True) -> None:
-    sub.add_argument("--model", default="atlas", metavar="NAME", help="a folder, a hub name, smollm2, ... (default atlas)")
+    default = "that of --edits, or atlas" if edits else "atlas"
+    sub.add_argument("--model", metavar="NAME", help=f"a folder, a hub name, smollm2, ... (default {default})")
     if edits:
         sub.add_argument("--edits", type=Path, metavar="DIR", help="the model with the edits that `nmke run` left in this folder")
     sub.add_argument("--device", metavar="NAME", help="cpu, cuda:1, ... (default: a GPU where there is one)")
@@ -45,6 +46,17 @@ def on_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--on", metavar="CLUSTER", help="ray, or ray:HOST:PORT: on the machines of a Ray cluster (docs/scale.md)")
 
 
+def model_of(args: argparse.Namespace) -> str:
+    """The name of the model that is asked."""
+    if args.model is not None or getattr(args, "edits", None) is None:
+        return args.model or "atlas"
+    from ...history.durable import find
+    from ...history.journal import Journal
+
+    with Journal.open(find(args.edits), write=False) as journal:
+        return journal.header["hparams"]["model_name"]
+
+
 def load(args: argparse.Namespace):
     """(model, tokenizer) that the arguments name, with the edits of `--edits` in it."""
     from ...editor import LifelongEditor
@@ -52,17 +64,15 @@ def load(args: argparse.Namespace):
     from ...models.loading import load_model
 
     if getattr(args, "edits", None) is not None:
-        named = None if args.model == "atlas" else args.model
-        editor = LifelongEditor.of_folder(args.edits, named, args.device)
-        editor.close()  # it is only asked
+        editor = LifelongEditor.of_folder(args.edits, args.model, args.device, write=False)
         return editor.model.eval(), editor.tok
-    model, tok = load_model(HyperParams([0], args.model, device=args.device, dtype=args.dtype))
+    model, tok = load_model(HyperParams([0], model_of(args), device=args.device, dtype=args.dtype))
     return model.eval(), tok
 
 
 def name(args: argparse.Namespace) -> str:
     """What titles call the model."""
-    return f"{args.model} with the edits in {args.edits}" if getattr(args, "edits", None) else args.model
+    return model_of(args) + (f" with the edits in {args.edits}" if getattr(args, "edits", None) else "")
 
 
 def requests(data: str | None, model: str, count: int | None, seed: int = 0) -> list:
@@ -84,7 +94,9 @@ def requests(data: str | None, model: str, count: int | None, seed: int = 0) -> 
 
 
 def spread(depth: int, count: int) -> tuple[int, ...]:
-    """`count` blocks of `depth`, evenly from the first to the last; all of them where there are no more."""
+    """`count` blocks of `depth`, evenly from the first to the last; all of them where there are no more, of one the first."""
+    if count == 1:
+        return (0,)
     return tuple(range(depth)) if count >= depth else tuple(sorted({round(i * (depth - 1) / (count - 1)) for i in range(count)}))
 
 

@@ -63,7 +63,7 @@ def _asked(args, view, tok) -> list[tuple[str, list[int], range]]:
     """(prompt, its ids, where in them the subject is): the one prompt, or the first facts that the model knows."""
     if args.prompt:
         return [_placed(tok, args.prompt, args.subject)]
-    found = source.requests(args.data, args.model, None, args.seed)
+    found = source.requests(args.data, source.model_of(args), None, args.seed)
     known = _known(view, tok, [request for request in found if request.ground_truth], args.facts)
     if len(known) < args.facts:
         raise ValueError(
@@ -92,7 +92,8 @@ def _placed(tok, prompt: str, subject: str) -> tuple[str, list[int], range]:
 
     text, (start, end) = open_end(prompt, None, tok)[0], find_subject(prompt, subject)
     found = tokenised(tok, text, end)
-    before = tokenised(tok, text, start).subject + 1 if text[:start].strip() else found.subject + 1 - _tokens(tok, text, end)
+    front = len(text[:start].rstrip())  # a space in front may be the subject's first token's
+    before = tokenised(tok, text, front).subject + 1 if front else found.subject + 1 - _tokens(tok, text, end)
     return text, found.ids, range(min(before, found.subject), found.subject + 1)
 
 
