@@ -22,7 +22,7 @@ from .models.arch import ModelView
 from .models.chat import as_asked
 from .models.loading import load_model
 from .models.passes import chunks
-from .models.requests import Request, is_hole
+from .models.requests import Request, is_hole, listed
 from .models.weights import check_model
 from .scores import metrics
 
@@ -187,7 +187,7 @@ def make_requests(
     `Request.from_dict`)."""
 
     def column(value) -> list:
-        return [value] if isinstance(value, str) or is_hole(value) else list(value)
+        return [value] if isinstance(value, str) or is_hole(value) else list(listed(value))
 
     prompts = column(prompts)
     if subject is None and method.needs_subject:

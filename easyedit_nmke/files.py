@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would write each \n as two bytes
 
 
@@ -36,11 +38,18 @@ def whole(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
+        _as_os_error(error, path)
         raise
     sync_folder(path.parent)
+
+
+def _as_os_error(error: BaseException, path: Path) -> None:
+    """What safetensors raises on a full disk is no OSError."""
+    if isinstance(error, SafetensorError):
+        raise OSError(f"{path} could not be written ({error})") from error
 
 
 @contextmanager
@@ -59,8 +68,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         if os.name == "nt" and path.exists():  # which replaces no folder, not even an empty one
             path.rmdir()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _as_os_error(error, path)
         raise
     sync_folder(path.parent)
 

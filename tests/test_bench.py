@@ -1,6 +1,8 @@
 """nmke bench: it runs through on a tiny shape, compares what was written, and says what it could not measure."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,3 +280,20 @@ def test_easyedit_side_by_side(shape, monkeypatch):
     monkeypatch.setattr(NullSpaceSolver, "directions", lambda self, *args: right(self, *args) * 1.001)
     wrong = by_engine(bench.measure(bench.Plan(shape, 1, (20,))), 20)
     assert wrong["EasyEdit's AlphaEdit"]["difference"]["weights"] > 0.9e-3
+
+
+def test_keys_that_are_held_are_all_counted(monkeypatch):
+    monkeypatch.setattr(parts, "Clock", lambda: SimpleNamespace(phase=lambda name: nullcontext(), memory={"hold": 2.5}))
+    monkeypatch.setattr(parts, "update_with", lambda *_: None)
+    monkeypatch.setattr(parts, "_summary", lambda runs: {"processor": {"median": 1.0}, "total": {"median": 1.0}})
+    monkeypatch.setattr(parts, "_dense", lambda *_: (None, torch.ones(1, 1)))
+    monkeypatch.setattr(parts, "_equation", lambda *_: 0.0)
+    *ours, _ = parts.solve("tiny", (3, 1234), 1)["results"]
+    assert [(r["at"], r["held_mb"]) for r in ours] == [(3, 2.5), (1234, 5.0)] and parts._short(1234) == "1234"
+
+
+def test_a_measurement_without_results_says_why(monkeypatch):
+    monkeypatch.setattr(bench, "engines_for", lambda *_: ([], ["without AlphaEdit: out of memory"]))
+    with pytest.raises(ValueError, match=r"nothing could be measured; .*without AlphaEdit: out of memory"):
+        bench.measure(bench.Plan("tiny", 1, (1,), None, "cpu", "float32"))
+    assert machine.busy([], torch.device("cuda")) == machine.busy([], torch.device("cpu")) == []

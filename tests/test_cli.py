@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model
+from rich.console import Console
 from safetensors.torch import load_file
 
 from easyedit_nmke import LifelongEditor, cli, facts, methods
@@ -136,12 +137,10 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(settings, tmp_path, r
     assert (tmp_path / "whole" / "edits-NMKE-0.json").read_text() == (tmp_path / "parts" / "edits-NMKE-0.json").read_text()
 
 
-@pytest.mark.parametrize(("width", "turned"), [(80, False), (40, True)])
-def test_no_table_of_scores_loses_digits(width, turned, monkeypatch):
-    from rich.console import Console
-
+@pytest.mark.parametrize(("width", "count", "turned"), [(80, 2, False), (40, 2, True), (40, 12, True)])
+def test_no_table_of_scores_loses_digits(width, count, turned):
     headings = ["Method", "Rel", "Gen", "Loc", "KL", "ES", "PS", "NS", "S", "s/edit"]
-    rows = [[f"NMKE, {edits} edits", *(f"0.{edits + place}" for place in range(9))] for edits in (100, 200)]
+    rows = [[f"NMKE, {edits} edits", *(f"0.{edits + place}" for place in range(9))] for edits in range(100, 1300, 100)[:count]]
     console = Console(width=width)
     with console.capture() as told:
         console.print(verb.score_table(headings, rows, console))

@@ -406,7 +406,7 @@ def test_the_shell_consolidates_tells_it_and_exports_it(requests, statistics, tm
     )  # fmt: skip
     editor = edited(LifelongEditor.from_hparams(settings), requests(3))
     editor.state.note({"segment": {"line": {"checkpoint": 3, "scores": {}}}})
-    assert kept._card(editor).evaluation
+    assert kept._card(editor, {}).evaluation
     editor.close()
 
     def run(*argv):

@@ -51,7 +51,7 @@ def test_hub(monkeypatch):
     assert asked[0] == ("wikimedia/wikipedia", "20231101.en", "train", True)
     with pytest.raises(ValueError, match=r"can be reached \(not reachable\); set mom2_dataset to a text file"):
         list(corpus("no/such", 3))
-    with pytest.raises(ValueError, match="no column 'text'; its columns: words, id"):
+    with pytest.raises(ValueError, match="no texts in a column 'text'; its columns: words, id"):
         list(corpus("other/columns", 3))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs `pip install datasets`"):
@@ -123,3 +123,25 @@ def test_a_tokenizer_without_a_start_token_cannot_sample(tiny):
     tok.bos_token = tok.eos_token = None
     with pytest.raises(ValueError, match="no token to start a text with"):
         sources.own_texts(model, tok, 1, 0, progress=False)
+
+
+def test_a_source_is_told_by_how_it_is_read_and_a_folder_by_its_files(tmp_path):
+    line = '{"text": "one"}\n'
+    for name in ("a.txt", "a.json", "a.jsonl"):
+        (tmp_path / name).write_text(line)
+    told = {name: sources.identity(str(tmp_path / name)) for name in ("a.txt", "a.json", "a.jsonl")}
+    assert told["a.txt"] == told["a.json"] != told["a.jsonl"]
+    folder = tmp_path / "parts"
+    (folder / "more").mkdir(parents=True)
+    (folder / "more" / "0.parquet").write_bytes(b"one")
+    first = sources.identity(str(folder))
+    (folder / "more" / "0.parquet").write_bytes(b"two")
+    second = sources.identity(str(folder))
+    (folder / "more" / "0.parquet").rename(folder / "more" / "1.parquet")
+    assert len({first, second, sources.identity(str(folder)), str(folder)}) == 4
+
+
+def test_a_row_without_a_text_is_an_empty_one(monkeypatch):
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    assert list(corpus("some/where", 3)) == ["one", "", "two"]

@@ -102,3 +102,9 @@ def test_kernels_run_on_the_gpu_of_their_operands(gpus):
     assert device.current(torch.device("cuda:1")) == ("on", torch.device("cuda:1"))
     with device.current(torch.device("cpu")):
         pass
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_its_number(gpus):
+    assert device.device_of(3) == torch.device("cuda:3") and device.device_of("cuda") == torch.device("cuda")
+    with pytest.raises(ValueError, match="device is 4, but there are 4 CUDA devices here, numbered from 0"):
+        device.device_of(4)

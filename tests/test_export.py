@@ -1,5 +1,6 @@
 """What is exported comes back onto a fresh base model and is the edited one."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -339,6 +340,10 @@ def test_the_card_says_what_was_done(edited, tiny, tmp_path):
         )
         (tmp_path / "out").rename(tmp_path / f"out{number}")
     assert "export with `--rank 512`" in export._serving("some/model", "out", 513)
+    card = dataclasses.replace(CARD, base="my model")
+    options = "--enable-lora --max-lora-rank 8 --lora-modules 'edited=my lora'"
+    assert f"vllm serve 'my model' {options}" in export._serving(card, "my lora", 5)
+    assert "vllm serve BASE" in export._serving(dataclasses.replace(CARD, base="atlas"), "out", 5)
 
 
 # ---- in a process that knows nothing but the folders

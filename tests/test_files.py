@@ -6,6 +6,7 @@ import os
 import threading
 
 import pytest
+from safetensors import SafetensorError
 
 from easyedit_nmke import files
 from easyedit_nmke.history import journal
@@ -173,3 +174,10 @@ def test_file_systems_that_sync_no_folders(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "fsync", only_files)
     files.write_whole(tmp_path / "a", b"a")
     assert (tmp_path / "a").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize("make", [files.whole, files.whole_folder])
+def test_a_disk_that_is_too_full_for_tensors_is_an_oserror(make, tmp_path):
+    with pytest.raises(OSError, match=r"out could not be written \(no space\)"), make(tmp_path / "out"):
+        raise SafetensorError("no space")
+    assert not list(tmp_path.iterdir())

@@ -3,16 +3,20 @@
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke import cli, load_delta
 from easyedit_nmke.cli import kept
+from easyedit_nmke.cli.edits import edit_table
+from easyedit_nmke.history.journal import Journal
 from easyedit_nmke.models.prompts import encode
 from easyedit_nmke.scores import generation
 
@@ -187,3 +191,30 @@ def test_the_page_on_serving_runs(results, requests, monkeypatch):
     assert (wanted - before).abs().max() > 1e-2
     (said,) = generation.greedy_texts(whole["model"], whole["tok"], ["The people of Cape Wuzes are citizens of"], 8)
     assert whole["said"].endswith(said.strip())
+
+
+def test_what_only_reads_writes_nothing_and_waits_for_nobody(results, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = kept.find(results)
+    (file, *_) = sorted(folder.glob("edits/*"), reverse=True)
+    content = file.read_bytes()
+    file.unlink()  # a copy of the folder that is not done yet
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with Journal.open(folder, write=False):
+        run(capsys, "log", results, "--check")
+        run(capsys, "export", results, "--to", "delta", "--out", results / "early")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    file.write_bytes(content)
+    with closing(kept.open_editor(results)) as editor:  # who writes
+        assert run(capsys, "log", results, "--check").count("effective") == 3
+        run(capsys, "export", results, "--to", "delta", "--out", results / "late")
+    assert editor.state.last == 3
+
+
+def test_a_table_of_edits_says_what_has_become_of_them_in_eighty_columns():
+    edit = {"id": 3, "subject": "s " * 20, "prompt": "p " * 40, "ground_truth": "old", "target_new": "new", "said": "x " * 30}
+    edit |= {"right": True, "made": "2026-01-31T10:00:00+00:00", "now": "superseded by 12"}
+    console = Console(width=80)
+    with console.capture() as told:
+        console.print(edit_table([edit], "Edits", True))
+    assert "superseded" in told.get() and "by 12" in told.get()

@@ -8,7 +8,7 @@ import torch
 from easyedit_nmke import LifelongEditor, NMKEHyperParams
 from easyedit_nmke import atlas as embedded
 from easyedit_nmke.models.arch import check_no_adapter
-from easyedit_nmke.models.loading import base_folder
+from easyedit_nmke.models.loading import base_folder, load_model
 
 SETTINGS = dict(layers=[0, 1], device="cpu", mom2_dataset="atlas", mom2_n_samples=20, nullspace_fraction=0.9)
 
@@ -75,3 +75,22 @@ def test_where_the_files_of_a_model_lie(tmp_path):
     for name in ("some/model", "(model, tok)", str(tmp_path / "nowhere" / "at" / "all")):
         assert base_folder(name) is None, name
     assert json.loads((embedded.DIRECTORY / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", None])
+def test_weights_that_are_torn_are_said(tiny, tmp_path, content):
+    model, tok = tiny("llama")
+    for part in (model, tok):
+        part.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(content or file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"could not be loaded \(.*a weight file is torn, or what git-lfs has in its place"):
+        LifelongEditor.from_hparams(NMKEHyperParams(**SETTINGS, model_name=str(tmp_path / "model")))
+
+
+@pytest.mark.parametrize("places", [{"model": 0, "lm_head": 1}, {"": "disk"}])
+def test_a_model_that_is_spread_stays_where_it_is(tiny, places):
+    model, tok = tiny("llama")
+    model.hf_device_map = places
+    model.to = None  # not called
+    assert load_model(NMKEHyperParams(**SETTINGS, model_name=(model, tok))) == (model, tok)

@@ -193,3 +193,12 @@ def test_a_projector_of_all_or_of_nothing_is_refused(view, nmke_hparams, request
     torch.save(torch.stack([projector, projector]), tmp_path / "P.pt")
     with pytest.raises(ValueError, match=f"{said}; remove P_loc"):
         apply_nmke_to_model(view.model, tok, requests(1), nmke_hparams(view.model, tok, P_loc=str(tmp_path / "P.pt")))
+
+
+def test_damaged_eigenvectors_are_named(view, nmke_hparams, tmp_path):
+    view, tok = view
+    nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok), progress=False)
+    (file,) = (tmp_path / "stats").glob("eigenvectors_0_*")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{file.name} holds no eigenvectors .* delete it, and it will be made again"):
+        nullspace.row_spaces(view, tok, nmke_hparams(view.model, tok), progress=False)

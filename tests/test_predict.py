@@ -134,6 +134,8 @@ def test_a_dry_run_tells_of_every_card_and_writes_json(tmp_path, capsys):
         (["--dry", "--shape", "huge"], "no shape 'huge'"),
         (["--dry", "--dtype", "int8"], "dtype is 'int8'"),
         (["--device-model", "h100"], "--device-model goes with --dry"),
+        (["--dry", "--batch", "10"], "leave out --batch"),
+        (["--dry", "--device-model", "here", "--device", "cuda"], "no CUDA device is visible here"),
     ],
 )
 def test_what_cannot_be_predicted_is_said(argv, said, capsys):

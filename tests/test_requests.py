@@ -2,10 +2,14 @@
 
 import math
 
+import numpy
+import pandas
 import pytest
 
 from easyedit_nmke import FTHyperParams, LifelongEditor
+from easyedit_nmke.editor import make_requests
 from easyedit_nmke.experiments.protocol import Scorer, batches
+from easyedit_nmke.methods.nmke import METHOD
 from easyedit_nmke.models.requests import Request, texts
 from easyedit_nmke.scores import metrics
 
@@ -155,3 +159,23 @@ def test_a_record_without_room_for_the_old_answer_is_refused_before_anything_is_
     editor = LifelongEditor.from_hparams(nmke_hparams(*tiny("llama")))
     (refused,) = stream(editor, str(path), None, 0).refused
     assert refused.index == 1 and "the model's context 128" in refused.reason
+
+
+def test_columns_of_pandas_and_arrays_are_lists():
+    content = {
+        "rephrase_prompt": numpy.array(["again", None], dtype=object),
+        "locality": {"near": {"prompt": numpy.array(["a", "b"]), "ground_truth": numpy.array(["c", "d"])}},
+    }
+    notes = []
+    request = Request.from_dict({**RECORD, **content}, note=notes.append)
+    assert (request.rephrase_prompts, request.locality) == (("again",), {"near": (("a", "c"), ("b", "d"))}) and not notes
+    frame = pandas.DataFrame({"prompt": [RECORD["prompt"]] * 2, "truth": ["Rome", None]}).convert_dtypes()
+    columns = [frame["prompt"], frame["prompt"].to_numpy()]
+    for prompts in columns:
+        made = make_requests(
+            METHOD, prompts, pandas.Series([RECORD["target_new"]] * 2), [RECORD["subject"]] * 2, frame["truth"], None, None, None
+        )
+        assert [(request.prompt, request.ground_truth) for request in made] == [
+            (RECORD["prompt"], "Rome"),
+            (RECORD["prompt"], None),
+        ]

@@ -19,9 +19,9 @@ from easyedit_nmke.methods.nmke import neuron_masks
 from easyedit_nmke.methods.values import target_values
 from easyedit_nmke.models import prompts
 from easyedit_nmke.models.arch import ModelView
-from easyedit_nmke.models.chat import as_chat, in_chat, turn
+from easyedit_nmke.models.chat import as_chat, in_chat, special_texts, turn
 from easyedit_nmke.models.loading import load_model
-from easyedit_nmke.models.prompts import encode, joined, open_end, position_before, target_tokens, tokenised
+from easyedit_nmke.models.prompts import encode, joined, open_end, placed, position_before, target_tokens, tokenised
 from easyedit_nmke.models.requests import Request
 from easyedit_nmke.scores import generation, metrics
 
@@ -590,3 +590,15 @@ def test_ids_are_the_joined_texts_own_and_subject_and_target_are_where_they_stan
         assert all(first >= end or first == last for first, last in offsets[found.subject + 1 :])
         assert characters(tok, found.labels).strip() == unicodedata.normalize("NFC", target), "its own tokens, and no others"
         assert characters(tok, ids[: found.target]).strip().endswith(unicodedata.normalize("NFC", asked).strip()[-1:])
+
+
+def test_a_pad_token_that_is_a_word_is_no_mark(atlas):
+    _, tok = atlas
+    asked = ["Yahoo! was founded by", "Wow! The capital of Peru is"]
+    before = [encode(tok, prompt) for prompt in asked], special_texts(tok)
+    tok.pad_token_id = tok.convert_tokens_to_ids("!")
+    assert tok.pad_token == "!"
+    assert ([encode(tok, prompt) for prompt in asked], special_texts(tok)) == before
+    assert placed(asked[1], "Peru", "Because it. {}", tok)[0] == f"Because it. {asked[1]}"
+    tok.pad_token = tok.eos_token
+    assert tok.eos_token in special_texts(tok)

@@ -57,6 +57,8 @@ def measure(plan: Plan, said: Callable[[str], None] = lambda _: None) -> dict:
     bed = build(plan.shape, max(plan.edits, plan.batch or 1), plan.layers, plan.device, getattr(torch, plan.dtype), plan.seed)
     engines, notes = engines_for(bed, said, plan.batch)
     results, failed = _results(bed, engines, plan, said)
+    if not results:
+        raise ValueError("; ".join(["nothing could be measured", *bed.notes, *notes, *failed]))
     return {
         **surroundings(),
         "plan": {**vars(plan), "at": list(plan.at)},

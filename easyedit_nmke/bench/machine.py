@@ -36,8 +36,10 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 def busy(results: Sequence[Mapping], device: torch.device) -> list[str]:
     """A note where the process was given less than one core's time: others were at work, and no time is to be trusted."""
+    if device.type != "cpu" or not results:
+        return []
     share = sum(r["processor"]["median"] for r in results) / sum(r["total"]["median"] for r in results)
-    if device.type != "cpu" or share > 0.9:
+    if share > 0.9:
         return []
     return [f"the machine was busy with other work: {share:.0%} of one core's time for this process; measure again when it is not"]
 

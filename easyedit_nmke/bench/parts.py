@@ -74,13 +74,14 @@ def solve(name: str, at: Sequence[int], edits: int, device: str = "cpu", said: C
     past, new = keys[:, : max(at)], keys[:, max(at) :]
     residual = torch.randn(hidden, 1, generator=generator, device=device) / hidden**0.5
     weight, results = torch.zeros(hidden, neurons, device=device), []
-    solver = NullSpaceSolver(basis, L2)
+    solver, held = NullSpaceSolver(basis, L2), 0.0
     for count in at:
         said(f"{count} past keys")
         holding = Clock()
         with holding.phase("hold"):
             while solver.count < count:
                 solver.append(past[:, solver.count : min(count, solver.count + APPENDED_AT_A_TIME)])
+        held += holding.memory["hold"]
         update_with(solver, new[:, :1], residual, weight)  # not measured: the first of a size is slower
         solver.truncate(count)
         runs = []
@@ -90,7 +91,7 @@ def solve(name: str, at: Sequence[int], edits: int, device: str = "cpu", said: C
             runs.append(clock)
         found = solver.directions(new[:, -1:]).double()
         results.append(
-            {"engine": "this package", "at": count, "held_mb": holding.memory["hold"], **_summary(runs),
+            {"engine": "this package", "at": count, "held_mb": held, **_summary(runs),
              "equation": _equation(found, new[:, -1:], past[:, :count], basis)}
         )  # fmt: skip
     said("dense solve")
@@ -238,6 +239,10 @@ def _summary(runs: Sequence[Measured]) -> dict:
     }
 
 
+def _short(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.3g}"
+
+
 def rows(content: dict) -> tuple[list[str], list[list[str]]]:
     """(headings, cells) of what `solve` or `attribution` gives; "x" is how many times faster than the plain procedure."""
     results = content["results"]
@@ -255,6 +260,6 @@ def rows(content: dict) -> tuple[list[str], list[list[str]]]:
         cells.append(f"{slow['total']['median'] / r['total']['median']:.1f}")
         cells += [f"{1000 * r['seconds'][p]['median']:.1f}" if p in r["seconds"] else "-" for p in phases]
         cells.append(f"{max(r['memory_mb'].values()):.0f}")
-        cells += [f"{r[key]:.3g}" if key in r else "-" for key in numbers.values()]
+        cells += [_short(r[key]) if key in r else "-" for key in numbers.values()]
         body.append(cells)
     return ["engine", "ms", "min..max", "x", *phases, "peak MB", *numbers], body

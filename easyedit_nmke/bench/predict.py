@@ -23,6 +23,8 @@ def predict(shapes: Sequence[str], cards: Sequence[str], past: int, dtype: str |
     past: edits made before; `thousand` are the first thousand. dtype: of the weights; by default bfloat16, and float32 on a CPU."""
     if dtype is not None:
         check_device("cpu", dtype if dtype != "float16" else "bfloat16")
+    if HERE in cards:
+        check_device(device, dtype or "float32")
     known = {name: card_named(name, device) for name in cards}
     results = []
     for name, shape in {name: shape_named(name) for name in shapes}.items():

@@ -78,7 +78,7 @@ def _predicted(args, device: str) -> dict:
     from ..bench import predict
     from ..bench.cards import CARDS
 
-    if given := [name for name in ("part", "layers", "neurons") if getattr(args, name)]:
+    if given := [name for name in ("part", "layers", "neurons", "batch") if getattr(args, name)]:
         raise ValueError(f"--dry predicts whole edits of whole models; leave out {', '.join(f'--{name}' for name in given)}")
     shapes = args.shape.split(",") if args.shape else predict.SHAPES
     cards = args.device_model.split(",") if args.device_model else tuple(CARDS)

@@ -20,7 +20,7 @@ def _check(args, console: Console) -> int:
     for name in args.files:
         try:
             read(name)
-            console.print(f"{name}: no problems", highlight=False, soft_wrap=True)
+            console.print(f"{name}: no problems", highlight=False, markup=False, soft_wrap=True)
         except (ValueError, FileNotFoundError) as error:
             bad += 1
             console.print(str(error), highlight=False, markup=False, soft_wrap=True)

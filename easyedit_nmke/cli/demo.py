@@ -62,6 +62,8 @@ def _demo(args, console: Console) -> int:
     from ..scores.table import in_shell
 
     quiet_libraries(args)
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; give a file")
     with tempfile.TemporaryDirectory() as folder:
         bed = _embedded(args) if args.model == EMBEDDED else _named(args, Path(folder))
         shown, count = bed.requests[: bed.shown], len(bed.requests)

@@ -71,12 +71,12 @@ def _log(args, console: Console) -> int:
 
 def edit_table(edits: Sequence[Mapping], title: str, said: bool = False) -> Table:
     """`kept.edits` as a table; said: with what the model says."""
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("Edit", justify="right")
     for name in ("Subject", "Prompt", "Before", "Wanted", *(["The model says"] if said else [])):
         table.add_column(name, overflow="fold")
     table.add_column("When (UTC)", min_width=10)
-    table.add_column("Now", no_wrap=True)
+    table.add_column("Now", width=len("superseded"))
     for edit in edits:
         style = "" if edit["now"] == "effective" else "dim"
         answer = [Text(edit["said"], "green" if edit["right"] else "red")] if said else []

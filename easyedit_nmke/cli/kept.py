@@ -38,8 +38,7 @@ def edits(folder: str | Path, model: str | None = None, device: str | None = Non
     found = [edit for edit, _ in told]
     if check and found:
         truths = [(request["prompt"], (request["target_new"], *request.get("aliases", ()))) for _, request in told]
-        editor = open_editor(where, model, device)
-        editor.close()  # it is only asked
+        editor = open_editor(where, model, device, write=False)
         verdicts = generation.judge(editor.model, editor.tok, truths, separator=editor.hparams.target_separator)
         for edit, verdict in zip(found, verdicts, strict=True):
             edit.update(said=verdict.answer, right=verdict.exact)
@@ -128,22 +127,25 @@ def export(
         if value is not None and to != kind:
             raise ValueError(f"{name} is for --to {kind}, not for --to {to}")
     check_new(out)
-    with closing(open_editor(folder, model, device)) as editor:
-        card = _card(editor)
-        originals, updates = editor.state.changes()
-        if to == "model":
-            kind = None if dtype is None else getattr(torch, dtype)
-            return export_model(editor.model, editor.tok, out, card, kind, editor.state.weights.masters)
-        if to == "delta":
-            return export_delta(editor.model, updates, originals, out, card)
-        return export_lora(editor.model, updates, out, card, None if rank is None else served_rank(rank), fill=True)
+    where = find(folder)
+    editor = open_editor(where, model, device, write=False)
+    with Journal.open(where, write=False) as journal:
+        card = _card(editor, journal.header["model"]["weights"])
+    originals, updates = editor.state.changes()
+    if to == "model":
+        kind = None if dtype is None else getattr(torch, dtype)
+        return export_model(editor.model, editor.tok, out, card, kind, editor.state.weights.masters)
+    if to == "delta":
+        return export_delta(editor.model, updates, originals, out, card)
+    return export_lora(editor.model, updates, out, card, None if rank is None else served_rank(rank), fill=True)
 
 
-def _card(editor: LifelongEditor) -> Card:
-    """Scores are those that were taken on the way, if no edit was taken out and none consolidated since."""
+def _card(editor: LifelongEditor, fingerprints: Mapping[str, str]) -> Card:
+    """fingerprints: of the base's weights. Scores are those that were taken on the way, if no edit was taken out and none
+    consolidated since."""
     headings = in_shell()
     state, now = editor.state, list(standing(editor.state.events).values())
-    weights = json.dumps(state.book.journal.header["model"]["weights"], sort_keys=True)
+    weights = json.dumps(fingerprints, sort_keys=True)
     noted = [(count, note["segment"]["line"]) for count, note in state.notes if "line" in note.get("segment", {})]
     since = state.events[noted[-1][0] :] if noted else []
     lines = [] if any(isinstance(event, Consolidation) for event in since) else [line for _, line in noted]

@@ -100,7 +100,7 @@ def _run(args, console: Console) -> int:
     if len(stream.notes) > NOTES:
         console.print(f"note: and {len(stream.notes) - NOTES} more like these", highlight=False)
     done = f"{len(stream.requests)} edits, {len(stream.refused)} records refused; results in {args.out}"
-    console.print(done, highlight=False, soft_wrap=True)
+    console.print(done, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from .verb import Verb, positive, quiet_libraries
@@ -68,7 +69,7 @@ def _scores(asked, name: str, device: str, dtype: str) -> tuple[dict, dict[str, 
 
 
 def _table(name: str, scores: dict[str, dict]) -> Table:
-    table = Table(title=f"What {name} gets right", title_justify="left")
+    table = Table(title=Text(f"What {name} gets right"), title_justify="left")
     table.add_column("Task")
     for heading in ("Questions", "Right", "Right by length"):
         table.add_column(heading, justify="right")

@@ -51,19 +51,23 @@ def quiet_libraries(args: argparse.Namespace) -> None:
 
 
 def score_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> Table:
-    """Rows of scores, their names first; turned, a score a row, where that many columns would lose digits."""
-    upright = _table(headings, rows)
+    """Rows of scores, their names first; turned, a score a row, where that many columns would lose digits. Where even those would,
+    the console is widened."""
     anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is
+    upright = _table(headings, rows)
     if Measurement.get(console, anywhere, upright).minimum <= console.width:
         return upright
     first, *names = zip(headings, *rows, strict=True)
-    return _table(first, names)
+    turned = _table(first, names)
+    console.width = max(console.width, Measurement.get(console, anywhere, turned).minimum)
+    return turned
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title="Scores after all edits", title_justify="left", padding=(0, 1, 0, 0))
-    for place, name in enumerate(headings):
-        table.add_column(name, justify="right" if place else "left")
+    for place, column in enumerate(zip(headings, *rows, strict=True)):
+        longest = max(len(word) for text in column for word in text.split())
+        table.add_column(column[0], justify="right" if place else "left", width=longest if place else None)
     for row in rows:
         table.add_row(*row)
     return table

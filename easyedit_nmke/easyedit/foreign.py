@@ -136,7 +136,10 @@ class EasyEditMethod:
         """EasyEdit's dictionary; the old answer is what DPO is to avoid."""
         record = {**request.to_dict(), "target_neg": request.ground_truth}
         if self._unrelated is not None:
-            record["loc_prompt"] = next(text for text in self._unrelated if request.subject not in text)
+            some = itertools.islice(self._unrelated, 10_000)  # which is without an end
+            record["loc_prompt"] = next((text for text in some if not request.subject or request.subject not in text), None)
+            if record["loc_prompt"] is None:
+                raise ValueError(f"{request.subject!r} is in every text that {self.alg_name} could keep; give it other texts")
         return record
 
     def _prepare(self, hparams) -> None:

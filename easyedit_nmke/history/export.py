@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,8 +194,8 @@ def _labels(view: ModelView, names: Iterable[str]) -> dict[str, int | str]:
 
 def _lora_config(view: ModelView, labels: Mapping[str, int | str], rank: int, card: Card) -> dict:
     """adapter_config.json. Down projections go by the last word of the module's name where that is enough to find them in a block:
-    servers look it up. A base that was a GGUF file goes by the folder it was dequantised to: that is what can be opened."""
-    folder = base_folder(card.base) if gguf.is_gguf(card.base) else None
+    servers look it up. The embedded base, or one that was a GGUF file, goes by its folder: that is what can be opened."""
+    folder = base_folder(card.base) if card.base == "atlas" or gguf.is_gguf(card.base) else None
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -269,8 +270,10 @@ def _base(card: Card, kind: str) -> str:
 def _serving(card: Card, name: str, rank: int) -> str:
     if rank > SERVED_RANKS[-1]:
         return f"vLLM serves adapters up to rank {SERVED_RANKS[-1]}: export with `--rank {SERVED_RANKS[-1]}` for it."
-    options = f"--enable-lora --max-lora-rank {served_rank(rank)} --lora-modules edited={name}"
-    base, where = f"{card.base} --revision {card.revision}" if card.revision else card.base, ""
+    options = f"--enable-lora --max-lora-rank {served_rank(rank)} --lora-modules {shlex.quote(f'edited={name}')}"
+    base, where = shlex.quote(card.base) + (f" --revision {shlex.quote(card.revision)}" if card.revision else ""), ""
+    if card.base == "atlas":
+        base, where = "BASE", " (BASE is the folder `easyedit_nmke.atlas.DIRECTORY`)"
     if gguf.is_gguf(card.base):
         base, where = "BASE", f" (BASE is the folder that `easyedit_nmke.models.gguf.plain_folder({card.base!r})` gives)"
     return f"With vLLM, for the architectures whose adapters it takes{where}:\n\n```bash\nvllm serve {base} {options}\n```"

@@ -121,7 +121,7 @@ class Consolidation:
     """The `edits` that counted among those up to edit `last`, solved at once: its updates, of the weights that the log begins with,
     take the place of all that was added up to then. Tensors are on the CPU.
 
-    Column i of a (low-rank) update, and of keys, layer -> [F, edits], is that of edits[i]. digest: of the weights after it.
+    Keys are layer -> [F, edits]; request i of a (low-rank) update is edits[i]. digest: of the weights after it.
     """
 
     last: int

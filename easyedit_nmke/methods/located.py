@@ -178,6 +178,7 @@ def edit_layers(
                     mask = chosen[layer].to(device) if layer in chosen else None
                     left = view.ffn_change(layer, output, residual).to(device).float()
                     change, remembered = update(view, state, layer, keys, left, mask, again=number > 0)
+                    change = change.without_zeros() if number else change  # of the requests that want nothing any more
                 with phase(report, "apply"):
                     state.write(change, report)
                 found.setdefault(layer, remembered)

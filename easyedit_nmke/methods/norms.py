@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .. import facts
@@ -85,7 +86,10 @@ def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block", made: 
     file = own_file("values", layer, told, hparams)
     if file.is_file():
         made.append(making_of(file))
-        return load_file(file)["norms"]
+        try:
+            return load_file(file)["norms"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{file} holds no norms of pilot values ({error}); delete it, and they will be solved again") from None
     logger.info("layer %d: %d pilot values are solved on the unedited model, once", layer, hparams.nas_pilot)
     started = time.perf_counter()
     requests = as_asked(tok, pilot_requests(hparams.nas_pilot), hparams)

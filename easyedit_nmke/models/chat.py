@@ -17,9 +17,13 @@ _PROBE = "What is asked?"
 
 
 def special_texts(tok) -> tuple[str, ...]:
-    """The texts of the tokenizer's special tokens."""
-    added = getattr(tok, "added_tokens_decoder", {}).values()
-    return tuple(dict.fromkeys([*getattr(tok, "all_special_tokens", ()), *(token.content for token in added if token.special)]))
+    """The texts of the tokenizer's special tokens. What stands in for a pad token that it has none of may be any word ("!")."""
+    marked = [token.content for token in getattr(tok, "added_tokens_decoder", {}).values() if token.special]
+    roles = getattr(tok, "special_tokens_map", {}).items()
+    elsewhere = [text for role, text in roles if role != "pad_token"]
+    pad = getattr(tok, "pad_token", None)
+    named = [text for text in getattr(tok, "all_special_tokens", ()) if text != pad or text in elsewhere]
+    return tuple(dict.fromkeys([*named, *marked]))
 
 
 def as_chat(tok, prompt: str) -> str:

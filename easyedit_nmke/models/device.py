@@ -98,6 +98,8 @@ def device_of(wanted) -> torch.device:
         raise ValueError(f"device is {wanted!r}, expected a CUDA index (0), 'cpu', 'cuda:1' or another torch device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {wanted!r} (CUDA), but no CUDA device is visible here; set `device: cpu`")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device is {wanted!r}, but there are {count} CUDA devices here, numbered from 0")
     return device
 
 

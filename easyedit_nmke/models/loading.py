@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .. import atlas
 from ..hparams import HyperParams
 from . import gguf
 from .arch import MERGE, check_no_adapter
 from .device import device_of
+from .weights import quantisation
 
 
 def load_model(hparams: HyperParams):
@@ -35,8 +37,10 @@ def load_model(hparams: HyperParams):
             tok = AutoTokenizer.from_pretrained(folder, **at)
             dtype = "float16" if hparams.fp16 else hparams.dtype
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=spread, **at)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if isinstance(error, SafetensorError):
+                reason += "; a weight file is torn, or what git-lfs has in its place: fetch it again"
             known = ", ".join(map(repr, ("atlas", *gguf.PACKAGED)))
             raise ValueError(
                 f"model {name!r} could not be loaded ({reason}); give a folder, a GGUF file, a hub name, or one of {known}"
@@ -44,7 +48,13 @@ def load_model(hparams: HyperParams):
         if tok.pad_token_id is None:  # for the user's own calls; here nothing needs one
             tok.pad_token = tok.eos_token
     check_no_adapter(model)
-    return (model if device is None else model.to(device)), tok
+    return (model if device is None or _stays(model) else model.to(device)), tok
+
+
+def _stays(model) -> bool:
+    """Whether a model is where it has to be: spread over devices, or quantised (which `check_model` refuses)."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 or "disk" in places or quantisation(model) is not None
 
 
 def base_folder(name: str, revision: str | None = None) -> Path | None:

@@ -145,14 +145,20 @@ def texts(value: Any) -> tuple[str, ...]:
         text = value.strip(" \t")
         indented = text.endswith(("\n", "\r"))
         return (value.lstrip(" \t") if indented else text,) if value.strip() else ()
+    value = listed(value)
     if isinstance(value, (list, tuple)):
         return tuple(text for part in value for text in texts(part))
     raise ValueError(f"is {called(value)}, not text")
 
 
 def is_hole(value: Any) -> bool:
-    """None, or what pandas has in its place."""
-    return value is None or value != value
+    """None, or what pandas has in its place: NaN, NaT and NA, which is neither equal to itself nor not."""
+    return value is None or type(value).__name__ == "NAType" or (not hasattr(value, "__len__") and value != value)
+
+
+def listed(value: Any) -> Any:
+    """A column of pandas, or an array, as a list; all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "__len__") else value
 
 
 def called(value: Any) -> str:
@@ -203,11 +209,12 @@ class _Reader:
 
     def _pairs(self, entry: Any, path: str) -> Iterator[tuple[str, str]]:
         """The pairs of one type: {prompt, ground_truth} with texts or lists in it, or a list of such (KnowEdit)."""
+        entry = listed(entry)
         if isinstance(entry, (list, tuple)):
             for number, one in enumerate(entry):
                 yield from self._pairs(one, f"{path}[{number}]")
         elif isinstance(entry, Mapping):
-            prompts, answers = entry.get("prompt"), entry.get("ground_truth")
+            prompts, answers = listed(entry.get("prompt")), listed(entry.get("ground_truth"))
             if not isinstance(prompts, (list, tuple)):
                 prompts, answers = [prompts], [answers]
             elif not isinstance(answers, (list, tuple)):

@@ -25,7 +25,7 @@ _WRAP = (1 << 64) - 1
 
 class LowRank(NamedTuple):
     """+= left [out, k] · right [k, in]; column i belongs to request `first` + i, or where requests have several to `first` +
-    owner[i] (int64 [k], from 0 and each at least once)."""
+    owner[i] (int64 [k], from 0)."""
 
     parameter: str
     left: torch.Tensor
@@ -50,10 +50,17 @@ class LowRank(NamedTuple):
         """Only the columns of the other requests; None when there is none."""
         owners = range(self.left.shape[1]) if self.owner is None else self.owner.tolist()
         kept = [i for i, owner in enumerate(owners) if self.first + owner not in requests]
-        if len(kept) == self.left.shape[1]:
+        return self._only(kept) if kept else None
+
+    def without_zeros(self) -> LowRank:
+        """Only the columns that write something, one at least."""
+        return self._only(self.left.any(0).nonzero().flatten().tolist() or [0])
+
+    def _only(self, columns: list[int]) -> LowRank:
+        if len(columns) == self.left.shape[1]:
             return self
-        owner = None if self.owner is None else self.owner[kept]
-        return self._replace(left=self.left[:, kept], right=self.right[kept], owner=owner) if kept else None
+        owner = torch.arange(self.left.shape[1], device=self.left.device) if self.owner is None else self.owner
+        return self._replace(left=self.left[:, columns], right=self.right[columns], owner=owner[columns])
 
     def added_to(self, total: torch.Tensor, rows: slice) -> None:
         """Add these rows of the change to `total` [rows, in]: column after column, each product and each sum rounded on its own.

@@ -61,13 +61,20 @@ def _check_kind(model) -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError("edits need gradients, which torch.inference_mode() forbids; call this outside of it")
     check_no_adapter(model)
-    method = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
-    if method is not None:
-        method = getattr(method, "quantization_config", method)
-        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-        raise ValueError(f"the model is quantised ({getattr(name, 'value', name) or type(method).__name__}): {_UNQUANTISED}")
+    if (kind := quantisation(model)) is not None:
+        raise ValueError(f"the model is quantised ({kind}): {_UNQUANTISED}")
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         raise ValueError(_elsewhere("a part of the model is offloaded (to the CPU or to disk, by accelerate)"))
+
+
+def quantisation(model) -> str | None:
+    """The name of the method that a model is quantised by; None when it is not."""
+    method = getattr(model, "hf_quantizer", None) or getattr(getattr(model, "config", None), "quantization_config", None)
+    if method is None:
+        return None
+    method = getattr(method, "quantization_config", method)
+    name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    return getattr(name, "value", name) or type(method).__name__
 
 
 def _check_weight(name: str, weight: torch.Tensor) -> None:

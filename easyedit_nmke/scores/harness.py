@@ -69,7 +69,8 @@ def evaluate(
     The main metric is `acc`, else `exact_match`, else `acc_norm`, else the first that the task lists; after the first of its
     filters. names: what `check_tasks` gave (which saves loading it again), or its arguments. limit: only the first documents of
     each task. The model stays where and what it is; an editor around it that decides text by text (`inner`) is asked one text at
-    a time. verbose: the harness' own logging and progress.
+    a time, but not as its own forward pass asks: GRACE has the key of the text before, and of an answer that is generated WISE and
+    DEFER see one token after the other. verbose: the harness' own logging and progress.
     """
     tasks = names if isinstance(names, Tasks) else check_tasks(names, include_path, allow_code)
     from lm_eval.evaluator import evaluate as run

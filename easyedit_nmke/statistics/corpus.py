@@ -56,15 +56,19 @@ def corpus(source: str, samples: int) -> Sequence[str] | Corpus:
 
 
 def identity(source: str) -> str:
-    """What tells one text source from another: the digest of a file's bytes, else the name."""
-    path = Path(source)
-    if not path.is_file():
+    """What tells one text source from another: the digest of a file's bytes and whether they are read as JSON lines, that of a
+    folder's files, else the name."""
+    path, digest = Path(source), hashlib.sha256()
+    if not path.exists():
         return source
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(f"{place.relative_to(path).as_posix()}\n".encode())
+        if place.is_file():
+            with place.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest() + (".jsonl" if path.suffix == ".jsonl" and path.is_file() else "")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -97,9 +101,10 @@ def _hub_texts(source: str) -> Iterator[str]:
             f"mom2_dataset {source!r} is neither a file nor a dataset that can be reached ({error}); {advice}"
         ) from None
     for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"mom2_dataset {source!r} has no column 'text'; its columns: {', '.join(row)}; {advice}")
-        yield row["text"]
+        text = row.get("text")
+        if not isinstance(text, str) and not ("text" in row and text is None):
+            raise ValueError(f"mom2_dataset {source!r} has no texts in a column 'text'; its columns: {', '.join(row)}; {advice}")
+        yield text or ""
 
 
 @torch.no_grad()

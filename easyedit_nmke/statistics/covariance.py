@@ -371,7 +371,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], making: Making) -> boo
     try:
         with whole_file(path) as temporary:
             save_file(dict(tensors), temporary, making.metadata())
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         logger.warning("the statistics of keys were not cached in %s: %s", path.parent, error)
         return False
     return True

@@ -63,7 +63,7 @@ def row_spaces(
     spent.update({"covariance": seconds_of(summed.values()), "null space": seconds_of(cut.values())})
     spaces = {}
     for layer in hparams.layers:
-        found = _cut(unsaved.pop(layer), hparams) if layer in unsaved else _read(files[layer], hparams)
+        found = _cut(unsaved.pop(layer), hparams) if layer in unsaved else _cached(files[layer], hparams)
         spaces[layer] = RowSpace(*(tensor.to(view.weight(layer).device) for tensor in found))
     return _told(spaces)
 
@@ -162,6 +162,13 @@ def _cut(stored: Mapping, hparams) -> RowSpace:
     values, rows = stored["eigenvalues"][:], stored["eigenvectors"]
     first = _first(values, hparams.nullspace_threshold, hparams.nullspace_fraction)
     return _above(values, rows[first:].T, rows[: _fewer(first, len(values))].T, first)
+
+
+def _cached(file: Path, hparams) -> RowSpace:
+    try:
+        return _read(file, hparams)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{file} holds no eigenvectors of a covariance ({error}); delete it, and it will be made again") from None
 
 
 def _read(file: Path, hparams) -> RowSpace:
