@@ -65,7 +65,7 @@ class LifelongEditor:
 
     def open(self) -> LifelongState:
         """Make the state, or take up the one that the model or `state_dir` has. Most of the work is the covariance of keys, at
-        8B hours, once for a model (it is cached on disk). The first edit opens the state by itself."""
+        8B hours, once for a model (it is cached on disk; stopped, it goes on). The first edit opens the state by itself."""
         if self._state is None:
             self._state = carried_state(self.model, self.tok, self.hparams, self.method)
         return self._state

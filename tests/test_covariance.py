@@ -122,6 +122,39 @@ def test_shards_are_summed_by_themselves_and_added_in_order_wherever_that_is_don
             assert close(strip, whole.double(), 1e-5)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_pass_that_was_stopped_goes_on_with_the_same_bits(view, nmke_hparams, tmp_path, monkeypatch, caplog, damaged):
+    view, tok = view
+    text = tmp_path / "texts.txt"
+    text.write_text("".join(f"the larger of {i} and {i * 37} is {i * 37}.\n" for i in range(24)))
+    settings = nmke_hparams(view.model, tok, mom2_dataset=str(text), mom2_n_samples=24)
+    monkeypatch.setattr(covariance, "SHARD", 10)
+    whole = covariance.moments(view, tok, settings, progress=False)
+    for file in (tmp_path / "stats").iterdir():
+        file.unlink()
+    monkeypatch.setattr(covariance, "KEEP_EVERY", 0.0)
+    summed, asked, stop = covariance.shard_sums, [], True
+
+    def counted(view, tok, texts, *rest):
+        asked.append(len(texts))
+        if stop and len(asked) == 3:
+            raise KeyboardInterrupt
+        return summed(view, tok, texts, *rest)
+
+    monkeypatch.setattr(covariance, "shard_sums", counted)
+    with pytest.raises(KeyboardInterrupt):
+        covariance.moments(view, tok, settings, progress=False)
+    (kept,) = (tmp_path / "stats").iterdir()
+    if damaged:
+        kept.write_bytes(kept.read_bytes()[:50])
+    asked, stop = [], False
+    spent = {}
+    found = covariance.moments(view, tok, settings, progress=False, spent=spent)
+    assert asked == ([10, 10, 4] if damaged else [4]) and ("summed from the start" in caplog.text) is damaged
+    assert all(torch.equal(found[layer], whole[layer]) for layer in whole) and spent["covariance"] > 0
+    assert not kept.exists() and len(list((tmp_path / "stats").iterdir())) == 2
+
+
 def test_a_batch_fits_the_memory_that_is_free(view, monkeypatch):
     view, _ = view
     assert covariance._tokens_at_a_time(view, [0, 1]) == covariance.TOKENS_AT_A_TIME

@@ -97,7 +97,7 @@ def pilot(view: ModelView, tok, hparams, layer: int, part: str = "block", made: 
     stream, _ = _around_ffn(view, tok, requests, layer, part)
     norms = (z - stream.to(z)).norm(dim=0).cpu()
     made.append(making := Making.since(started))
-    save(file, {"norms": norms}, making)
+    save(file, {"norms": norms}, making.metadata())
     return norms
 
 

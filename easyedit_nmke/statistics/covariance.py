@@ -4,7 +4,8 @@ Memory at F neurons, a layer: 0.56·F² numbers while summing (the upper triangl
 At 14336 neurons in float32 that is 462 MB and 822 MB: five layers are summed in one pass with 2.3 GB, besides a batch's
 activations (at most 1 GB, on a GPU 4). In float64 a pass takes as many layers as SUMS allows. Of more than SHARD texts each shard
 is summed by itself and the sums are added in order, in main memory, which holds as much again: whoever sums the shards, here or
-on other machines, the bits are the same.
+on other machines, the bits are the same. What is summed so far is put on disk every ten minutes, and a pass that was stopped goes
+on from there.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import logging
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -47,6 +48,7 @@ SUMS = 2.5e9  # bytes of sums in one pass
 STRIPS = 8
 TEXTS_AT_A_TIME = 256  # tokenised together, then batched by length
 SHARD = 32 * TEXTS_AT_A_TIME  # texts that are summed by themselves
+KEEP_EVERY = 600.0  # seconds, at least, between two times that the sums so far are put on disk
 
 
 class SecondMoment:
@@ -118,20 +120,26 @@ def key_sums(
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
     elsewhere: Elsewhere | None = None,
+    kept: Path | None = None,
 ) -> dict[int, SecondMoment]:
     """layer -> the second moment of its keys over all tokens of `texts`, of which LONGEST_TEXT each count. Blocks above the last
-    layer are not run. elsewhere: sums the shards of more than one; by default this process does. ValueError when the texts have
-    fewer tokens than a layer has neurons, or a key is not finite."""
+    layer are not run. elsewhere: sums the shards of more than one; by default this process does. kept: the file of the sums so far,
+    of this model and these texts; who called removes it. ValueError when the texts have fewer tokens than a layer has neurons, or
+    a key is not finite."""
     total = len(texts) if hasattr(texts, "__len__") else None
     bar = tqdm(total=total, desc=f"covariance of keys {list(layers)}", unit=" texts", leave=False, disable=not progress)
     several = total is not None and total > SHARD
+    sums, done = _kept_sums(kept) if kept else ({}, 0)
+    before, started = (making_of(kept) if done else None) or Making(0, 0.0), time.perf_counter()
+    bar.update(done * SHARD)
+    shards = itertools.islice(_shards(texts), done, None)
     if elsewhere is None or not several:
-        found = (shard_sums(view, tok, shard, layers, dtype, bar.update) for shard in _shards(texts))
+        found = (shard_sums(view, tok, shard, layers, dtype, bar.update) for shard in shards)
     else:
-        found = elsewhere(_told(_shards(texts), bar.update), layers, dtype)
-    sums: dict[int, SecondMoment] = {}
+        found = elsewhere(_told(shards, bar.update), layers, dtype)
+    last = started
     with bar:
-        for shard in found:
+        for number, shard in enumerate(found, done + 1):
             if sums and shard:
                 sums = {layer: moment.cpu() for layer, moment in sums.items()}
             for layer in list(shard):
@@ -140,6 +148,9 @@ def key_sums(
                     sums[layer] += moment.cpu()
                 else:
                     sums[layer] = moment
+            if kept and several and time.perf_counter() - last >= KEEP_EVERY:
+                _keep(kept, sums, number, Making.since(started - before.seconds))
+                last = time.perf_counter()
     if not sums:
         raise ValueError("the text for the covariance of keys is empty; give mom2_dataset a file with text in it")
     for layer, moment in sums.items():
@@ -147,6 +158,34 @@ def key_sums(
             raise ValueError(f"keys of layer {layer} are not finite; load the model in bfloat16 or float32")
         _check_count(moment.count, moment.strips[0].shape[1])
     return sums
+
+
+def _keep(file: Path, sums: Mapping[int, SecondMoment], shards: int, making: Making) -> None:
+    """The sums of so many shards."""
+    tensors = {f"{layer}.{i}": strip.cpu() for layer, moment in sums.items() for i, strip in enumerate(moment.strips)}
+    counts = {str(layer): moment.count for layer, moment in sums.items()}
+    save(file, tensors, {**making.metadata(), "shards": str(shards), "tokens": json.dumps(counts)})
+
+
+def _kept_sums(file: Path) -> tuple[dict[int, SecondMoment], int]:
+    """(layer -> its sum so far, of how many shards); of none where the file is not there or cannot be read."""
+    try:
+        with safe_open(file, "pt") as content:
+            said = content.metadata()
+            shards, tokens = int(said["shards"]), {int(layer): int(count) for layer, count in json.loads(said["tokens"]).items()}
+            strips = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        return {}, 0
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s holds no sums of keys (%s); they are summed from the start", file, error)
+        return {}, 0
+    sums = {}
+    for layer, count in tokens.items():
+        first = strips[f"{layer}.0"]
+        sums[layer] = SecondMoment(first.shape[1], first.dtype, "cpu")
+        sums[layer].strips = [strips[f"{layer}.{i}"] for i in range(len(sums[layer].strips))]
+        sums[layer].count = count
+    return sums, shards
 
 
 @exact_products()
@@ -256,13 +295,17 @@ def each_moment(
     started = time.perf_counter()
     texts = _texts(view, tok, hparams, progress) if missing else []
     for group in _passes(view, missing, dtype):
-        sums = key_sums(view, tok, texts, group, dtype, progress, elsewhere)
-        making = Making.since(started)
+        kept = own_file("sums", group[0], [files[layer].name for layer in group], hparams)
+        spared = making_of(kept) or Making(0, 0.0)
+        sums = key_sums(view, tok, texts, group, dtype, progress, elsewhere, kept)
+        making = Making.since(started - spared.seconds)
         for layer in group:
             made[layer] = making
             strips = [strip.cpu() for strip in sums.pop(layer).means()]
-            if not save(files[layer], {str(index): strip for index, strip in enumerate(strips)}, making):
+            if not save(files[layer], {str(index): strip for index, strip in enumerate(strips)}, making.metadata()):
                 unsaved[layer] = strips
+        with suppress(OSError):
+            kept.unlink()
         started = time.perf_counter()
     for layer, file in files.items():
         strips = unsaved.pop(layer, None)
@@ -366,11 +409,11 @@ def cache_directory(hparams) -> Path:
     return Path(hparams.stats_dir) if hparams.stats_dir else user_cache()
 
 
-def save(path: Path, tensors: Mapping[str, torch.Tensor], making: Making) -> bool:
+def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
     """All or nothing; a cache that cannot be written is only a warning, and False."""
     try:
         with whole_file(path) as temporary:
-            save_file(dict(tensors), temporary, making.metadata())
+            save_file(dict(tensors), temporary, dict(metadata))
     except OSError as error:
         logger.warning("the statistics of keys were not cached in %s: %s", path.parent, error)
         return False

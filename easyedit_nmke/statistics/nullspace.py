@@ -139,7 +139,7 @@ def _decompose(moment: torch.Tensor, file: Path) -> tuple[dict[str, torch.Tensor
     values, vectors = torch.linalg.eigh(moment.float())
     making = Making.since(started)
     tensors = {"eigenvalues": values.cpu(), "eigenvectors": vectors.T.contiguous().cpu()}
-    return {} if save(file, tensors, making) else tensors, making
+    return {} if save(file, tensors, making.metadata()) else tensors, making
 
 
 def _first(values: torch.Tensor, threshold: float, fraction: float | None) -> int:
