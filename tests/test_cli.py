@@ -143,7 +143,8 @@ def test_no_table_of_scores_loses_digits(width, count, turned):
     rows = [[f"NMKE, {edits} edits", *(f"0.{edits + place}" for place in range(9))] for edits in range(100, 1300, 100)[:count]]
     console = Console(width=width)
     with console.capture() as told:
-        console.print(verb.score_table(headings, rows, console))
+        verb.print_scores(headings, rows, console)
+    assert console.width == width
     assert all(cell in told.get() for row in rows for cell in row[1:])
     assert ("NS" in told.get().splitlines()[2]) is not turned
 

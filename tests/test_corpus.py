@@ -125,7 +125,7 @@ def test_a_tokenizer_without_a_start_token_cannot_sample(tiny):
         sources.own_texts(model, tok, 1, 0, progress=False)
 
 
-def test_a_source_is_told_by_how_it_is_read_and_a_folder_by_its_files(tmp_path):
+def test_a_source_is_told_by_how_it_is_read_and_a_folder_by_its_files(tmp_path, monkeypatch):
     line = '{"text": "one"}\n'
     for name in ("a.txt", "a.json", "a.jsonl"):
         (tmp_path / name).write_text(line)
@@ -139,6 +139,10 @@ def test_a_source_is_told_by_how_it_is_read_and_a_folder_by_its_files(tmp_path):
     second = sources.identity(str(folder))
     (folder / "more" / "0.parquet").rename(folder / "more" / "1.parquet")
     assert len({first, second, sources.identity(str(folder)), str(folder)}) == 4
+    monkeypatch.chdir(tmp_path)
+    for name in ("atlas", "wikipedia", "self"):  # where results may lie
+        (tmp_path / name).mkdir()
+        assert sources.identity(name) == name
 
 
 def test_a_row_without_a_text_is_an_empty_one(monkeypatch):

@@ -144,6 +144,7 @@ def test_methods_that_refuse_other_records_edit_the_rest_in_the_same_order(tiny,
     tuned = LifelongEditor.from_hparams(FTHyperParams(layers=[0], model_name=(model, tok), device="cpu", num_steps=1))
     found, every = stream(ours, str(path), None, 1), stream(tuned, str(path), None, 1)
     assert [refusal.index for refusal in found.refused] == [5] and every.refused == []
+    assert "order" in found.facts and "order" not in every.facts
     assert every.records != sorted(every.records) and found.records == [i for i in every.records if i != 5]
 
 
@@ -166,9 +167,12 @@ def test_columns_of_pandas_and_arrays_are_lists():
         "rephrase_prompt": numpy.array(["again", None], dtype=object),
         "locality": {"near": {"prompt": numpy.array(["a", "b"]), "ground_truth": numpy.array(["c", "d"])}},
     }
+    query = {"prompt": "q", "answers": numpy.array([{"value": "yes", "aliases": numpy.array(["yea"])}], dtype=object)}
+    content["ripple"] = {"Reasoning": numpy.array([{"test_queries": numpy.array([query], dtype=object)}], dtype=object)}
     notes = []
     request = Request.from_dict({**RECORD, **content}, note=notes.append)
     assert (request.rephrase_prompts, request.locality) == (("again",), {"near": (("a", "c"), ("b", "d"))}) and not notes
+    assert [test.queries[0].prompt for test in request.ripple["Reasoning"]] == ["q"]
     frame = pandas.DataFrame({"prompt": [RECORD["prompt"]] * 2, "truth": ["Rome", None]}).convert_dtypes()
     columns = [frame["prompt"], frame["prompt"].to_numpy()]
     for prompts in columns:

@@ -592,7 +592,7 @@ def test_ids_are_the_joined_texts_own_and_subject_and_target_are_where_they_stan
         assert characters(tok, ids[: found.target]).strip().endswith(unicodedata.normalize("NFC", asked).strip()[-1:])
 
 
-def test_a_pad_token_that_is_a_word_is_no_mark(atlas):
+def test_a_pad_token_that_is_a_word_is_no_mark(atlas, tmp_path):
     _, tok = atlas
     asked = ["Yahoo! was founded by", "Wow! The capital of Peru is"]
     before = [encode(tok, prompt) for prompt in asked], special_texts(tok)
@@ -600,5 +600,10 @@ def test_a_pad_token_that_is_a_word_is_no_mark(atlas):
     assert tok.pad_token == "!"
     assert ([encode(tok, prompt) for prompt in asked], special_texts(tok)) == before
     assert placed(asked[1], "Peru", "Because it. {}", tok)[0] == f"Because it. {asked[1]}"
+    tok.save_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again.pad_token == "!" and [encode(again, prompt) for prompt in asked] == before[0]
     tok.pad_token = tok.eos_token
     assert tok.eos_token in special_texts(tok)
+    tok.add_special_tokens({"pad_token": "[PAD]"})
+    assert "[PAD]" in special_texts(tok)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .verb import Verb, cells, positive, quiet_libraries, score_table
+from .verb import Verb, cells, positive, print_scores, quiet_libraries
 
 if TYPE_CHECKING:
     from ..hparams import HyperParams
@@ -86,7 +86,7 @@ def _demo(args, console: Console) -> int:
             editor = model = None  # let go of before the next one is loaded
     names = list(bed.methods)
     console.print(_answer_table(shown, answers, ["Before", *names]))
-    console.print(_scores({**in_shell(), **bed.extra}, results, console))
+    _print({**in_shell(), **bed.extra}, results, console)
     console.print(bed.legend, highlight=False, style="dim")
     if args.out:
         settings = {name: {**settings.to_dict(), **bed.told} for name, settings in bed.methods.items()}
@@ -201,15 +201,15 @@ def _cut(answer: str) -> str:
     return answer if len(answer) <= LONGEST_ANSWER else answer[: LONGEST_ANSWER - 1].rstrip() + "…"
 
 
-def _scores(headings: Mapping[str, str], results: Mapping[str, Mapping], console: Console) -> Table:
-    """Without the columns of scores that nothing has."""
+def _print(headings: Mapping[str, str], results: Mapping[str, Mapping], console: Console) -> None:
+    """Scores, without the columns that nothing has."""
     headings = {name: short for name, short in headings.items() if any(row.get(name) is not None for row in results.values())}
     slow, rows = any(row.get("seconds_per_edit", 0) >= 1 for row in results.values()), []
     for name, scores in results.items():
         each, density = scores.get("seconds_per_edit"), scores.get("density")
         time = "-" if each is None else f"{each:.1f}" if slow else f"{1000 * each:.0f}"
         rows.append([name, *cells(headings, scores), time, "-" if density is None else f"{density:.0%}"])
-    return score_table(["Method", *headings.values(), "s/edit" if slow else "ms/edit", "Neurons"], rows, console)
+    print_scores(["Method", *headings.values(), "s/edit" if slow else "ms/edit", "Neurons"], rows, console)
 
 
 VERB = Verb(

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from ..experiments.analyses.source import on_argument
 from ..scores.table import task_scores
 from .report import comparison
-from .verb import Verb, cells, numbers, positive, quiet_libraries, score_table, task_table
+from .verb import Verb, cells, numbers, positive, print_scores, quiet_libraries, task_table
 
 NOTES = 5  # on odd records that are shown
 
@@ -90,7 +89,7 @@ def _run(args, console: Console) -> int:
         lines = _compared(args, _plan(args, scored_with, [method], len(stream.requests), (args.seed,), args.out, keep_weights=True))
     finally:
         editor.close()
-    console.print(_table(lines, console))
+    _print(lines, console)
     if asked := task_scores(lines, max(line["checkpoint"] for line in lines)):
         console.print(task_table(asked))
     for refusal in stream.refused:
@@ -104,7 +103,7 @@ def _run(args, console: Console) -> int:
     return 0
 
 
-def _table(lines: list[dict], console: Console) -> Table:
+def _print(lines: list[dict], console: Console) -> None:
     """Scores by checkpoint, those that there are; how many edits could not be written only where there are any."""
     from ..experiments.protocol import failed_edits
     from ..scores.table import in_shell
@@ -116,7 +115,7 @@ def _table(lines: list[dict], console: Console) -> Table:
         seconds = f"{line['seconds']['total'] / edits:.2f}" if edits else "-"
         more = [str(failed_edits(line))] if lost else []
         rows.append([f"{line['method']}, {edits} edits" if edits else "unedited", *cells(headings, line["scores"]), seconds, *more])
-    return score_table(["Method", *headings.values(), "s/edit", *(["Failed"] if lost else [])], rows, console)
+    print_scores(["Method", *headings.values(), "s/edit", *(["Failed"] if lost else [])], rows, console)
 
 
 def _compare(args, console: Console) -> int:

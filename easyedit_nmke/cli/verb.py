@@ -50,17 +50,21 @@ def quiet_libraries(args: argparse.Namespace) -> None:
         transformers.logging.disable_progress_bar()
 
 
-def score_table(headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> Table:
-    """Rows of scores, their names first; turned, a score a row, where that many columns would lose digits. Where even those would,
-    the console is widened."""
+def print_scores(headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """A table of scores, a row's name first; turned, a score a row, where that many columns would lose digits. Where even those
+    would, it is wider than the console."""
+    table = _table(headings, rows)
+    if _least(table, console) > console.width:
+        first, *names = zip(headings, *rows, strict=True)
+        table = _table(first, names)
+    width, console.width = console.width, max(console.width, _least(table, console))
+    console.print(table)
+    console.width = width
+
+
+def _least(table: Table, console: Console) -> int:
     anywhere = console.options.update(max_width=10_000)  # a measure is cut to the width that there is
-    upright = _table(headings, rows)
-    if Measurement.get(console, anywhere, upright).minimum <= console.width:
-        return upright
-    first, *names = zip(headings, *rows, strict=True)
-    turned = _table(first, names)
-    console.width = max(console.width, Measurement.get(console, anywhere, turned).minimum)
-    return turned
+    return Measurement.get(console, anywhere, table).minimum
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

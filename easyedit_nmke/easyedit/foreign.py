@@ -101,15 +101,16 @@ class EasyEditMethod:
     def apply(self, requests: Sequence[Request | Mapping]) -> None:
         """Write the requests by one call of EasyEdit's function, with the arguments of `BaseEditor.edit(sequential_edit=True)`.
 
-        ValueError when the method does not write as many at once. RuntimeError when EasyEdit fails; unlike this package's own
-        methods, it may then have changed the model.
+        ValueError when the method does not write as many at once, or the subject is in every text that it could keep. RuntimeError
+        when EasyEdit fails; unlike this package's own methods, it may then have changed the model.
         """
         requests = [r if isinstance(r, Request) else Request.from_dict(r) for r in requests]
         self._check_count(len(requests))
+        records = [self._record(request) for request in requests]
         with self._inside:
             try:
                 edited, _ = self._write(
-                    self._original, self.tok, [self._record(r) for r in requests], self.hparams,
+                    self._original, self.tok, records, self.hparams,
                     copy=False, return_orig_weights=True, keep_original_weight=False, train_ds=None,
                 )  # fmt: skip
             except Exception as error:

@@ -83,6 +83,13 @@ def stream(editor, source: str, edits: int | None, seed: int, checkpoints: Seque
     if edits and len(accepted) < edits:
         raise ValueError(f"{edits} edits were asked for, but {len(accepted)} records of {source} can be edited; ask for fewer")
     chosen = accepted[:edits]
-    facts = {"name": Path(source).name, "sha256": loaded.sha256, "format": loaded.format, "refused": len(refused)}
-    told = {**facts, "edits": len(chosen)}
+    told = {
+        "name": Path(source).name,
+        "sha256": loaded.sha256,
+        "format": loaded.format,
+        "refused": len(refused),
+        "edits": len(chosen),
+    }
+    if seed and loaded.refused:
+        told["order"] = "of the whole file"  # once it was of what could be read
     return Stream([asked[i] for i in chosen], [loaded.indices[i] for i in chosen], refused, told, loaded.notes)

@@ -14,16 +14,16 @@ _OTHERS = "system|assistant|model|bot|gpt|developer|tool|function"
 _NAME = f"(?i:user|human|{_OTHERS})"
 _ROLE = re.compile(rf"(?P<user>user|human|\[INST\])|{_OTHERS}|/INST|<SYS>", re.IGNORECASE)
 _PROBE = "What is asked?"
+_BRACKETED = re.compile(r"[<\[|｜]")  # as <pad>, [PAD] and <|end|> are
 
 
 def special_texts(tok) -> tuple[str, ...]:
-    """The texts of the tokenizer's special tokens. What stands in for a pad token that it has none of may be any word ("!")."""
+    """The texts of the tokenizer's special tokens, but for a word of the vocabulary ("!") that is its pad token for want of one."""
     marked = [token.content for token in getattr(tok, "added_tokens_decoder", {}).values() if token.special]
-    roles = getattr(tok, "special_tokens_map", {}).items()
-    elsewhere = [text for role, text in roles if role != "pad_token"]
-    pad = getattr(tok, "pad_token", None)
-    named = [text for text in getattr(tok, "all_special_tokens", ()) if text != pad or text in elsewhere]
-    return tuple(dict.fromkeys([*named, *marked]))
+    roles = getattr(tok, "special_tokens_map", {})
+    pad, others = roles.get("pad_token"), [text for role, text in roles.items() if role != "pad_token"]
+    found = dict.fromkeys([*getattr(tok, "all_special_tokens", ()), *marked])
+    return tuple(text for text in found if text != pad or text in others or _BRACKETED.search(text))
 
 
 def as_chat(tok, prompt: str) -> str:

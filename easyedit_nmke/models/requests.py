@@ -250,6 +250,7 @@ class _Reader:
         return {kind: tests for kind, tests in found.items() if tests}
 
     def _tests(self, tests: Any, path: str) -> Iterator[RippleTest]:
+        tests = listed(tests)
         if is_hole(tests):
             return
         for number, test in enumerate(tests if isinstance(tests, (list, tuple)) else [tests]):
@@ -273,6 +274,7 @@ def _test(test: Any) -> RippleTest:
 
 
 def _queries(some: Any) -> tuple[Query, ...]:
+    some = listed(some)
     if not is_hole(some) and not isinstance(some, (list, tuple)):
         raise ValueError(f"has {called(some)} in place of its queries")
     return tuple(map(_query, some or ()))
@@ -281,7 +283,7 @@ def _queries(some: Any) -> tuple[Query, ...]:
 def _query(query: Any) -> Query:
     if not isinstance(query, Mapping):
         raise ValueError(f"has {called(query)} in place of a query")
-    prompt, answers = texts(query.get("prompt")), query.get("answers")
+    prompt, answers = texts(query.get("prompt")), listed(query.get("answers"))
     if not prompt:
         raise ValueError("has a query without a prompt")
     if not isinstance(answers, (list, tuple)) or not answers or not all(isinstance(answer, Mapping) for answer in answers):

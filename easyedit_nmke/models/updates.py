@@ -1,7 +1,8 @@
 """Changes of single parameters, to the bit: how they are rounded, added, kept, and told apart by a fingerprint.
 
 A parameter is seen as a matrix [out, in] here (`weights.Matrices`), whatever way round the model stores it; a vector as [n, 1].
-An update is low-rank, sparse or dense. Its `first` and following edits share it: a low-rank one has a column for each, or several.
+An update is low-rank, sparse or dense. Its `first` and following edits share it: a low-rank one has a column for each, several or
+none.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class LowRank(NamedTuple):
 
     @property
     def requests(self) -> int:
+        """Up to the last one that has a column."""
         return self.left.shape[1] if self.owner is None else int(self.owner.max()) + 1
 
     def rounded(self, dtype: torch.dtype) -> LowRank:

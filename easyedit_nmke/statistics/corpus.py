@@ -59,7 +59,7 @@ def identity(source: str) -> str:
     """What tells one text source from another: the digest of a file's bytes and whether they are read as JSON lines, that of a
     folder's files, else the name."""
     path, digest = Path(source), hashlib.sha256()
-    if not path.exists():
+    if not path.is_file() and (source in (*atlas.SOURCES, *HUB, SELF) or not path.is_dir()):
         return source
     for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if path.is_dir():

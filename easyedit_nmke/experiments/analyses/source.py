@@ -24,11 +24,9 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
-def model_arguments(sub: argparse.ArgumentParser, edits: bool = True) -> None:
-    default = "that of --edits, or atlas" if edits else "atlas"
-    sub.add_argument("--model", metavar="NAME", help=f"a folder, a hub name, smollm2, ... (default {default})")
-    if edits:
-        sub.add_argument("--edits", type=Path, metavar="DIR", help="the model with the edits that `nmke run` left in this folder")
+def model_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", metavar="NAME", help="a folder, a hub name, smollm2, ... (default: that of --edits, or atlas)")
+    sub.add_argument("--edits", type=Path, metavar="DIR", help="the model with the edits that `nmke run` left in this folder")
     sub.add_argument("--device", metavar="NAME", help="cpu, cuda:1, ... (default: a GPU where there is one)")
     sub.add_argument("--dtype", default="float32", metavar="NAME", help="float32, bfloat16, float16, auto (default float32)")
 
