@@ -58,17 +58,21 @@ def corpus(source: str, samples: int) -> Sequence[str] | Corpus:
 def identity(source: str) -> str:
     """What tells one text source from another: the digest of a file's bytes and whether they are read as JSON lines, that of a
     folder's files, else the name."""
-    path, digest = Path(source), hashlib.sha256()
-    if not path.is_file() and (source in (*atlas.SOURCES, *HUB, SELF) or not path.is_dir()):
-        return source
-    for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if path.is_dir():
-            digest.update(f"{place.relative_to(path).as_posix()}\n".encode())
-        if place.is_file():
-            with place.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest() + (".jsonl" if path.suffix == ".jsonl" and path.is_file() else "")
+    path = Path(source)
+    if path.is_file():
+        return _digest(path) + (".jsonl" if path.suffix == ".jsonl" else "")
+    if path.is_dir() and source not in (*atlas.SOURCES, *HUB, SELF):
+        told = [(part.relative_to(path).as_posix(), _digest(part)) for part in sorted(path.rglob("*")) if part.is_file()]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return source
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -130,14 +130,14 @@ def key_sums(
     bar = tqdm(total=total, desc=f"covariance of keys {list(layers)}", unit=" texts", leave=False, disable=not progress)
     several = total is not None and total > SHARD
     sums, done = _kept_sums(kept) if kept else ({}, 0)
-    before, started = (making_of(kept) if done else None) or Making(0, 0.0), time.perf_counter()
     bar.update(done * SHARD)
     shards = itertools.islice(_shards(texts), done, None)
     if elsewhere is None or not several:
         found = (shard_sums(view, tok, shard, layers, dtype, bar.update) for shard in shards)
     else:
         found = elsewhere(_told(shards, bar.update), layers, dtype)
-    last = started
+    last = time.perf_counter()
+    started = last - (making_of(kept).seconds if done else 0.0)
     with bar:
         for number, shard in enumerate(found, done + 1):
             if sums and shard:
@@ -149,7 +149,7 @@ def key_sums(
                 else:
                     sums[layer] = moment
             if kept and several and time.perf_counter() - last >= KEEP_EVERY:
-                _keep(kept, sums, number, Making.since(started - before.seconds))
+                _keep(kept, sums, number, Making.since(started))
                 last = time.perf_counter()
     if not sums:
         raise ValueError("the text for the covariance of keys is empty; give mom2_dataset a file with text in it")
