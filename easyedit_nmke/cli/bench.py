@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from tqdm import tqdm
 
-from .verb import Verb, numbers, positive, quiet_libraries
+from .verb import Verb, check_file, numbers, positive, quiet_libraries
 
 
 def _arguments(bench: argparse.ArgumentParser) -> None:
@@ -36,8 +36,7 @@ def _bench(args, console: Console) -> int:
     from ..files import write_json
 
     quiet_libraries(args)
-    if args.out and args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder; give a file")
+    check_file(args.out)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as bar:
         content = {"command": args.command, **_measured(args, device, bar.set_description_str)}

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .verb import Verb, cells, positive, print_scores, quiet_libraries
+from .verb import Verb, cells, check_file, positive, print_scores, quiet_libraries
 
 if TYPE_CHECKING:
     from ..hparams import HyperParams
@@ -62,8 +62,7 @@ def _demo(args, console: Console) -> int:
     from ..scores.table import in_shell
 
     quiet_libraries(args)
-    if args.out and args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder; give a file")
+    check_file(args.out)
     with tempfile.TemporaryDirectory() as folder:
         bed = _embedded(args) if args.model == EMBEDDED else _named(args, Path(folder))
         shown, count = bed.requests[: bed.shown], len(bed.requests)

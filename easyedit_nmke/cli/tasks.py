@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .verb import Verb, positive, quiet_libraries
+from .verb import Verb, check_file, positive, quiet_libraries
 
 
 def _arguments(tasks: argparse.ArgumentParser) -> None:
@@ -30,8 +30,7 @@ def _tasks(args, console: Console) -> int:
     from ..scores import tasks
 
     quiet_libraries(args)
-    if args.out and args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder; give a file")
+    check_file(args.out)
     asked = tasks.read(args.files, args.limit)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     about, scores = _scores(asked, args.model, device, args.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -39,6 +40,12 @@ class Verb:
 def numbers(text: str) -> tuple[int, ...]:
     """Different ones of 1 or more, ascending: 1,100,400."""
     return tuple(sorted({positive(part.strip()) for part in text.split(",")}))
+
+
+def check_file(out: Path | None) -> None:
+    """ValueError for an --out that is a folder; before anything is done."""
+    if out and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file")
 
 
 def quiet_libraries(args: argparse.Namespace) -> None:
